@@ -1,0 +1,47 @@
+# Every target does its own set-up in .venv and is quick the second time.
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check
+# Parity is checked against one known build of PyTorch; anything in requirements-torch.txt reads files.
+TORCH ?= torch==2.13.0
+CONFIG ?= configs/demo.py
+WORKDIR ?= runs/demo
+DEMO_FLAGS ?=
+START := $(shell date +%s)
+
+.PHONY: setup setup-torch demo test test-all verify lint clean
+
+setup: $(VENV)/.core
+setup-torch: $(VENV)/.torch
+
+$(VENV)/.core: requirements.txt requirements-test.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else f"Python 3.11 or newer is needed, {v.major}.{v.minor} was found: make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --no-compile -r requirements.txt -r requirements-test.txt
+	@touch $@
+
+$(VENV)/.torch: $(VENV)/.core requirements-torch.txt
+	$(PIP) install --no-compile "$(TORCH)"
+	$(PIP) install --no-compile -r requirements-torch.txt
+	@touch $@
+
+demo: setup
+	$(PY) -m lightwam_jax.precompute --config $(CONFIG) --what all $(DEMO_FLAGS)
+	$(PY) train.py --config $(CONFIG) --workdir $(WORKDIR) $(DEMO_FLAGS)
+	$(PY) evaluate.py --workdir $(WORKDIR) --mode demo --started $(START)
+
+test: setup
+	$(PY) -m pytest -n 2 --dist loadfile
+
+test-all: setup-torch
+	$(PY) -m pytest -n 2 --dist loadfile -m ""
+
+verify: setup-torch
+	$(PY) -m converters verify tests/golden
+
+lint: setup
+	$(VENV)/bin/ruff check .
+
+clean:
+	rm -rf $(VENV)

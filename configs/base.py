@@ -1,0 +1,103 @@
+"""Every key a run can have, with the meaning of each. Other configs import this and change values.
+
+Not runnable by itself: `data.source` is empty. See `configs/demo.py` for the smallest real run.
+"""
+
+import ml_collections
+
+from lightwam_jax.models import variants
+
+
+def get_config(model="wan21_1_3b", **model_overrides):
+    """Returns the defaults: the released recipe's values where the paper gives one."""
+    c = ml_collections.ConfigDict()
+    c.name = ""  # shown in logs and reports
+    c.seed = 42  # initialisation, shuffling, noise
+
+    # Sizes, dtypes and the LoRA/adapter/expert layout: models/variants.py explains each key.
+    c.model = ml_collections.ConfigDict(variants.variant(model, **model_overrides))
+
+    c.loss = ml_collections.ConfigDict(dict(
+        downsample=2,  # spatial average pooling of the video latents: 1, 2 or 4
+        lambda_video=1.0,
+        lambda_action=1.0,
+        residual_target=False,  # predict latents minus the first frame
+        temporal_weighting=True,  # weight the steps of the action chunk:
+        prefix_steps=8,  # ... the first prefix_steps get prefix_weight
+        prefix_weight=1.0,
+        tail_weight=0.0,  # ... and the others tail_weight
+        shift=5.0,  # of the flow-matching schedule
+        mask_text_padding=False,  # the release lets cross-attention see the (zeroed) padding rows
+    ))
+
+    c.data = ml_collections.ConfigDict(dict(
+        source="",  # "demo" | "fake" (random cache of the right shapes, to try a config)
+        path="",  # episodes
+        cache="",  # directory of the latent and text caches and of the statistics
+        cameras=("",),  # camera keys, in layout order
+        layout="horizontal",  # "single" | "horizontal" | "robotwin"
+        canvas=(224, 448),  # height, width in pixels of the laid-out cameras
+        codec="wan21",  # "wan21" | "pca" (fitted on the data; for the demo)
+        text_encoder="umt5",  # "umt5" | "hashed" (deterministic; for the demo)
+        prompt_template="A video recorded from a robot's point of view executing the following instruction: {task}",
+        text_len=128,  # rows of the text embedding
+        num_frames=33,  # raw frames a window spans
+        frame_stride=4,  # raw frames between the video frames of a window
+        action_horizon=32,  # actions per chunk
+        normalization="min_max",  # "min_max" | "z_score"
+        delta_mask=(),  # per action dimension: True where the action is a delta (zeroed when padded)
+        val_fraction=0.0,  # share of episodes held out for open-loop validation
+        workers=0,  # Grain worker processes; 0: threads in this process
+        threads=4,  # read threads
+        prefetch=32,  # batches' elements buffered ahead of the step
+    ))
+
+    c.optimizer = ml_collections.ConfigDict(dict(
+        lr=1e-4,
+        warmup_steps=1000,  # linear from lr / warmup_steps
+        final_lr_ratio=0.01,  # cosine down to lr * final_lr_ratio
+        b1=0.9,
+        b2=0.95,
+        eps=1e-8,
+        weight_decay=1e-2,  # on everything that learns, as in the release
+        clip_norm=0.0,  # global gradient norm; 0: no clipping, as the release effectively ran
+        accum_steps=1,  # micro-batches per optimizer step; batch_size is the sum over them
+        ema_decay=0.0,  # exponential moving average of the trainable parameters; 0: none
+    ))
+
+    c.train = ml_collections.ConfigDict(dict(
+        # Regular expressions on parameter paths; what matches learns, the rest is frozen.
+        trainable=(r"/lora_[ab]$", r"^dit/adapters_", r"^dit/head/", r"^expert/", r"^proprio_encoder/"),
+        init="",  # checkpoint directory of base weights to start from; "": random
+        steps=150_000,
+        batch_size=64,  # samples per optimizer step, over all devices and micro-batches
+        log_every=50,
+        eval_every=2000,  # open-loop validation; 0: never
+        eval_batches=16,
+        checkpoint_every=2000,
+        keep_last=2,
+    ))
+
+    c.mesh = ml_collections.ConfigDict(dict(
+        data=-1,  # devices over the batch; -1: all that are left
+        fsdp=1,  # devices over the parameters
+    ))
+
+    c.evaluation = ml_collections.ConfigDict(dict(
+        episodes=50,
+        first_seed=1_000_000,  # held-out seeds: first_seed, first_seed + 1, ...
+        replan=10,  # executed steps per predicted chunk
+        max_steps=400,
+        workers=2,  # simulator processes
+        batch=8,  # episodes running at once = rows of the policy's batch, whatever the number of workers
+        videos=4,  # episodes kept as MP4
+    ))
+
+    c.demo = ml_collections.ConfigDict(dict(  # only read when data.source is "demo"
+        episodes=400,  # demonstrations to record
+        first_seed=0,
+        workers=2,
+        image_size=64,
+        action_noise=0.0,  # noise added to the expert's executed action while recording (labels stay clean)
+    ))
+    return c

@@ -1,0 +1,172 @@
+"""The released Light-WAM checkpoint: `mot`, action expert, proprio encoder <-> our tree."""
+
+import re
+
+from converters import wan_dit
+from converters.rules import KERNEL, Rule
+from lightwam_jax import config as configs
+from lightwam_jax.models import variants
+from lightwam_jax.models.action import SOURCES
+
+MOT_PREFIX = "mixtures.video."
+
+
+def _linear(source, target):
+    return [Rule(f"{source}.weight", f"{target}/kernel", KERNEL), Rule(f"{source}.bias", f"{target}/bias")]
+
+
+def _norm(source, target):
+    return [Rule(f"{source}.weight", f"{target}/scale"), Rule(f"{source}.bias", f"{target}/bias")]
+
+
+def _norm_mlp(source, target, names=("norm", "fc1", "fc2")):
+    norm, fc1, fc2 = names
+    return [*_norm(f"{source}{norm}", f"{target}/norm"), *_linear(f"{source}{fc1}", f"{target}/fc1"),
+            *_linear(f"{source}{fc2}", f"{target}/fc2")]
+
+
+_POOLER, _OURS = "layer_poolers.{i}.{source}", "expert/poolers_{i}_{source}"
+EXPERT = (
+    Rule(f"{_POOLER}.query_tokens", f"{_OURS}/query_tokens"),
+    Rule(f"{_POOLER}.query_merge_logits", f"{_OURS}/query_merge_logits"),
+    Rule(f"{_POOLER}.query_slot_merge_logits", f"{_OURS}/query_slot_merge_logits"),
+    *_norm(f"{_POOLER}.token_norm", f"{_OURS}/token_norm"),
+    *_norm(f"{_POOLER}.output_norm", f"{_OURS}/output_norm"),
+    Rule(f"{_POOLER}.attn.in_proj_weight", f"{_OURS}/in_proj/kernel", KERNEL),
+    Rule(f"{_POOLER}.attn.in_proj_bias", f"{_OURS}/in_proj/bias"),
+    *_linear(f"{_POOLER}.attn.out_proj", f"{_OURS}/out_proj"),
+    *_norm(f"{_POOLER}.query_merge_projector.0", f"{_OURS}/merge_norm"),
+    *_linear(f"{_POOLER}.query_merge_projector.1", f"{_OURS}/merge_proj"),
+    *_norm_mlp("layer_compressors.{i}.", "expert/compressors_{i}"),
+    *_norm("fused_norm", "expert/fused_norm"),
+    *_linear("fused_proj", "expert/fused_proj"),
+    *_norm_mlp("trunk.{i}.", "expert/trunk_{i}"),
+    *_norm_mlp("step_pos_proj.", "expert/step_pos", ("0", "1", "3")),
+    *_norm_mlp("output", "expert/output", ("_norm", ".0", ".2")),
+)
+PROPRIO = tuple(_linear("proprio_encoder", "proprio_encoder"))
+
+
+def _prefixed(rules, prefix):
+    return tuple(Rule(prefix + rule.source, rule.target, rule.transform) for rule in rules)
+
+
+# One flat key space: the checkpoint's sections become prefixes.
+CHECKPOINT = (*_prefixed(wan_dit.RULES, f"mot.{MOT_PREFIX}"),
+              *_prefixed(EXPERT, "state_fusion_action_expert."), *PROPRIO)
+# torch's named_parameters() of the training module, as gradient files name them.
+TRAINING = (*_prefixed(wan_dit.RULES, "video_expert."),
+            *_prefixed(EXPERT, "state_fusion_action_expert."), *PROPRIO)
+
+
+def flatten_checkpoint(checkpoint):
+    """{"mot": {...}, "state_fusion_action_expert": {...}, "proprio_encoder": {...}, "step", ...}
+    -> ({flat key: tensor}, {the rest}).
+
+    The legacy layout with a top-level "dit" (keys without prefix) is read as "mot".
+
+    Raises:
+      ValueError: a section is missing.
+    """
+    sections = {"mot": dict(checkpoint.get("mot", {})), **{
+        name: dict(checkpoint.get(name, {}))
+        for name in ("state_fusion_action_expert", "proprio_encoder")}}
+    if not sections["mot"] and "dit" in checkpoint:
+        sections["mot"] = {MOT_PREFIX + key: value for key, value in checkpoint["dit"].items()}
+    empty = [name for name, section in sections.items() if not section]
+    if empty:
+        raise ValueError(f"section {', '.join(empty)} is missing; top level has "
+                         f"{sorted(map(str, checkpoint))}: is this a Light-WAM checkpoint?")
+    flat = {f"{name}.{key}": value for name, section in sections.items()
+            for key, value in section.items()}
+    return flat, {key: value for key, value in checkpoint.items() if key not in (*sections, "dit")}
+
+
+def unflatten_checkpoint(flat, rest):
+    """The inverse of `flatten_checkpoint`, current layout."""
+    checkpoint = {"mot": {}, "state_fusion_action_expert": {}, "proprio_encoder": {}}
+    for key, value in flat.items():
+        section, name = key.split(".", 1)
+        checkpoint[section][name] = value
+    return {**checkpoint, **rest}
+
+
+def stacked_layers(config):
+    """The indices that stacked arrays run over, for `rules.from_params`."""
+    return {"block": range(config.num_layers), "lora": sorted(config.lora_layers)}
+
+
+def model_config(shapes, *, head_dim=None, pool_heads=None, lora_alpha=None, adapter_scale=1.0,
+                 attention_mask="first_frame_causal", sources=(), dtype="float32"):
+    """The `ModelConfig` of a Light-WAM checkpoint, read from its keys and shapes.
+
+    Args:
+      shapes: {flat key: shape}, in file order (it tells the order of pooled sources).
+      head_dim, pool_heads, lora_alpha, adapter_scale, attention_mask, sources: what shapes cannot
+        tell; None takes the release's value (128, 8, twice the rank). `sources` (per layer, or
+        one for all) is needed for mean pooling only.
+
+    Raises:
+      ValueError: a missing key, or a width that does not divide into the heads.
+    """
+    prefix = f"mot.{MOT_PREFIX}"
+    dit = {key.removeprefix(prefix): s for key, s in shapes.items() if key.startswith(prefix)}
+    prefix = "state_fusion_action_expert."
+    expert = {key.removeprefix(prefix): s for key, s in shapes.items() if key.startswith(prefix)}
+    fields = wan_dit.model_fields(dit, head_dim)
+    fields.update(expert_fields(expert, fields["dim"], pool_heads, sources))
+    fields["lora_alpha"] = float(lora_alpha or 2 * fields["lora_rank"] or 1)
+    if "proprio_encoder.weight" not in shapes:
+        raise ValueError("key proprio_encoder.weight is missing")
+    fields["proprio_dim"] = shapes["proprio_encoder.weight"][1]
+    fields.update(adapter_scale=adapter_scale, attention_mask=attention_mask, dtype=dtype)
+    fields = {**variants.variant("wan21_1_3b"), **fields}
+    known = variants.VARIANTS.items()
+    same = [name for name, table in known if all(fields[k] == table[k] for k in table if k not in (
+        "action_dim", "proprio_dim", "dtype", "frozen_dtype", "layer_sources", "sources"))]
+    fields["variant"] = same[0] if same else "custom"
+    return configs.ModelConfig(**fields)
+
+
+def expert_fields(expert, dim, pool_heads=None, sources=()):
+    """Fields of a `ModelConfig` that the action expert's keys and shapes tell."""
+    layers = sorted({int(m[1]) for key in expert if (m := re.match(r"layer_compressors\.(\d+)\.", key))})
+    if not layers:
+        raise ValueError("key layer_compressors.0.norm.weight is missing; is this an action expert?")
+    pooled = {i: tuple(dict.fromkeys(
+        m[1] for key in expert if (m := re.match(rf"layer_poolers\.{i}\.(\w+)\.", key))))
+        for i in layers}
+    first = f"layer_poolers.0.{pooled[0][0]}" if pooled[0] else None
+    if first:
+        queries = expert[f"{first}.query_tokens"][0]
+        slots = expert.get(f"{first}.query_slot_merge_logits", (2,))[0]
+        merge = expert.get(f"{first}.query_merge_projector.1.weight", (0,))[0]
+        layer_sources = tuple(_given(sources, i) or pooled[i] for i in layers)
+    else:
+        queries, slots, merge = 1, 2, 0
+        widths = [expert[f"layer_compressors.{i}.norm.weight"][0] // dim for i in layers]
+        layer_sources = tuple(_given(sources, i) or (SOURCES if n == len(SOURCES) else ())
+                              for i, n in zip(layers, widths))
+        if not all(layer_sources):
+            raise ValueError(f"mean pooling over {widths} sources per layer: the file does not "
+                             f"tell which; pass --sources with names of {SOURCES}")
+    heads = pool_heads or 8
+    if first and dim % heads:
+        raise ValueError(f"pooling width {dim} is not a multiple of {heads} heads; the file does "
+                         "not tell the heads: pass --pool_heads")
+    trunk = {int(m[1]) for key in expert if (m := re.match(r"trunk\.(\d+)\.", key))}
+    same = len(set(layer_sources)) == 1
+    return dict(pooling="learned_query" if first else "mean", num_queries=queries, pool_heads=heads,
+                merge_dim=merge, merge_slots=slots, trunk_blocks=len(trunk),
+                sources=layer_sources[0], layer_sources=() if same else layer_sources,
+                per_layer_dim=expert["layer_compressors.0.fc1.weight"][0],
+                trunk_dim=expert["fused_proj.weight"][0],
+                step_pos_dim=expert["step_pos_proj.0.weight"][0],
+                action_dim=expert["output.2.weight"][0])
+
+
+def _given(sources, i):
+    """The i-th layer's sources from a per-layer or a single specification."""
+    if not sources:
+        return ()
+    return tuple(sources[i]) if isinstance(sources[0], (list, tuple)) else tuple(sources)

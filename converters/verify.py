@@ -1,0 +1,73 @@
+"""Proof of parity: runs every check a fixture directory allows and prints one line per check.
+
+The directory holds groups of fixtures made by the PyTorch reference at any sizes (see SPEC
+section 15 for the layout this project's own fixtures have); models are built from its files.
+"""
+
+from pathlib import Path
+
+import jax
+
+from converters import checks_model, checks_training
+from converters.checks import Fixtures, NotCovered
+
+GROUPS = {
+    "a_dit": checks_model.a_dit,
+    "b_state_fusion": checks_model.b_state_fusion,
+    "c_scheduler": checks_model.c_scheduler,
+    "ckpt": checks_training.ckpt,
+    "d_train": checks_training.d_train,
+    "e_infer": checks_model.e_infer,
+}
+
+
+def run_group(fixtures, name):
+    """Yields the `Check`s and `NotCovered`s of one group, in full float32."""
+    with jax.default_matmul_precision("highest"):
+        yield from GROUPS[name](fixtures)
+
+
+def verify(directory, out=print):
+    """Checks every group in a directory and prints the table.
+
+    Returns:
+      True if every check passed and at least one ran.
+
+    A group that cannot be read (a missing file, PyTorch not installed) counts as failed.
+
+    Raises:
+      FileNotFoundError: the directory does not exist.
+    """
+    root = Path(directory)
+    if not root.is_dir():
+        raise FileNotFoundError(f"{root}: no such directory; expected one laid out like tests/golden")
+    fixtures, done, failed = Fixtures(root), 0, []
+    out(f"{'group':<15} {'component':<22} {'tensor':<58} {'max abs':>9} {'relative':>9} {'tolerance':>9}  ok")
+    uncovered = []
+    for folder in sorted(path.name for path in root.iterdir() if path.is_dir()):
+        if folder not in GROUPS:
+            uncovered.append(folder)
+            continue
+        try:
+            for check in run_group(fixtures, folder):
+                if isinstance(check, NotCovered):
+                    uncovered.append(check.group)
+                    continue
+                done += 1
+                out(_line(check))
+                if not check.ok:
+                    failed.append(_line(check))
+        except (ValueError, FileNotFoundError, ModuleNotFoundError, KeyError) as error:
+            failed.append(f"{folder}: could not be checked: {error}")
+    for name in uncovered:
+        out(f"{name}: not covered")
+    out(f"{done} checks, {len(failed)} failed")
+    for line in failed:
+        out(f"FAILED {line}")
+    return bool(done) and not failed
+
+
+def _line(check):
+    tensor = check.tensor if len(check.tensor) <= 58 else "..." + check.tensor[-55:]
+    return (f"{check.group:<15} {check.component:<22} {tensor:<58} {check.error:9.2e} "
+            f"{check.relative:9.2e} {check.tolerance:9.2e}  {'ok' if check.ok else 'FAIL'}")

@@ -1,0 +1,108 @@
+"""The Wan video transformer's table: official key <-> our path, LoRA and adapters included."""
+
+from converters.rules import KERNEL, SAME, Rule, Transform
+
+# Conv3d [D, C, 1, 2, 2] <-> linear over a flattened patch (row, column, channel) [4C, D].
+PATCH = Transform(lambda w: w[:, :, 0].transpose(2, 3, 1, 0).reshape(-1, w.shape[0]),
+                  lambda k: k.reshape(2, 2, -1, k.shape[-1]).transpose(3, 2, 0, 1)[:, :, None])
+# The official time_projection is Sequential(SiLU, Linear); text and time embeddings hold 0 and 2.
+_DENSE = ("text_embedding.0", "text_embedding.2", "time_embedding.0", "time_embedding.2")
+
+
+def _linear(source, target):
+    return [Rule(f"{source}.weight", f"{target}/kernel", KERNEL), Rule(f"{source}.bias", f"{target}/bias")]
+
+
+def _attention(name):
+    """Rows of one attention; the projections q, k, v, o share a template."""
+    base, ours = f"blocks.{{block}}.{name}", f"dit/blocks/{name}"
+    rows = [row for p in "qkvo" for row in _linear(f"{base}.{p}", f"{ours}/{p}")]
+    rows += [Rule(f"{base}.norm_{p}.weight", f"{ours}/norm_{p}/scale") for p in "qk"]
+    return rows
+
+
+def _lora(source, target):
+    """LoRA rows: stacked over the layers that have LoRA, field `lora`."""
+    return [Rule(f"blocks.{{lora}}.{source}.down_proj.weight", f"dit/blocks/{target}/lora_a", KERNEL),
+            Rule(f"blocks.{{lora}}.{source}.up_proj.weight", f"dit/blocks/{target}/lora_b", KERNEL)]
+
+
+BASE = (
+    Rule("patch_embedding.weight", "dit/patch_embedding/kernel", PATCH),
+    Rule("patch_embedding.bias", "dit/patch_embedding/bias"),
+    *(row for name in _DENSE for row in _linear(name, f"dit/{name.replace('.', '_')}")),
+    *_linear("time_projection.1", "dit/time_projection"),
+    Rule("blocks.{block}.modulation", "dit/blocks/modulation", SAME),
+    *_attention("self_attn"),
+    *_attention("cross_attn"),
+    Rule("blocks.{block}.norm3.weight", "dit/blocks/norm3/scale"),
+    Rule("blocks.{block}.norm3.bias", "dit/blocks/norm3/bias"),
+    *_linear("blocks.{block}.ffn.0", "dit/blocks/ffn/0"),
+    *_linear("blocks.{block}.ffn.2", "dit/blocks/ffn/2"),
+    Rule("head.modulation", "dit/head/modulation"),
+    *_linear("head.head", "dit/head/head"),
+)
+
+PEFT = (
+    *(row for a in ("self_attn", "cross_attn") for p in "qkvo"
+      for row in _lora(f"{a}.lora_{p}", f"{a}/{p}")),
+    *_lora("ffn_lora_in", "ffn/0"),
+    *_lora("ffn_lora_out", "ffn/2"),
+    Rule("wam_adapters.{layer}.norm.weight", "dit/adapters_{layer}/norm/scale"),
+    Rule("wam_adapters.{layer}.norm.bias", "dit/adapters_{layer}/norm/bias"),
+    *_linear("wam_adapters.{layer}.down_proj", "dit/adapters_{layer}/down"),
+    *_linear("wam_adapters.{layer}.up_proj", "dit/adapters_{layer}/up"),
+)
+
+RULES = BASE + PEFT
+
+
+def model_fields(shapes, head_dim=None):
+    """Fields of a `ModelConfig` that the keys and shapes of a DiT file tell.
+
+    Args:
+      shapes: {official key: shape}. head_dim: not in the shapes; None assumes Wan's 128.
+
+    Raises:
+      ValueError: a key is missing, or the width does not divide into heads.
+    """
+    def shape(key):
+        if key not in shapes:
+            raise ValueError(f"key {key} is missing; is this a Wan video transformer?")
+        return shapes[key]
+
+    blocks = sorted({int(key.split(".")[1]) for key in shapes if key.startswith("blocks.")})
+    if blocks != list(range(len(blocks))):
+        raise ValueError(f"blocks {blocks} have gaps; the file is incomplete")
+    dim, channels = shape("patch_embedding.weight")[:2]
+    width = shape("blocks.0.self_attn.q.weight")[0]
+    head_dim = head_dim or 128
+    if width % head_dim:
+        raise ValueError(f"attention width {width} is not a multiple of the head dim {head_dim}; "
+                         "the file does not tell it: pass --head_dim")
+    fields = dict(dim=dim, latent_channels=channels, num_layers=len(blocks), head_dim=head_dim,
+                  num_heads=width // head_dim, ffn_dim=shape("blocks.0.ffn.0.weight")[0],
+                  text_dim=shape("text_embedding.0.weight")[1],
+                  freq_dim=shape("time_embedding.0.weight")[1])
+    return {**fields, **_peft_fields(shapes)}
+
+
+def _peft_fields(shapes):
+    """LoRA and adapter fields; the scales alpha and adapter_scale are not in the shapes."""
+    loras = {}  # target -> {layer: rank}
+    for rule in PEFT[0:20:2]:
+        prefix, suffix = rule.source.split("{lora}")
+        target = rule.target.removeprefix("dit/blocks/").removesuffix("/lora_a").replace("/", ".")
+        for key, shape in shapes.items():
+            if key.startswith(prefix) and key.endswith(suffix) and key.split(".")[1].isdigit():
+                loras.setdefault(target, {})[int(key.split(".")[1])] = shape[0]
+    adapters = {int(key.split(".")[1]): shape[0] for key, shape in shapes.items()
+                if key.startswith("wam_adapters.") and key.endswith(".down_proj.weight")}
+    ranks = {rank for layers in loras.values() for rank in layers.values()}
+    layer_sets = {tuple(sorted(layers)) for layers in loras.values()}
+    if len(ranks) > 1 or len(layer_sets) > 1 or len(set(adapters.values())) > 1:
+        raise ValueError(f"LoRA ranks {sorted(ranks)} over layers {sorted(layer_sets)} and adapter widths "
+                         f"{sorted(set(adapters.values()))} are mixed; expected one of each")
+    return dict(lora_rank=ranks.pop() if ranks else 0, lora_targets=tuple(loras),
+                lora_layers=layer_sets.pop() if layer_sets else (),
+                adapter_layers=tuple(sorted(adapters)), adapter_dim=next(iter(adapters.values()), 0))

@@ -1,0 +1,103 @@
+"""Evaluates a trained policy.
+
+python evaluate.py --workdir runs/demo --mode demo        closed loop in the embedded simulator; HTML report
+python evaluate.py --workdir runs/x --mode open_loop      action errors on held-out recordings
+python evaluate.py --workdir runs/x --mode visualize      attention and imagined video on held-out recordings
+"""
+
+import dataclasses
+import pathlib
+import sys
+import time
+
+from absl import app, flags, logging
+
+# Simulator processes import this file again, so jax is imported inside the functions only.
+
+MODES = ("demo", "open_loop", "visualize")
+LATER = ("libero", "metaworld", "robotwin")
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "Run directory of train.py; results go there too.")
+_MODE = flags.DEFINE_string("mode", "demo", f"One of {', '.join(MODES)}.")
+_STEP = flags.DEFINE_integer("step", None, "Checkpoint to evaluate; default: the newest.")
+_EPISODES = flags.DEFINE_integer("episodes", None, "Default: config.evaluation.episodes.", lower_bound=1)
+_SEED = flags.DEFINE_integer("seed", None, "First episode seed; default: config.evaluation.first_seed.")
+_WORKERS = flags.DEFINE_integer("workers", None, "Default: config.evaluation.workers.", lower_bound=1)
+_STARTED = flags.DEFINE_float("started", None, "Unix time at which the pipeline began; default: now.")
+flags.mark_flag_as_required("workdir")
+
+
+def main(argv):
+    """Checks the flags, loads the policy and runs one mode."""
+    began = time.time() if _STARTED.value is None else _STARTED.value
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments {argv[1:]}")
+    if _MODE.value not in MODES:
+        problem = "is not in this version" if _MODE.value in LATER else "is unknown"
+        _fail(f"--mode {_MODE.value} {problem}; the modes are {', '.join(MODES)}")
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)  # Orbax reports every file it reads
+    from lightwam_jax import sharding
+    from lightwam_jax.inference.policy import Policy
+    sharding.enable_compilation_cache()
+    try:
+        policy = Policy.load(_WORKDIR.value, _STEP.value)
+        policy.config = _with_flags(policy.config)
+        run = {"demo": demo, "open_loop": open_loop, "visualize": visualize}[_MODE.value]
+        run(policy, pathlib.Path(_WORKDIR.value), began)
+    except (ValueError, FileNotFoundError) as error:
+        logging.debug("Where it was found:", exc_info=True)  # shown by --verbosity=1
+        _fail(error)
+
+
+def demo(policy, workdir, began):
+    """Trained policy, untrained policy and expert on held-out scenes."""
+    from lightwam_jax.evaluation import closed_loop
+    for name, rate in closed_loop.evaluate(policy, workdir, began).items():
+        print(f"{name:<12}{rate}")
+    print(f"summary     {workdir / 'summary.json'}\nreport      {workdir / 'report.html'}")
+
+
+def open_loop(policy, workdir, began):
+    """Action errors per dimension on the validation split."""
+    del began
+    from lightwam_jax.data import loader
+    from lightwam_jax.evaluation import open_loop as open_loop_lib
+    errors = open_loop_lib.evaluate(policy, loader.val_batches(policy.config))
+    print(open_loop_lib.write(workdir / "open_loop", errors))
+    print(f"written to {workdir / 'open_loop'}")
+
+
+def visualize(policy, workdir, began):
+    """Attention and imagined video on episodes of the validation split."""
+    del began
+    from lightwam_jax import visualize as draw
+    from lightwam_jax.data import episodes
+    from lightwam_jax.evaluation import closed_loop
+    recorded = {episode.id: episode for episode in episodes.load_episodes(policy.config)}
+    _, held_out = episodes.split(list(recorded.values()), policy.config.data.val_fraction)
+    if not held_out:
+        raise ValueError("config.data.val_fraction holds no episode out: every picture would show training data")
+    chosen = [recorded[name] for name in held_out[:6]]
+    directory = workdir / "visualize"
+    directory.mkdir(parents=True, exist_ok=True)
+    seen = [{"images": {c: e.frames(c, [e.length // 3])[0] for c in policy.config.data.cameras},
+             "state": e.state[e.length // 3], "prompt": e.task} for e in chosen[:3]]
+    draw.save_png(directory / "attention.png", draw.attention_sheet(policy, seen))
+    closed_loop.draw_future(policy, directory, chosen)
+    print(f"written to {directory}")
+
+
+def _with_flags(config):
+    given = {"episodes": _EPISODES.value, "first_seed": _SEED.value, "workers": _WORKERS.value}
+    given = {name: value for name, value in given.items() if value is not None}
+    return dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, **given))
+
+
+def _fail(error):
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,35 @@
+"""Composition root: from a config to the model and its initial parameters."""
+
+import jax.numpy as jnp
+
+from lightwam_jax.models import action, dit, lightwam
+
+
+def build_model(config):
+    """Returns the `LightWAM` module of a `ModelConfig`; no parameters are made."""
+    dtype = jnp.dtype(config.dtype)
+
+    def fields(module, **given):
+        names = module.__dataclass_fields__
+        return {**{name: getattr(config, name) for name in names if hasattr(config, name)},
+                "dtype": dtype, **given}
+
+    sources = action.resolve_sources(config.sources, config.layer_sources,
+                                     len(config.adapter_layers))
+    backbone = dit.WanDiT(**fields(dit.WanDiT))
+    expert = action.StateFusionActionExpert(
+        **fields(action.StateFusionActionExpert, layer_sources=sources))
+    return lightwam.LightWAM(dit=backbone, expert=expert, dtype=dtype)
+
+
+def init_params(model, rng, config):
+    """Random float32 parameters in the in-memory layout, for a `ModelConfig`.
+
+    Nested dict of arrays; under `jax.eval_shape`, of shapes, and no memory is touched. The grid
+    and batch used here leave no trace in the parameters.
+    """
+    latents = jnp.zeros((1, 1, 4, 4, config.latent_channels))
+    noisy = jnp.zeros((1, 2, 2, 2, config.latent_channels))
+    text = jnp.zeros((1, 1, config.text_dim))
+    proprio = jnp.zeros((1, config.proprio_dim))
+    return model.init(rng, noisy, jnp.zeros(1), latents, text, proprio, 1)["params"]

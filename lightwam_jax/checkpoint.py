@@ -1,0 +1,309 @@
+"""Checkpoints: Orbax arrays, a JSON account of them, and the assets that make them a policy.
+
+One checkpoint is one directory:
+
+    params/     what learns, canonical layout (blocks stacked; see `params.py`)
+    ema/        its moving average, if the run keeps one
+    frozen/     what does not learn, if anything: written once per run, then hard-linked into every
+                checkpoint, so that each directory is whole and the disk holds the weights once
+    optimizer/  Adam moments, in the in-memory layout (only the same run reads them)
+    meta/       step, config, and shape, dtype and digest of every array
+    assets/     normalisation statistics, text and codec files
+
+Orbax restores a flipped byte or another dtype without a word, so every array is checked against
+its digest after reading. The digest does not depend on the mesh.
+"""
+
+import dataclasses
+import json
+import pathlib
+import shutil
+
+import jax
+import orbax.checkpoint as ocp
+from absl import logging
+from jax.experimental import multihost_utils
+
+from lightwam_jax import config as config_lib
+from lightwam_jax import params as params_lib
+from lightwam_jax import sharding, storage
+
+
+def _dict(config):
+    return json.loads(config_lib.to_json(config))
+
+
+def config_differences(old, new):
+    """Returns {dotted key: (old, new)} where two nested dicts differ; absent values are None."""
+    old, new = (params_lib.flatten(json.loads(json.dumps(x))) for x in (old, new))
+    return {
+        key.replace("/", "."): (old.get(key), new.get(key))
+        for key in sorted(set(old) | set(new))
+        if old.get(key) != new.get(key)
+    }
+
+
+# ---- training ----------------------------------------------------------------------------------
+
+
+class Checkpoints:
+    """The checkpoints of one run: `<workdir>/checkpoints/<step>/`.
+
+    Args:
+      workdir: run directory.
+      config: `Config`; `train.keep_last` checkpoints are kept.
+      assets: directory copied into every checkpoint, or None.
+    """
+
+    def __init__(self, workdir, config, assets=None):
+        self.workdir = pathlib.Path(workdir).absolute()
+        self.directory = self.workdir / "checkpoints"
+        self.config = config
+        self.assets = assets
+        self._frozen_files = self._frozen_account = None  # known after the first save or restore
+        self._manager = ocp.CheckpointManager(
+            self.directory,
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=config.train.keep_last, cleanup_tmp_directories=True
+            ),
+        )
+
+    def latest_step(self):
+        """Returns the newest saved step, or None."""
+        return self._manager.latest_step()
+
+    def save(self, step, items, frozen, extra):
+        """Starts saving; returns once the arrays may be overwritten.
+
+        Args:
+          step: int.
+          items: {"params": tree, "optimizer": tree, ...} of what changes, canonical layout.
+          frozen: tree of what does not; written with the first checkpoint only.
+          extra: JSON-able values for the meta item.
+        """
+        accounts = {name: storage.account(tree) for name, tree in items.items()}
+        args = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
+        if frozen is not None:
+            if self._frozen_files is None:
+                self._write_frozen(frozen())
+            accounts["frozen"] = self._frozen_account
+            args["frozen"] = storage.Files(str(self._frozen_files), link=True)
+        if self.assets is not None:
+            args["assets"] = storage.Files(str(self.assets))
+        args["meta"] = ocp.args.JsonSave(make_meta(step, _dict(self.config), accounts, extra))
+        self._manager.save(step, args=ocp.args.Composite(**args))
+
+    def _write_frozen(self, tree):
+        self._frozen_files = self.workdir / "frozen_params"
+        self._frozen_account = storage.account(tree)
+        with ocp.StandardCheckpointer() as writer:
+            writer.save(self._frozen_files, tree, force=True)
+
+    def restore(self, targets):
+        """Restores the newest intact checkpoint.
+
+        A damaged one is moved to `<workdir>/damaged_checkpoints/` with a warning, and the one
+        before it is tried.
+
+        Args:
+          targets: {item: tree of ShapeDtypeStructs with shardings}, as given to `save`, and
+            "frozen".
+
+        Returns:
+          ({item: tree of arrays}, meta), or None where there is no checkpoint.
+
+        Raises:
+          ValueError: the checkpoint is another model's, or all of them are damaged.
+        """
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        damage = []
+        for step in steps:
+            directory = self.directory / str(step)
+            try:
+                meta = storage.read_meta(directory)
+                self._check_model(directory, meta, targets)
+                items = {
+                    name: storage.read_item(directory, name, target, meta)
+                    for name, target in targets.items()
+                    if target
+                }
+            except storage.DamagedCheckpointError as error:
+                damage.append(str(error))
+                logging.warning("Checkpoint %s is damaged: %s", step, error)
+                continue
+            self._set_aside([s for s in steps if s > step])
+            if targets.get("frozen"):
+                self._frozen_files = directory / "frozen"
+                self._frozen_account = meta["arrays"]["frozen"]
+            return {name: items.get(name, {}) for name in targets}, meta
+        if damage:
+            raise ValueError(
+                f"none of the checkpoints in {self.directory} is intact:\n  "
+                + "\n  ".join(damage)
+                + "\nrestore the directory from a copy, or start again in another --workdir"
+            )
+        return None
+
+    def _set_aside(self, steps):
+        for step in steps:
+            place = self.workdir / "damaged_checkpoints" / str(step)
+            logging.warning("Moving damaged checkpoint %s to %s", step, place)
+            if jax.process_index() == 0:
+                place.parent.mkdir(exist_ok=True)
+                shutil.rmtree(place, ignore_errors=True)
+                shutil.move(self.directory / str(step), place)
+        if steps:
+            multihost_utils.sync_global_devices("damaged checkpoints set aside")
+            self._manager.reload()
+
+    def _check_model(self, directory, meta, targets):
+        changed = config_differences(meta["config"]["model"], _dict(self.config)["model"])
+        keys = "".join(
+            f"\n  config.model.{k}: {old!r} in the checkpoint, {new!r} now"
+            for k, (old, new) in changed.items()
+        )
+        for name, target in targets.items():
+            try:
+                params_lib.check_same_structure(
+                    storage.stored_shapes(meta, name) if name in meta["arrays"] else {},
+                    target,
+                    f"{directory}/{name}",
+                )
+            except ValueError as error:
+                raise ValueError(
+                    f"{error}{keys}\ncontinue with the checkpoint's config, or choose another "
+                    "--workdir"
+                ) from error
+
+    def preempted(self, step):
+        """Whether the scheduler wants this run, of several processes, to stop after `step`."""
+        return jax.process_count() > 1 and self._manager.reached_preemption(step)
+
+    def wait(self):
+        """Waits for the save under way; raises what went wrong in it (such as a full disk)."""
+        self._manager.wait_until_finished()
+
+    def close(self):
+        """Waits and releases the background threads."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+
+def make_meta(step, config, accounts, extra):
+    """Returns the meta item: everything of a checkpoint that is not an array or a file."""
+    return {
+        "format": storage.FORMAT,
+        "step": step,
+        "config": config,
+        "arrays": accounts,
+        "versions": {"jax": jax.__version__, "orbax": ocp.__version__},
+        **extra,
+    }
+
+
+# ---- policies ----------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """What inference needs from a checkpoint.
+
+    Attributes:
+      params: all parameters, canonical layout, in the dtypes they were stored in;
+        `params.segmented(params, config.model)` gives the in-memory layout.
+      config: `Config` of the run, or None where a converter wrote the parameters.
+      meta: the meta item.
+      assets: directory of statistics, text and codec files, or None.
+      path: the checkpoint directory.
+    """
+
+    params: dict
+    config: config_lib.Config | None
+    meta: dict
+    assets: pathlib.Path | None
+    path: pathlib.Path
+
+
+def find_checkpoint(path):
+    """Returns the checkpoint directory that `path` means: itself, or the newest of a run.
+
+    Raises:
+      FileNotFoundError: there is none.
+    """
+    path = pathlib.Path(path).absolute()
+    if (path / "meta").is_dir():
+        return path
+    for parent in (path, path / "checkpoints"):
+        steps = (
+            [int(p.name) for p in parent.iterdir() if p.name.isdigit()] if parent.is_dir() else []
+        )
+        if steps:
+            return parent / str(max(steps))
+    raise FileNotFoundError(
+        f"no checkpoint in {path}; expected a run directory (--workdir of train.py), its "
+        "checkpoints/ or one checkpoint"
+    )
+
+
+def save_params(directory, params, meta=None, assets=None):
+    """Writes parameters as a checkpoint without optimizer: what converters produce.
+
+    Args:
+      directory: must not exist.
+      params: all parameters, canonical layout, numpy or jax arrays.
+      meta: JSON-able values; `config` (a `Config` as a dict, or {"model": ...}) if known.
+      assets: directory to copy in, or None.
+    """
+    directory = pathlib.Path(directory).absolute()
+    meta = dict(meta or {})
+    step, config = meta.pop("step", 0), meta.pop("config", None)
+    args = {
+        "params": ocp.args.StandardSave(params),
+        "meta": ocp.args.JsonSave(
+            make_meta(step, config, {"params": storage.account(params)}, meta)
+        ),
+    }
+    if assets is not None:
+        args["assets"] = storage.Files(str(assets))
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as writer:
+        writer.save(directory, args=ocp.args.Composite(**args))
+
+
+def load_params(path, mesh=None):
+    """Reads the parameters of a checkpoint, and of its optimizer nothing.
+
+    The moving average is taken where the run kept one.
+
+    Args:
+      path: a run directory, or one checkpoint.
+      mesh: where the arrays go (`sharding.make_mesh`); None: the first local device.
+
+    Returns:
+      `Policy`.
+
+    Raises:
+      FileNotFoundError: no checkpoint there.
+      storage.DamagedCheckpointError: files missing or altered.
+    """
+    directory = find_checkpoint(path)
+    meta = storage.read_meta(directory)
+    learned = "ema" if "ema" in meta["arrays"] else "params"
+    parts = []
+    for name in (learned, "frozen"):
+        if name not in meta["arrays"]:
+            continue
+        shapes = storage.stored_shapes(meta, name)
+        places = sharding.tree_shardings(mesh or sharding.single_device_mesh(), shapes)
+        parts.append(
+            storage.read_item(directory, name, sharding.with_shardings(shapes, places), meta)
+        )
+    config = meta["config"]
+    whole = config is not None and "train" in config
+    assets = directory / "assets"
+    return Policy(
+        params=params_lib.merge(*parts),
+        meta=meta,
+        path=directory,
+        config=config_lib.from_config_dict(config) if whole else None,
+        assets=assets if assets.is_dir() else None,
+    )

@@ -1,0 +1,247 @@
+"""From a ConfigDict to frozen dataclasses: below this file no ConfigDict exists.
+
+The dataclasses mirror `configs/base.py` section by section. A key that is missing, unknown or of
+another type is an error before anything else happens.
+"""
+
+import dataclasses
+import difflib
+import json
+import typing
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Sizes and dtypes; see `models/variants.py`."""
+    variant: str
+    dim: int
+    num_heads: int
+    head_dim: int
+    ffn_dim: int
+    num_layers: int
+    text_dim: int
+    freq_dim: int
+    latent_channels: int
+    eps: float
+    attention_mask: str
+    lora_rank: int
+    lora_alpha: float
+    lora_layers: tuple
+    lora_targets: tuple
+    adapter_layers: tuple
+    adapter_dim: int
+    adapter_scale: float
+    pooling: str
+    num_queries: int
+    pool_heads: int
+    merge_dim: int
+    merge_slots: int
+    sources: tuple
+    layer_sources: tuple
+    per_layer_dim: int
+    trunk_dim: int
+    trunk_blocks: int
+    step_pos_dim: int
+    action_dim: int
+    proprio_dim: int
+    dtype: str
+    frozen_dtype: str
+    attention: str
+    remat: str
+    scan_unroll: int
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+    downsample: int
+    lambda_video: float
+    lambda_action: float
+    residual_target: bool
+    temporal_weighting: bool
+    prefix_steps: int
+    prefix_weight: float
+    tail_weight: float
+    shift: float
+    mask_text_padding: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    source: str
+    path: str
+    cache: str
+    cameras: tuple
+    layout: str
+    canvas: tuple
+    codec: str
+    text_encoder: str
+    prompt_template: str
+    text_len: int
+    num_frames: int
+    frame_stride: int
+    action_horizon: int
+    normalization: str
+    delta_mask: tuple
+    val_fraction: float
+    workers: int
+    threads: int
+    prefetch: int
+
+    @property
+    def video_frames(self):
+        """Video frames of a window: raw frames 0, stride, 2 stride, ..."""
+        return (self.num_frames - 1) // self.frame_stride + 1
+
+    @property
+    def latent_frames(self):
+        """Latent frames of a window: 1 + one per four further video frames."""
+        return 1 + (self.video_frames - 1) // 4
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    lr: float
+    warmup_steps: int
+    final_lr_ratio: float
+    b1: float
+    b2: float
+    eps: float
+    weight_decay: float
+    clip_norm: float
+    accum_steps: int
+    ema_decay: float
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    trainable: tuple
+    init: str
+    steps: int
+    batch_size: int
+    log_every: int
+    eval_every: int
+    eval_batches: int
+    checkpoint_every: int
+    keep_last: int
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    data: int
+    fsdp: int
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationConfig:
+    episodes: int
+    first_seed: int
+    replan: int
+    max_steps: int
+    workers: int
+    batch: int
+    videos: int
+
+
+@dataclasses.dataclass(frozen=True)
+class DemoConfig:
+    episodes: int
+    first_seed: int
+    workers: int
+    image_size: int
+    action_noise: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A whole run. Fields are the sections of `configs/base.py`."""
+    name: str
+    seed: int
+    model: ModelConfig
+    loss: LossConfig
+    data: DataConfig
+    optimizer: OptimizerConfig
+    train: TrainConfig
+    mesh: MeshConfig
+    evaluation: EvaluationConfig
+    demo: DemoConfig
+
+
+def from_config_dict(tree):
+    """Returns the `Config` of a ConfigDict (or plain nested dict), checked key by key.
+
+    Raises:
+      ValueError: unknown or missing key, a value of another type, or values that contradict
+        each other; the message names the key and what was expected.
+    """
+    tree = tree.to_dict() if hasattr(tree, "to_dict") else tree
+    config = _section(Config, tree, "config")
+    _check(config)
+    return config
+
+
+def to_json(config):
+    """Returns the resolved config as indented JSON; `from_json` is its inverse."""
+    return json.dumps(dataclasses.asdict(config), indent=2)
+
+
+def from_json(text):
+    """Returns the `Config` that `to_json` wrote."""
+    return from_config_dict(json.loads(text))
+
+
+def _section(cls, tree, path):
+    hints = typing.get_type_hints(cls)
+    for key in tree:
+        if key not in hints:
+            near = difflib.get_close_matches(key, hints, n=1)
+            advice = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(sorted(hints))}"
+            raise ValueError(f"{path}.{key} is not a config key; {advice}")
+    missing = sorted(set(hints) - set(tree))
+    if missing:
+        raise ValueError(f"{path} lacks {', '.join(missing)}; configs/base.py has every key with its default")
+    return cls(**{key: _value(kind, tree[key], f"{path}.{key}") for key, kind in hints.items()})
+
+
+def _value(kind, value, path):
+    if dataclasses.is_dataclass(kind):
+        return _section(kind, value, path)
+    if kind is tuple and isinstance(value, (list, tuple)):
+        return tuple(tuple(v) if isinstance(v, (list, tuple)) else v for v in value)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise ValueError(f"{path} is {value!r} ({type(value).__name__}); expected {kind.__name__}")
+    return value
+
+
+def _one_of(path, value, choices):
+    if value not in choices:
+        raise ValueError(f"{path} is {value!r}; expected one of {', '.join(map(repr, choices))}")
+
+
+def _check(c):
+    """Contradictions that would otherwise surface minutes later, inside a compiled function."""
+    _one_of("config.model.attention_mask", c.model.attention_mask,
+            ("first_frame_causal", "per_frame_causal", "bidirectional"))
+    _one_of("config.model.pooling", c.model.pooling, ("learned_query", "mean"))
+    _one_of("config.model.attention", c.model.attention, ("xla", "cudnn"))
+    _one_of("config.model.remat", c.model.remat, ("none", "full", "dots"))
+    _one_of("config.loss.downsample", c.loss.downsample, (1, 2, 4))
+    _one_of("config.data.normalization", c.data.normalization, ("min_max", "z_score"))
+    d = c.data
+    if (d.num_frames - 1) % d.frame_stride or (d.video_frames - 1) % 4:
+        raise ValueError(
+            f"config.data.num_frames={d.num_frames} with frame_stride={d.frame_stride} gives {d.video_frames} video "
+            "frames; expected 1 + a multiple of 4 (the video codec packs four frames into one latent frame)")
+    if d.video_frames > 1 and d.action_horizon % (d.video_frames - 1):
+        raise ValueError(f"config.data.action_horizon={d.action_horizon} must be a multiple of the "
+                         f"{d.video_frames - 1} future video frames")
+    if d.delta_mask and len(d.delta_mask) != c.model.action_dim:
+        raise ValueError(f"config.data.delta_mask has {len(d.delta_mask)} entries, config.model.action_dim is "
+                         f"{c.model.action_dim}; give one per action dimension or ()")
+    if c.train.batch_size % c.optimizer.accum_steps:
+        raise ValueError(f"config.train.batch_size={c.train.batch_size} must be a multiple of "
+                         f"config.optimizer.accum_steps={c.optimizer.accum_steps}")
+    if c.evaluation.replan > d.action_horizon:
+        raise ValueError(f"config.evaluation.replan={c.evaluation.replan} executes more steps than the chunk of "
+                         f"config.data.action_horizon={d.action_horizon} has")

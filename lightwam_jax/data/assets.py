@@ -1,0 +1,87 @@
+"""What turns pictures and physical units into model inputs and back: the assets of a policy.
+
+The directory travels inside every checkpoint, so that a checkpoint is a policy by itself:
+
+  dataset_stats.json   normalisation statistics
+  codec/               latent codec
+  text/                embeddings of the known prompts, and which encoder made them
+"""
+
+import dataclasses
+import os
+
+from lightwam_jax.data import codec as codec_lib
+from lightwam_jax.data import normalize
+from lightwam_jax.data import text as text_lib
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Assets:
+    """Loaded assets.
+
+    Attributes:
+      state: Normalizer of the proprioception [P].
+      action: Normalizer of the actions [A].
+      codec: Codec.
+      text_encoder: CachedTextEncoder: known prompts from the cache, new ones encoded.
+      statistics: dataset_stats.json.
+    """
+    state: normalize.Normalizer
+    action: normalize.Normalizer
+    codec: codec_lib.Codec
+    text_encoder: text_lib.CachedTextEncoder
+    statistics: dict
+
+
+def assets_directory(config):
+    """Returns the assets directory of a run: in the cache of its data; None for source "fake"."""
+    return None if config.data.source == "fake" else os.path.join(config.data.cache, "assets")
+
+
+def load_assets(directory, config):
+    """Returns the `Assets` in `directory` (of a cache or a checkpoint), checked.
+
+    Raises:
+      FileNotFoundError: something is missing; says how to make it.
+      ValueError: widths, codec channels or text encoder are not the config's.
+    """
+    statistics, state, action = load_normalizers(directory, config)
+    codec = codec_lib.load(os.path.join(directory, "codec"))
+    if codec.latent_channels != config.model.latent_channels:
+        raise ValueError(
+            f"the codec in {directory}/codec has {codec.latent_channels} channels, "
+            f"config.model.latent_channels is {config.model.latent_channels}: run python -m "
+            "lightwam_jax.precompute --config CONFIG --what latents, or change the config")
+    encoder = text_lib.make_encoder(config.data.text_encoder, config.model.text_dim)
+    cached = text_lib.CachedTextEncoder(encoder, load_text(directory, config))
+    return Assets(state, action, codec, cached, statistics)
+
+
+def load_normalizers(directory, config):
+    """Returns (statistics, state Normalizer, action Normalizer) of an assets directory."""
+    statistics = normalize.read_statistics(
+        os.path.join(directory, "dataset_stats.json"), config.model.proprio_dim,
+        config.model.action_dim)
+    mode = config.data.normalization
+    return (statistics, normalize.from_statistics(statistics, "state", mode),
+            normalize.from_statistics(statistics, "action", mode))
+
+
+def load_text(directory, config):
+    """Returns the `TextCache` of an assets directory, checked against the config.
+
+    Raises:
+      ValueError: made with another encoder, width or template; every difference is listed.
+    """
+    cache = text_lib.TextCache(os.path.join(directory, "text"))
+    pairs = {"data.text_encoder": (cache.kind, config.data.text_encoder),
+             "data.prompt_template": (cache.template, config.data.prompt_template),
+             "model.text_dim": (cache.dim, config.model.text_dim)}
+    lines = [f"config.{key}: cache {have!r}, config {want!r}"
+             for key, (have, want) in pairs.items() if have != want]
+    if lines:
+        raise ValueError(
+            f"the text embeddings in {directory}/text were made for another config:\n  "
+            + "\n  ".join(lines) + "\nMake them again with: python -m lightwam_jax.precompute "
+            "--config CONFIG --what text")
+    return cache

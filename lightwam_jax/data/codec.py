@@ -1,0 +1,242 @@
+"""Latent codecs: pictures to the latents the backbone sees, and back.
+
+Every codec has the interface of the Wan VAE: video frame 0 becomes latent frame 0, each later
+latent frame packs four video frames, and a latent cell covers 8x8 pixels.
+"""
+
+import functools
+import hashlib
+import json
+import os
+import typing
+
+import einops
+import jax
+import numpy as np
+
+STRIDE = 8  # pixels per latent cell
+GROUP = 4  # video frames per latent frame, after the first
+_CHUNK_BYTES = 1 << 20  # pixels encoded at once: four times as fast as chunks beyond the cache
+_CHROMA = 2.0  # weight of colour differences against brightness when components are chosen
+
+
+class Codec(typing.Protocol):
+    """What the cache, the policy and the figures use.
+
+    Attributes:
+      latent_channels: C.
+      stride: pixels per latent cell.
+      id: changes whenever the latents would.
+      arrays: pytree of weights, the first argument of the two pure functions below.
+    """
+    latent_channels: int
+    stride: int
+    id: str
+    arrays: dict
+
+    def encode(self, video):
+        """uint8 [B, T, H, W, 3], T = 1 + 4k -> latents f32 [B, 1 + k, H/8, W/8, C]."""
+        ...
+
+    def decode(self, latents):
+        """Latents [B, F, h, w, C] -> uint8 [B, 4F - 3, 8h, 8w, 3]."""
+        ...
+
+    @staticmethod
+    def encode_with(arrays, video):
+        """`encode` as a pure function of arrays: numpy in, numpy out; traced in, traced out."""
+        ...
+
+    def save(self, directory):
+        """Writes codec.json and codec.npz; `load` reads them."""
+        ...
+
+
+class PcaCodec:
+    """Principal components of 8x8 patches (frame 0) and of 4x8x8 patches (later groups of four).
+
+    Fitted on the data in seconds, so that a demo needs no pretrained weights.
+
+    Metric: components are chosen with colour differences counted twice as much as brightness;
+    otherwise a small object keeps its outline and loses its colour, which is what an instruction
+    names it by.
+
+    Scaling: component i, of standard deviation s_i, becomes a latent of deviation ~ sqrt(s_i), the
+    mean variance over channels being 1 per frame kind (`whitening` = 0.5). Unit variance for every
+    channel (1.0) would spend most of the video loss on the least visible components and amplify
+    their noise; one factor for all (0.0) would bury the small ones, which hold the edges that
+    localise objects, in the flow's unit noise.
+    """
+
+    stride = STRIDE
+
+    def __init__(self, arrays):
+        self.arrays = arrays
+        self.latent_channels = arrays["first_encode"].shape[1]
+
+    @functools.cached_property
+    def id(self):
+        digest = hashlib.sha256()
+        for name in sorted(self.arrays):
+            digest.update(name.encode() + np.ascontiguousarray(self.arrays[name]).tobytes())
+        return f"pca-{digest.hexdigest()[:16]}"
+
+    @classmethod
+    def fit(cls, videos, channels, whitening=0.5):
+        """Returns the codec fitted on uint8 clips [N, T, H, W, 3], T = 1 + 4k; deterministic.
+
+        Args:
+          videos: the clips; a few hundred are plenty.
+          channels: C, at most 192.
+          whitening: see the class.
+        """
+        _check_video(videos)
+        if videos.shape[1] < 1 + GROUP or not 0 < channels <= 3 * STRIDE**2:
+            raise ValueError(
+                f"PCA codec of {channels} channels on clips of {videos.shape[1]} frames; expected "
+                f"1 to {3 * STRIDE**2} channels and at least {1 + GROUP} frames")
+        singles = einops.rearrange(videos[:, ::GROUP], "n t h w c -> (n t) h w c")
+        arrays = {}
+        patches = {"first": _first_patches(singles), "later": _later_patches(videos)}
+        for kind, values in patches.items():
+            for name, array in _fit_basis(values, channels, whitening).items():
+                arrays[f"{kind}_{name}"] = array
+        return cls(arrays)
+
+    @staticmethod
+    def encode_with(arrays, video):
+        """uint8 [B, T, H, W, 3] -> f32 [B, F, H/8, W/8, C]; numpy or traced jax arrays."""
+        with jax.default_matmul_precision("highest"):  # accelerators would round to bfloat16
+            first = _first_patches(video[:, 0]).astype(np.float32)
+            latents = [(first @ arrays["first_encode"] + arrays["first_bias"])[:, None]]
+            if video.shape[1] > 1:
+                later = _later_patches(video).astype(np.float32)
+                latents.append(later @ arrays["later_encode"] + arrays["later_bias"])
+        return _namespace(video).concatenate(latents, axis=1)
+
+    @staticmethod
+    def decode_with(arrays, latents):
+        """[B, F, h, w, C] -> f32 [B, 4F - 3, 8h, 8w, 3], in 0..255 but for overshoot."""
+        latents = latents.astype(np.float32)
+        with jax.default_matmul_precision("highest"):
+            first = latents[:, :1] @ arrays["first_decode"] + arrays["first_mean"]
+            later = latents[:, 1:] @ arrays["later_decode"] + arrays["later_mean"]
+        first = einops.rearrange(first, "b f h w (p q c) -> b f (h p) (w q) c",
+                                 p=STRIDE, q=STRIDE)
+        later = einops.rearrange(later, "b f h w (g p q c) -> b (f g) (h p) (w q) c",
+                                 g=GROUP, p=STRIDE, q=STRIDE)
+        return _namespace(latents).concatenate([first, later], axis=1)
+
+    def encode(self, video):
+        """uint8 [B, T, H, W, 3] -> latents f32 [B, 1 + (T-1)//4, H/8, W/8, C], on the host.
+
+        Raises:
+          ValueError: not uint8, sides not multiples of 8, or T not 1 + a multiple of 4.
+        """
+        _check_video(video)
+        rows = max(1, _CHUNK_BYTES // max(1, video[:1].size))
+        chunks = [self.encode_with(self.arrays, video[i:i + rows])
+                  for i in range(0, len(video), rows)]
+        return np.concatenate(chunks)
+
+    def decode(self, latents):
+        """Latents [B, F, h, w, C] -> uint8 [B, 4F - 3, 8h, 8w, 3], on the host."""
+        latents = np.asarray(latents)
+        if latents.ndim != 5 or latents.shape[-1] != self.latent_channels:
+            raise ValueError(f"latents have shape {list(latents.shape)}; expected "
+                             f"[B, F, h, w, {self.latent_channels}]")
+        pixels = self.decode_with(self.arrays, latents)
+        return np.clip(np.rint(pixels), 0, 255).astype(np.uint8)
+
+    def save(self, directory):
+        """Writes codec.json and codec.npz into `directory`."""
+        os.makedirs(directory, exist_ok=True)
+        np.savez(os.path.join(directory, "codec.npz"), **self.arrays)
+        with open(os.path.join(directory, "codec.json"), "w") as f:
+            json.dump({"kind": "pca", "id": self.id, "latent_channels": self.latent_channels}, f,
+                      indent=2)
+
+
+def load(directory):
+    """Returns the `Codec` saved in `directory`.
+
+    Raises:
+      FileNotFoundError: no codec there; says how to make one.
+      ValueError: unknown kind, or arrays that are not the ones codec.json describes.
+    """
+    path = os.path.join(directory, "codec.json")
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"{path} is missing; make it with: "
+                                "python -m lightwam_jax.precompute --config CONFIG --what latents")
+    with open(path) as f:
+        description = json.load(f)
+    if description["kind"] != "pca":
+        raise ValueError(
+            f"{path}: codec kind {description['kind']!r} is unknown; known kinds: 'pca'")
+    with np.load(os.path.join(directory, "codec.npz")) as stored:
+        codec = PcaCodec(dict(stored))
+    if codec.id != description["id"]:
+        raise ValueError(
+            f"{directory}/codec.npz is {codec.id}, codec.json says {description['id']}: one of "
+            f"them was replaced; delete {directory} and run python -m lightwam_jax.precompute "
+            "--config CONFIG --what latents")
+    return codec
+
+
+def psnr(pictures, reference):
+    """Returns the peak signal-to-noise ratio in dB of uint8 arrays of one shape."""
+    error = np.mean((pictures.astype(np.float32) - reference.astype(np.float32)) ** 2)
+    return float(10 * np.log10(255.0**2 / max(error, 1e-12)))
+
+
+def _check_video(video):
+    if video.dtype != np.uint8 or video.ndim != 5 or video.shape[-1] != 3:
+        raise ValueError(
+            f"video is {video.dtype} {list(video.shape)}; expected uint8 [B, T, H, W, 3]")
+    _, t, h, w, _ = video.shape
+    if (t - 1) % GROUP or h % STRIDE or w % STRIDE:
+        raise ValueError(
+            f"video of {t} frames of {h}x{w}; expected 1 + a multiple of {GROUP} frames and sides "
+            f"that are multiples of {STRIDE}: change config.data.num_frames or config.data.canvas")
+
+
+def _namespace(x):
+    return np if isinstance(x, np.ndarray) else jax.numpy
+
+
+def _first_patches(frames):
+    """[B, H, W, 3] -> [B, h, w, 192]."""
+    return einops.rearrange(frames, "b (h p) (w q) c -> b h w (p q c)", p=STRIDE, q=STRIDE)
+
+
+def _later_patches(video):
+    """[B, T, H, W, 3] -> [B, F-1, h, w, 768]; frame 0 left out."""
+    return einops.rearrange(video[:, 1:], "b (f g) (h p) (w q) c -> b f h w (g p q c)",
+                            g=GROUP, p=STRIDE, q=STRIDE)
+
+
+def _fit_basis(patches, channels, whitening):
+    """Principal components of uint8 patches [..., D] as the two matrix products of a codec.
+
+    Returns f32 encode [D, C], bias [C] (latent = patch @ encode + bias), decode [C, D], mean [D]
+    (patch = latent @ decode + mean).
+    """
+    dim = patches.shape[-1]
+    x = patches.reshape(-1, dim).astype(np.float32)
+    mean = x.mean(0, dtype=np.float64)
+    x -= mean.astype(np.float32)
+    covariance = (x.T @ x).astype(np.float64) / len(x)
+    gray = np.full((3, 3), 1 / 3)
+    metric = np.kron(np.eye(dim // 3), gray + _CHROMA * (np.eye(3) - gray))  # symmetric
+    values, vectors = np.linalg.eigh(metric @ covariance @ metric)
+    values, vectors = values[::-1][:channels], vectors[:, ::-1][:, :channels]
+    # An eigenvector's sign is arbitrary: fix it, or two fits of the same data would differ.
+    largest = np.abs(vectors).argmax(0)
+    vectors = vectors * np.sign(vectors[largest, np.arange(channels)])
+    deviation = np.sqrt(np.maximum(values, 1e-8))
+    scale = deviation**-whitening
+    scale /= np.sqrt(np.mean((deviation * scale) ** 2))
+    encode = metric @ vectors * scale
+    decode = np.linalg.solve(metric, vectors / scale).T
+    arrays = {"encode": encode, "bias": -mean @ encode, "decode": decode, "mean": mean}
+    return {name: array.astype(np.float32) for name, array in arrays.items()}

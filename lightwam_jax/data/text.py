@@ -1,0 +1,181 @@
+"""Prompts, text encoders, and the cached text embeddings.
+
+The large text encoder never runs during training: precompute embeds each prompt once, and the
+policy embeds only prompts that are not in the cache.
+"""
+
+import functools
+import hashlib
+import json
+import os
+import re
+import typing
+
+import ml_dtypes
+import numpy as np
+import tqdm
+
+_ENCODE = "python -m lightwam_jax.precompute --config CONFIG --what text"
+
+
+def prompt(task, template):
+    """Returns the text that is encoded for an instruction; `template` holds "{task}" once."""
+    if "{task}" not in template:
+        raise ValueError(
+            f"config.data.prompt_template={template!r} has no '{{task}}': every task would get the "
+            "same text; write '{task}' where the instruction belongs")
+    return template.replace("{task}", " ".join(task.split()))
+
+
+class TextEncoder(typing.Protocol):
+    """Attributes: dim, the width of a row; id, which tells encoders (and their weights) apart."""
+    dim: int
+    id: str
+
+    def encode(self, prompts, text_len):
+        """Returns (context f32 [n, L, dim], zero past the text; mask bool [n, L], true on it)."""
+        ...
+
+
+class HashedTextEncoder:
+    """Fixed random vectors per word: deterministic, nothing to download or to fit.
+
+    Row i is the vector of word i plus a weaker one of position i (without it "the red cube in the
+    blue bowl" and "the blue cube in the red bowl" would be the same set of rows), unit variance.
+    """
+
+    _POSITION = 0.35  # amplitude of the position vector: it tells order, it does not hide the word
+
+    def __init__(self, dim):
+        self.dim = dim
+        self.id = f"hashed-v1-{dim}"
+
+    def encode(self, prompts, text_len):
+        """Returns (context f32 [n, L, dim], mask bool [n, L]).
+
+        Raises:
+          ValueError: a prompt without words, or with more than L.
+        """
+        context = np.zeros((len(prompts), text_len, self.dim), np.float32)
+        mask = np.zeros((len(prompts), text_len), bool)
+        for row, text in enumerate(prompts):
+            words = re.findall(r"[a-z0-9']+", text.lower())
+            if not 0 < len(words) <= text_len:
+                raise ValueError(f"prompt {text!r} has {len(words)} words; expected 1 to "
+                                 f"config.data.text_len={text_len}")
+            for i, word in enumerate(words):
+                place = _gaussian(f"position {i}", self.dim)
+                vector = _gaussian(word, self.dim) + self._POSITION * place
+                context[row, i] = vector / np.sqrt(1 + self._POSITION ** 2)
+            mask[row, :len(words)] = True
+        return context, mask
+
+
+@functools.lru_cache(maxsize=4096)
+def _gaussian(word, dim):
+    """[dim] f32, standard normal, a function of the word alone.
+
+    Box-Muller on a counter of sha256 digests rather than a numpy Generator: numpy may change its
+    streams, and a checkpoint must find the same vectors years later.
+    """
+    digests = b"".join(hashlib.sha256(f"{word}/{i}".encode()).digest()
+                       for i in range((dim + 3) // 4))
+    u = (np.frombuffer(digests, "<u4").astype(np.float64)[:2 * dim] + 0.5) / 2 ** 32
+    return (np.sqrt(-2 * np.log(u[:dim])) * np.cos(2 * np.pi * u[dim:])).astype(np.float32)
+
+
+def make_encoder(kind, dim):
+    """Returns the `TextEncoder` of config.data.text_encoder with rows of config.model.text_dim."""
+    if kind == "hashed":
+        return HashedTextEncoder(dim)
+    raise ValueError(
+        f"config.data.text_encoder={kind!r} has no encoder here; known encoders: 'hashed'")
+
+
+class TextCache:
+    """Text embeddings of known prompts, memory-mapped; only the rows of real text are stored.
+
+    Attributes:
+      kind, template: config.data.text_encoder and prompt_template it was made with.
+      encoder_id, dim: of the encoder.
+      prompts: tuple of str.
+    """
+
+    def __init__(self, directory):
+        index_path = os.path.join(directory, "index.json")
+        if not os.path.exists(index_path):
+            raise FileNotFoundError(f"{index_path} is missing; make it with: {_ENCODE}")
+        with open(index_path) as f:
+            index = json.load(f)
+        self.kind, self.template = index["kind"], index["template"]
+        self.encoder_id, self.dim, self.prompts = index["id"], index["dim"], tuple(index["prompts"])
+        self._row = {text: i for i, text in enumerate(self.prompts)}
+        self._ends = np.cumsum(index["lengths"], dtype=np.int64)
+        rows = np.load(os.path.join(directory, "rows.npy"), mmap_mode="r")
+        if rows.shape != (self._ends[-1], self.dim):
+            raise ValueError(
+                f"{directory}/rows.npy has shape {list(rows.shape)}, index.json says "
+                f"[{self._ends[-1]}, {self.dim}]: one is damaged; delete {directory} and run "
+                f"{_ENCODE}")
+        self._rows = rows.view(ml_dtypes.bfloat16)
+
+    def __contains__(self, text):
+        return text in self._row
+
+    def table(self, prompts, text_len):
+        """Returns (context bf16 [n, L, dim], mask bool [n, L]) of cached prompts.
+
+        Raises:
+          KeyError: a prompt is not cached.
+          ValueError: a prompt is longer than `text_len` rows.
+        """
+        context = np.zeros((len(prompts), text_len, self.dim), ml_dtypes.bfloat16)
+        mask = np.zeros((len(prompts), text_len), bool)
+        for i, text in enumerate(prompts):
+            if text not in self._row:
+                raise KeyError(f"prompt {text!r} is not among the {len(self.prompts)} of the text "
+                               f"cache; add it with: {_ENCODE}")
+            end = self._ends[self._row[text]]
+            begin = self._ends[self._row[text] - 1] if self._row[text] else 0
+            if end - begin > text_len:
+                raise ValueError(f"prompt {text!r} has {end - begin} rows, config.data.text_len is "
+                                 f"{text_len}; raise it")
+            context[i, :end - begin] = self._rows[begin:end]
+            mask[i, :end - begin] = True
+        return context, mask
+
+
+def write_cache(directory, encoder, prompts, text_len, kind, template):
+    """Encodes `prompts` and writes a `TextCache` (bfloat16, ragged) into a new directory."""
+    rows, lengths = [], []
+    for text in tqdm.tqdm(prompts, desc="text", unit="prompt"):
+        context, mask = encoder.encode([text], text_len)
+        rows.append(context[0, mask[0]].astype(ml_dtypes.bfloat16).view(np.uint16))
+        lengths.append(int(mask.sum()))
+    os.makedirs(directory)
+    np.save(os.path.join(directory, "rows.npy"), np.concatenate(rows))
+    index = {"kind": kind, "template": template, "id": encoder.id, "dim": encoder.dim,
+             "prompts": list(prompts), "lengths": lengths}
+    with open(os.path.join(directory, "index.json"), "w") as f:
+        json.dump(index, f, indent=2)
+
+
+class CachedTextEncoder:
+    """A `TextEncoder` that looks into a `TextCache` and asks `encoder` only for new prompts."""
+
+    def __init__(self, encoder, cache):
+        if cache.encoder_id != encoder.id:
+            raise ValueError(f"the text cache was made by {cache.encoder_id}, the encoder is "
+                             f"{encoder.id}; run: {_ENCODE}")
+        self.dim, self.id = encoder.dim, encoder.id
+        self._encoder, self._cache = encoder, cache
+
+    def encode(self, prompts, text_len):
+        """As `TextEncoder.encode`, rounded to bfloat16 for known and new prompts alike."""
+        context = np.zeros((len(prompts), text_len, self.dim), np.float32)
+        mask = np.zeros((len(prompts), text_len), bool)
+        for i, text in enumerate(prompts):
+            source = self._cache.table if text in self._cache else self._encoder.encode
+            rows, real = source([text], text_len)
+            context[i], mask[i] = rows[0].astype(ml_dtypes.bfloat16), real[0]
+        return context, mask

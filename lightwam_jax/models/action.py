@@ -1,0 +1,181 @@
+"""Learned-query pooling and the state-fusion action expert (SPEC section 2).
+
+The expert reads the token states at the adapters, pools each with a few learned queries, fuses
+the layers, and regresses the whole action chunk in one pass.
+Source: state_fusion_action_expert.py of the PyTorch release.
+"""
+
+import einops
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from lightwam_jax.models import layers
+from lightwam_jax.models.layers import Linear, gelu, layer_norm
+
+EPS = 1e-5  # PyTorch's LayerNorm default, unlike the backbone's 1e-6
+SOURCES = ("backbone", "adapted", "delta")
+
+
+class QueryPooler(nn.Module):
+    """Pools tokens [B,S,D] with Q learned queries into one vector [B,D] (or [B,merge_dim]).
+
+    Also returns the attention weights [B,Q,S], averaged over heads, and the importance of each
+    query [Q] (they sum to 1): summary attention = sum_q importance_q * weights_q.
+    """
+
+    num_queries: int
+    num_heads: int
+    merge_dim: int = 0
+    merge_slots: int = 2
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, tokens):
+        dim = tokens.shape[-1]
+        kv = layer_norm(EPS, name="token_norm")(tokens).astype(self.dtype)
+        queries = self.param("query_tokens", nn.initializers.normal(0.02), (self.num_queries, dim))
+        in_proj = FusedProjection(name="in_proj")
+        # queries carry no batch: [Q,D] -> [1,Q,N,K]; tokens [B,S,D] -> [B,S,N,K]
+        q = self._heads(in_proj(queries[None].astype(self.dtype), 0, dim))
+        k = self._heads(in_proj(kv, 1, dim))
+        v = self._heads(in_proj(kv, 2, dim))
+        logits = jnp.einsum("oqnk,bsnk->bnqs", q, k, preferred_element_type=jnp.float32)
+        weights = jax.nn.softmax(logits * (dim // self.num_heads) ** -0.5, axis=-1)
+        out = jnp.einsum("bnqs,bsnk->bqnk", weights.astype(self.dtype), v)
+        pooled = Linear(dim, self.dtype, name="out_proj")(
+            einops.rearrange(out, "b q n k -> b q (n k)"))
+
+        if self.merge_dim:
+            slots = self.param("query_slot_merge_logits", nn.initializers.zeros,
+                               (self.merge_slots, self.num_queries))
+            merge = jax.nn.softmax(slots.astype(jnp.float32), axis=-1)
+            # [M,Q] x [B,Q,D] -> [B, M*D]
+            pooled = jnp.einsum("mq,bqd->bmd", merge.astype(self.dtype), pooled)
+            pooled = layer_norm(EPS, name="merge_norm")(pooled.reshape(pooled.shape[0], -1))
+            pooled = Linear(self.merge_dim, self.dtype, name="merge_proj")(pooled)
+            importance = merge.mean(axis=0)
+        else:
+            logits = self.param("query_merge_logits", nn.initializers.zeros, (self.num_queries,))
+            importance = jax.nn.softmax(logits.astype(jnp.float32))
+            pooled = jnp.einsum("q,bqd->bd", importance.astype(self.dtype), pooled)
+        pooled = layer_norm(EPS, name="output_norm")(pooled).astype(self.dtype)
+        return pooled, (weights.mean(axis=1), importance)
+
+    def _heads(self, x):
+        return einops.rearrange(x, "b s (n k) -> b s n k", n=self.num_heads)
+
+
+class FusedProjection(nn.Module):
+    """Query, key and value projections in one kernel [D,3D], as torch's MultiheadAttention."""
+
+    @nn.compact
+    def __call__(self, x, part, dim):
+        # xavier-uniform over the fused matrix
+        kernel = self.param("kernel", nn.initializers.xavier_uniform(), (dim, 3 * dim))
+        bias = self.param("bias", nn.initializers.zeros, (3 * dim,))
+        cut = slice(part * dim, (part + 1) * dim)
+        return x @ kernel[:, cut].astype(x.dtype) + bias[cut].astype(x.dtype)
+
+
+class NormMLP(nn.Module):
+    """LayerNorm -> Linear -> tanh-GELU -> Linear over the last axis."""
+
+    hidden: int
+    features: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        h = layer_norm(EPS, name="norm")(x).astype(self.dtype)
+        h = gelu(Linear(self.hidden, self.dtype, name="fc1")(h))
+        return Linear(self.features, self.dtype, name="fc2")(h)
+
+
+class StateFusionActionExpert(nn.Module):
+    """Token states at the adapter layers -> action chunk. Fields: see models/variants.py.
+
+    `layer_sources[i]` names which states of the i-th adapter layer are read: "backbone" (block
+    output), "adapted" (after the adapter), "delta" (adapted - backbone); order matters.
+    """
+
+    layer_sources: tuple
+    action_dim: int
+    pooling: str
+    num_queries: int
+    pool_heads: int
+    merge_dim: int
+    merge_slots: int
+    per_layer_dim: int
+    trunk_dim: int
+    trunk_blocks: int
+    step_pos_dim: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, states, horizon):
+        """states: one {"backbone", "adapted"[, "delta"]: [B,S,D]} per adapter layer, ascending.
+
+        Returns actions [B,horizon,A] float32 and taps: `pooled_{i}_{source}` [B,D],
+        `compressed_{i}` [B,per_layer_dim], `fused` [B,trunk_dim], `step_pos` [T,trunk_dim],
+        `attention_{i}_{source}` [B,Q,S], `query_importance_{i}_{source}` [Q].
+        """
+        if len(states) != len(self.layer_sources):
+            raise ValueError(f"expected the states of {len(self.layer_sources)} adapter layers, "
+                             f"got {len(states)}")
+        taps, compressed = {}, []
+        for i, (state, sources) in enumerate(zip(states, self.layer_sources)):
+            pooled = jnp.concatenate(
+                [self._pool(_state(state, source), f"{i}_{source}", taps) for source in sources],
+                axis=-1)
+            summary = NormMLP(self.per_layer_dim, self.per_layer_dim, self.dtype,
+                              name=f"compressors_{i}")(pooled)
+            taps[f"compressed_{i}"] = summary
+            compressed.append(summary)
+
+        fused = layer_norm(EPS, name="fused_norm")(jnp.concatenate(compressed, axis=-1))
+        state = taps["fused"] = Linear(self.trunk_dim, self.dtype, name="fused_proj")(fused)
+        for i in range(self.trunk_blocks):
+            state = state + NormMLP(self.trunk_dim, self.trunk_dim, self.dtype,
+                                    name=f"trunk_{i}")(state)
+
+        positions = layers.sinusoid_table(range(horizon), self.step_pos_dim)
+        steps = NormMLP(self.trunk_dim, self.trunk_dim, self.dtype, name="step_pos")(positions)
+        taps["step_pos"] = steps
+        # [B,1,trunk] + [1,T,trunk]
+        tokens = state[:, None] + steps[None]
+        actions = NormMLP(self.trunk_dim, self.action_dim, self.dtype, name="output")(tokens)
+        return actions.astype(jnp.float32), taps
+
+    def _pool(self, tokens, name, taps):
+        if self.pooling == "mean":
+            pooled = tokens.mean(axis=1)
+        else:
+            pooler = QueryPooler(self.num_queries, self.pool_heads, self.merge_dim,
+                                 self.merge_slots, self.dtype, name=f"poolers_{name}")
+            pooled, attention = pooler(tokens)
+            taps[f"attention_{name}"], taps[f"query_importance_{name}"] = attention
+        taps[f"pooled_{name}"] = pooled
+        return pooled
+
+
+def resolve_sources(sources, layer_sources, num_layers):
+    """Per-layer source names from the config's two fields, checked.
+
+    Raises:
+      ValueError: a name that is none of "backbone", "adapted", "delta", or a wrong count.
+    """
+    chosen = tuple(tuple(s) for s in layer_sources) or (tuple(sources),) * num_layers
+    if len(chosen) != num_layers:
+        raise ValueError(f"layer_sources has {len(chosen)} entries for {num_layers} adapters")
+    unknown = sorted({name for names in chosen for name in names} - set(SOURCES))
+    if unknown or not all(chosen):
+        raise ValueError(f"state sources {unknown or 'are empty for a layer'}; expected some of "
+                         f"{SOURCES} for every adapter layer")
+    return chosen
+
+
+def _state(state, source):
+    if source == "delta" and "delta" not in state:
+        return state["adapted"] - state["backbone"]
+    return state[source]

@@ -1,0 +1,144 @@
+"""Light-WAM: one Wan backbone read two ways.
+
+`velocity` is the world model: it denoises three pooled latent frames. `act` is the policy: it
+runs the clean current frame up to the last adapter and regresses the action chunk from what the
+learned queries read there. A training step runs both over shared context (`__call__`).
+"""
+
+from typing import Any, NamedTuple
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from lightwam_jax import flow
+from lightwam_jax.models.action import StateFusionActionExpert
+from lightwam_jax.models.dit import WanDiT
+from lightwam_jax.models.layers import Linear
+
+
+class Context(NamedTuple):
+    """What the blocks attend to: per-block keys and values, and which rows may be seen."""
+
+    keys_values: Any  # {segment: (k, v) [n,B,L,N,K]}
+    mask: Any  # [B,L] bool or None: all
+
+
+class LightWAM(nn.Module):
+    """The method in three calls: `act`, `velocity`, `predict_video`.
+
+    Latents are channels-last [B,F,H,W,C]; text is the raw text encoder's output
+    [B,L,text_dim] with zero rows past the prompt; text_mask [B,L] bool, or None to let attention
+    see the zero rows as the release does; proprio [B,P] normalised, or None.
+    """
+
+    dit: WanDiT
+    expert: StateFusionActionExpert
+    dtype: jnp.dtype
+
+    def setup(self):
+        self.proprio_encoder = Linear(self.dit.text_dim, self.dtype)
+
+    def __call__(self, noisy, t, observation, text, proprio, horizon, text_mask=None):
+        """Both passes of a training step over one context.
+
+        Args:
+          noisy: pooled latents [B,F,h,w,C], frame 0 clean; t: [B] in 0..1000.
+          observation: the current frame at full resolution [B,1,H,W,C].
+
+        Returns:
+          velocity [B,F,h,w,C] and actions [B,horizon,A], float32.
+        """
+        context = self.encode_context(text, proprio, text_mask)
+        velocity = self.dit.velocity(noisy, t, *context)
+        actions, _ = self._read_actions(observation, context, horizon)
+        return velocity, actions
+
+    def encode_context(self, text, proprio=None, text_mask=None, stop_after=None):
+        """Text rows and, last, one proprio row, through the text embedding to every block.
+
+        The proprio row lives in raw text space (lightwam.py, append proprio token).
+        """
+        rows, mask = text.astype(self.dtype), text_mask
+        if proprio is not None:
+            row = self.proprio_encoder(proprio)[:, None]
+            rows = jnp.concatenate([rows, row], axis=1)
+            if mask is not None:
+                mask = jnp.pad(mask, ((0, 0), (0, 1)), constant_values=True)
+        context = self.dit.embed_context(rows)
+        return Context(self.dit.keys_values(context, stop_after), mask)
+
+    def act(self, latents, text, proprio, horizon, text_mask=None):
+        """Action chunk for the current frame's latents [B,1,H,W,C].
+
+        Runs no block beyond the last adapter. Returns actions [B,horizon,A] float32
+        (normalised units) and taps: `state_{layer}` {"backbone","adapted"} [B,S,D] and the
+        expert's, where the names carry the adapter's layer: `attention_{layer}_{source}`.
+        """
+        chex.assert_rank([latents, text], [5, 3])
+        chex.assert_axis_dimension(latents, 1, 1)
+        stop_after = self.dit.adapter_layers[-1]
+        context = self.encode_context(text, proprio, text_mask, stop_after)
+        return self._read_actions(latents, context, horizon)
+
+    def velocity(self, latents, t, text, proprio=None, text_mask=None):
+        """Flow velocity [B,F,h,w,C] of noised latents (frame 0 clean) at timesteps t [B]."""
+        return self.dit.velocity(latents, t, *self.encode_context(text, proprio, text_mask))
+
+    def predict_video(self, first, noise, text, proprio=None, text_mask=None, steps=10, shift=5.0):
+        """Imagines the future latents of a clip from its clean first latent.
+
+        Args:
+          first: [B,1,h,w,C], pooled as in training.
+          noise: unit normal [B,F,h,w,C].
+          steps, shift: of the Euler solver.
+
+        Returns:
+          latents [B,F,h,w,C] float32; frame 0 is `first`.
+        """
+        context = self.encode_context(text, proprio, text_mask)
+        times, deltas = (jnp.asarray(a) for a in flow.sampling_schedule(steps, shift))
+        batch = noise.shape[0]
+
+        def body(dit, x, step):
+            t, delta = step
+            v = dit.velocity(x, jnp.full((batch,), t), *context)
+            return flow.euler_step(x, v, delta).at[:, :1].set(first), None
+
+        solve = nn.scan(body, variable_broadcast="params", split_rngs={"params": False})
+        x, _ = solve(self.dit, jnp.asarray(noise).at[:, :1].set(first), (times, deltas))
+        return x
+
+    def _read_actions(self, observation, context, horizon):
+        stop_after = self.dit.adapter_layers[-1]
+        _, states, _ = self.dit.backbone(observation, None, *context, stop_after=stop_after)
+        actions, read = self.expert(list(states.values()), horizon)
+        taps = {f"state_{layer}": state for layer, state in states.items()}
+        for i, layer in enumerate(states):
+            for kind in ("attention", "query_importance", "pooled"):
+                prefix = f"{kind}_{i}_"
+                taps.update({f"{kind}_{layer}_{name[len(prefix):]}": value
+                             for name, value in read.items() if name.startswith(prefix)})
+        return actions, taps
+
+
+def pool_latents(latents, factor):
+    """Average-pools latents [B,F,H,W,C] in space by `factor`, the grid the video loss lives on.
+
+    Raises:
+      ValueError: a side that `factor` does not divide, or that pools to an odd size.
+    """
+    if factor == 1:
+        return latents
+    b, f, h, w, c = latents.shape
+    if h % (2 * factor) or w % (2 * factor):
+        raise ValueError(f"latent grid {h}x{w} cannot be pooled by {factor} into 2x2 patches; "
+                         f"both sides must be multiples of {2 * factor}")
+    return latents.reshape(b, f, h // factor, factor, w // factor, factor, c).mean(axis=(3, 5))
+
+
+def resize_velocity(velocity, height, width):
+    """Bilinear upsampling (half-pixel centres) of [B,F,h,w,C] to height x width."""
+    b, f, _, _, c = velocity.shape
+    return jax.image.resize(velocity, (b, f, height, width, c), "bilinear")

@@ -1,0 +1,142 @@
+"""Devices: the mesh, where arrays live on it, and how host data gets there.
+
+Mesh axes are ("data", "fsdp"). The batch is split over both; parameters over "fsdp" only, following
+one table. Nothing here knows the model.
+"""
+
+import math
+import os
+import pathlib
+import re
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+AXES = ("data", "fsdp")
+
+# Parameter path -> leading axes never split. First match wins. Block stacks keep their layer axis
+# whole: the scan over blocks would otherwise gather the stack at every iteration.
+UNSPLIT_AXES = (
+    (r"(^|/)blocks(_\d+)?/", 1),
+    (r"", 0),
+)
+MIN_SPLIT_BYTES = (
+    2**20
+)  # smaller leaves are replicated: gathering them costs more than holding them
+
+
+def enable_compilation_cache():
+    """Keeps compiled programs on disk, so that the second start of a job is quick.
+
+    `JAX_COMPILATION_CACHE_DIR` chooses the place; the default is ~/.cache/lightwam_jax.
+    """
+    if jax.config.jax_compilation_cache_dir is None:
+        path = pathlib.Path(os.path.expanduser("~/.cache/lightwam_jax/compiled"))
+        path.mkdir(parents=True, exist_ok=True)
+        jax.config.update("jax_compilation_cache_dir", str(path))
+
+
+def make_mesh(config, devices=None):
+    """Returns the ("data", "fsdp") mesh of a `MeshConfig` over `devices` (default: all).
+
+    Raises:
+      ValueError: the axis sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    count, fsdp = len(devices), config.fsdp
+    if fsdp < 1 or count % fsdp:
+        raise ValueError(
+            f"config.mesh.fsdp={fsdp} does not divide the {count} devices; "
+            f"choose one of {[n for n in range(1, count + 1) if count % n == 0]}"
+        )
+    data = count // fsdp if config.data == -1 else config.data
+    if data * fsdp != count:
+        raise ValueError(
+            f"config.mesh data={data} x fsdp={fsdp} needs {data * fsdp} devices, this run has "
+            f"{count}; set config.mesh.data=-1 to use all of them"
+        )
+    return jax.make_mesh((data, fsdp), AXES, axis_types=(AxisType.Auto,) * 2, devices=devices)
+
+
+def single_device_mesh():
+    """Returns the mesh of the first device of this process, for inference."""
+    return jax.make_mesh(
+        (1, 1), AXES, axis_types=(AxisType.Auto,) * 2, devices=jax.local_devices()[:1]
+    )
+
+
+def check_batch_size(batch_size, accum_steps, mesh):
+    """Raises ValueError unless every device gets the same number of samples of a micro-batch."""
+    share = mesh.size * accum_steps
+    if batch_size % share:
+        near = max(share, batch_size // share * share)
+        raise ValueError(
+            f"config.train.batch_size={batch_size} cannot be split over {mesh.size} devices x "
+            f"config.optimizer.accum_steps={accum_steps} micro-batches; use a multiple of {share}, "
+            f"for example {near}"
+        )
+
+
+def replicated(mesh):
+    """Returns the sharding of an array that every device holds whole."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh):
+    """Returns the sharding of an array whose first axis is the batch."""
+    return NamedSharding(mesh, PartitionSpec(AXES))
+
+
+def leaf_spec(path, shape, itemsize, fsdp):
+    """Returns the PartitionSpec of one parameter (or moment) from its path and shape.
+
+    The largest axis that `fsdp` divides is split; a leaf that is small or has none is replicated.
+    """
+    if fsdp == 1 or math.prod(shape) * itemsize < MIN_SPLIT_BYTES:
+        return PartitionSpec()
+    first = next(n for pattern, n in UNSPLIT_AXES if re.search(pattern, path))
+    axes = [a for a in range(first, len(shape)) if shape[a] % fsdp == 0]
+    if not axes:
+        return PartitionSpec()
+    split = max(axes, key=lambda a: shape[a])
+    return PartitionSpec(*(AXES[1] if a == split else None for a in range(split + 1)))
+
+
+def tree_shardings(mesh, shapes):
+    """Returns the shardings of a tree of ShapeDtypeStructs, by the table above.
+
+    Paths are searched, not matched, so that optimizer moments follow their parameters.
+    """
+    fsdp = mesh.shape[AXES[1]]
+
+    def one(path, leaf):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        return NamedSharding(mesh, leaf_spec(name, leaf.shape, np.dtype(leaf.dtype).itemsize, fsdp))
+
+    return jax.tree_util.tree_map_with_path(one, shapes)
+
+
+def with_shardings(shapes, shardings):
+    """Returns the ShapeDtypeStructs of `shapes` carrying `shardings`: a restore target."""
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
+    )
+
+
+def put_batch(batch, mesh):
+    """Returns the global batch, on the devices, of which `batch` is this process's part.
+
+    Args:
+      batch: {name: numpy [B / processes, ...]}.
+      mesh: from `make_mesh`.
+    """
+    sharding = batch_sharding(mesh)
+    return {name: jax.make_array_from_process_local_data(sharding, x) for name, x in batch.items()}
+
+
+def mesh_summary(mesh: Mesh):
+    """Returns one line for the log: devices, kind, mesh, processes."""
+    kind = mesh.devices.flat[0].device_kind
+    axes = " x ".join(f"{name}={size}" for name, size in mesh.shape.items())
+    return f"{mesh.size} x {kind}, mesh {axes}, {jax.process_count()} process(es)"

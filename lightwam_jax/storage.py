@@ -1,0 +1,167 @@
+"""Items of a checkpoint on disk: trees of arrays that are checked, and plain files.
+
+Orbax restores a flipped byte or another dtype without a word. So the meta item keeps an account of
+every array (shape, dtype, digest), and what is read is checked against it. A digest does not depend
+on the mesh.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+
+from lightwam_jax import params as params_lib
+
+FORMAT = 1
+COMMIT_FILE = "commit_success.txt"  # Orbax writes its own into every item
+
+
+class DamagedCheckpointError(ValueError):
+    """A checkpoint whose files are missing, truncated or altered."""
+
+
+# ---- accounts of arrays ------------------------------------------------------------------------
+
+
+def digests(tree):
+    """Returns a uint32 checksum per leaf: the sum of its bits, each weighted by its position.
+
+    The weights are odd, so a change of any one element always changes the sum.
+    """
+    return jax.tree.map(_digest, tree)  # per leaf: leaves of one shape share a compilation
+
+
+@jax.jit
+def _digest(x):
+    x = x.astype(jnp.uint8) if x.dtype == bool else x
+    bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
+    position, stride = jnp.zeros(x.shape, jnp.uint32), 1
+    for axis in reversed(range(x.ndim)):  # no reshape: it would gather a sharded array
+        along = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+        position += along * np.uint32(stride % 2**32)
+        stride *= x.shape[axis]
+    weight = position * np.uint32(2654435762) + np.uint32(1)
+    return jnp.sum(bits.astype(jnp.uint32) * weight, dtype=jnp.uint32)
+
+
+def account(tree):
+    """Returns {path: [shape, dtype, digest]} of a tree of arrays."""
+    sums = params_lib.flatten(jax.device_get(digests(tree)))
+    return {
+        path: [list(x.shape), str(x.dtype), int(sums[path])]
+        for path, x in params_lib.flatten(tree).items()
+    }
+
+
+def _check_digests(tree, account, where):
+    sums = params_lib.flatten(jax.device_get(digests(tree)))
+    wrong = sorted(path for path, value in sums.items() if int(value) != account[path][2])
+    if wrong:
+        raise DamagedCheckpointError(
+            f"{where}: {len(wrong)} of {len(sums)} arrays differ from what was saved "
+            f"(first: {wrong[0]}); the files were altered on disk"
+        )
+
+
+# ---- items on disk -----------------------------------------------------------------------------
+
+
+class FilesHandler(ocp.CheckpointHandler):
+    """Puts a directory of files into a checkpoint, hard-linked where `link` is set and possible."""
+
+    def save(self, directory, args):
+        if jax.process_index() == 0:
+            copy_files(args.source, directory, args.link)
+
+    def restore(self, directory, args=None):
+        return directory
+
+
+@ocp.args.register_with_handler(FilesHandler, for_save=True, for_restore=True)
+@dataclasses.dataclass
+class Files(ocp.args.CheckpointArgs):
+    """Arguments of `FilesHandler`."""
+
+    source: str
+    link: bool = False
+
+
+def copy_files(source, target, link=False):
+    """Copies (or hard-links) the files below `source` into the directory `target`."""
+    source, target = pathlib.Path(source), pathlib.Path(target)
+    for file in sorted(source.rglob("*")):
+        if not file.is_file() or file.name == COMMIT_FILE:
+            continue
+        place = target / file.relative_to(source)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        if link:
+            try:
+                os.link(file, place)
+                continue
+            except OSError:  # a file system without hard links
+                pass
+        shutil.copyfile(file, place)
+
+
+def read_meta(directory):
+    """Returns the meta item of a checkpoint.
+
+    Raises:
+      DamagedCheckpointError: it cannot be read.
+      ValueError: it is of another version of this format.
+    """
+    try:
+        meta = json.loads((directory / "meta" / "metadata").read_text())
+    except (OSError, ValueError) as error:
+        raise DamagedCheckpointError(f"{directory}/meta cannot be read: {error}") from error
+    if meta.get("format") != FORMAT:
+        raise ValueError(
+            f"{directory} has checkpoint format {meta.get('format')}, this version reads {FORMAT}"
+        )
+    return meta
+
+
+def read_item(directory, name, target, meta):
+    """Returns the arrays of one item, checked, as `target` wants them.
+
+    Args:
+      directory: checkpoint.
+      name: item.
+      target: tree of ShapeDtypeStructs with shardings; other dtypes than stored are a cast.
+      meta: from `read_meta`.
+
+    Raises:
+      DamagedCheckpointError: files are missing, truncated or altered.
+    """
+    where = f"{directory}/{name}"
+    stored = jax.tree.map(
+        lambda x, t: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=t.sharding),
+        stored_shapes(meta, name),
+        target,
+    )
+    try:
+        with ocp.StandardCheckpointer() as reader:
+            tree = reader.restore(directory / name, stored)
+    except Exception as error:  # Orbax raises a bare Exception for arrays it cannot decode
+        if type(error) is not Exception and not isinstance(error, (OSError, ValueError, KeyError)):
+            raise
+        reason = str(error).splitlines()[0]
+        raise DamagedCheckpointError(f"{where} cannot be read: {reason}") from error
+    _check_digests(tree, meta["arrays"][name], where)
+    return jax.tree.map(lambda x, t: x.astype(t.dtype), tree, target)
+
+
+def stored_shapes(meta, name):
+    """Returns the tree of ShapeDtypeStructs of an item as it was saved."""
+    return params_lib.unflatten(
+        {
+            path: jax.ShapeDtypeStruct(tuple(shape), jnp.dtype(dtype))
+            for path, (shape, dtype, _) in meta["arrays"][name].items()
+        }
+    )

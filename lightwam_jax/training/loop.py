@@ -1,0 +1,333 @@
+"""Training from a config to the last checkpoint, one straight story (files: `workdir.py`)."""
+
+import contextlib
+import dataclasses
+import functools
+import pathlib
+import signal
+import threading
+import time
+import typing
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lightwam_jax import build, checkpoint, sharding
+from lightwam_jax import config as config_lib
+from lightwam_jax import params as params_lib
+from lightwam_jax.data import loader
+from lightwam_jax.training import losses
+from lightwam_jax.training import metrics as metrics_lib
+from lightwam_jax.training import optimizer as optimizer_lib
+from lightwam_jax.training import step as step_lib
+from lightwam_jax.training import workdir as workdir_lib
+
+IN_FLIGHT = 2  # steps queued on the device before the host waits: hides the host, bounds memory
+
+
+@dataclasses.dataclass
+class Run:
+    """A run ready to go: what `prepare` made and `run` uses up."""
+
+    config: config_lib.Config
+    workdir: pathlib.Path
+    mesh: typing.Any
+    model: typing.Any
+    optimizer: typing.Any
+    state: step_lib.TrainState
+    shardings: step_lib.TrainState
+    checkpoints: checkpoint.Checkpoints
+    validation: list
+    step: int
+    window: list  # metrics of the steps since the last log row
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """How a run ended: optimizer steps taken, and the signal that stopped it early (or None)."""
+
+    step: int
+    signal: int | None
+
+
+def train(config, workdir):
+    """Trains `config` in `workdir`, or continues there; returns an `Outcome`.
+
+    Where the parameters come from, first that applies:
+      1. the newest intact checkpoint in `workdir` (with optimizer, data position and log window);
+      2. `config.train.init`, a checkpoint of base weights; what learns may be missing there and is
+         random then;
+      3. random values from `config.seed`.
+
+    Raises:
+      ValueError, FileNotFoundError: config, data, workdir or checkpoint do not fit together.
+      FloatingPointError: a loss or gradient was not finite; the state before it is saved.
+    """
+    return run(prepare(config, workdir))
+
+
+def prepare(config, workdir):
+    """Does everything of `train` that can fail by a user's mistake; returns the `Run`."""
+    workdir = pathlib.Path(workdir).absolute()
+
+    # ---- devices -------------------------------------------------------------------------------
+    sharding.enable_compilation_cache()
+    mesh = sharding.make_mesh(config.mesh)
+    sharding.check_batch_size(config.train.batch_size, config.optimizer.accum_steps, mesh)
+    _say(f"Devices: {sharding.mesh_summary(mesh)}")
+
+    # ---- run directory and data ----------------------------------------------------------------
+    workdir_lib.check_same_run(config, workdir)
+    validation = loader.val_batches(config, jax.process_index(), jax.process_count())
+
+    # ---- shapes and shardings ------------------------------------------------------------------
+    model = build.build_model(config.model)
+    optimizer = optimizer_lib.make_optimizer(config.optimizer, config.train.steps)
+
+    def init(given):
+        params = build.init_params(model, jax.random.key(config.seed), config.model)
+        if given:
+            given = params_lib.segmented(given, config.model)
+            params = step_lib.start_params(params, given, config.train.trainable)
+        return step_lib.init_state(params, config, optimizer)
+
+    shapes = jax.eval_shape(init, {})
+    shardings = sharding.tree_shardings(mesh, shapes)
+    table = params_lib.count_table(
+        jax.eval_shape(lambda: build.init_params(model, jax.random.key(0), config.model)),
+        config.train.trainable,
+    )
+    _say(metrics_lib.parameter_report(table))
+
+    # ---- restore or initialise -----------------------------------------------------------------
+    workdir_lib.write_reports(config, workdir, table)
+    checkpoints = checkpoint.Checkpoints(workdir, config, assets=workdir / "assets")
+    state, meta = _restore(checkpoints, config, mesh, shapes, shardings)
+    if state is None:
+        given = {}
+        if config.train.init:
+            given = checkpoint.load_params(config.train.init, mesh).params
+        state = jax.jit(init, out_shardings=shardings, compiler_options=_run_once_options())(given)
+        _say(f"Parameters from {config.train.init or f'random values, seed {config.seed}'}")
+    return Run(config, workdir, mesh, model, optimizer, state, shardings, checkpoints, validation,
+               step=meta["step"], window=meta["window"])  # fmt: skip
+
+
+def run(r):
+    """Runs the steps of a prepared `Run`; returns an `Outcome`."""
+    config, step, total = r.config.train, r.step, r.config.train.steps
+    if step >= total:
+        r.checkpoints.close()
+        _say(f"{r.workdir} has {step} of {total} steps; raise config.train.steps to train on")
+        return Outcome(step, None)
+    batches = _loader(r.config, step)
+    writer = metrics_lib.MetricsWriter(r.workdir, step, active=jax.process_index() == 0)
+    bar = metrics_lib.progress_bar(step, total, active=jax.process_index() == 0)
+    window, timer = metrics_lib.Window(r.window), metrics_lib.StepTimer()
+    state, r.state = r.state, None  # the step consumes it
+    train_step, validate = None, _validator(r)
+    logged, saved = step, r.checkpoints.latest_step()
+
+    def due(every):
+        return every > 0 and (step % every == 0 or step == total)
+
+    with contextlib.ExitStack() as stack:
+        for resource in (batches, writer, bar, r.checkpoints):
+            stack.enter_context(contextlib.closing(resource))
+        stop = stack.enter_context(_StopSignals())
+        while step < total and not (stop.signal or r.checkpoints.preempted(step)):
+            # ---- one step ----------------------------------------------------------------------
+            with timer("data"):
+                batch = next(batches)
+            if train_step is None:
+                with timer("aside"):
+                    train_step = _begin(r, state, batch)
+            state, metrics = train_step(state, sharding.put_batch(_device_part(batch), r.mesh))
+            step += 1
+            with timer("device"):
+                window.add(metrics, IN_FLIGHT)
+            bar.update()
+
+            # ---- log, validate, save -----------------------------------------------------------
+            if any(map(due, (config.log_every, config.eval_every, config.checkpoint_every))):
+                with timer("device"):
+                    window.fetch()
+                if window.bad:
+                    break
+            if due(config.log_every):
+                values = window.close() | timer.window(step - logged, config.batch_size)
+                writer.write("train", step, values)
+                metrics_lib.show(bar, values)
+                logged = step
+            if due(config.eval_every) and r.validation:
+                with timer("aside"):
+                    writer.write("eval", step, validate(state))
+            if due(config.checkpoint_every):
+                with timer("aside"):
+                    saved = _save(r, state, step, window, writer)
+
+        # ---- end -------------------------------------------------------------------------------
+        window.fetch()
+        if window.bad:
+            step = int(state.step)  # it stayed where it was before the bad one
+        if saved != step:
+            _save(r, state, step, window, writer)
+        r.checkpoints.wait()
+    if window.bad:
+        raise FloatingPointError(_not_finite(r, step, window.bad))
+    if stop.signal:
+        _say(f"Stopped by {signal.Signals(stop.signal).name} after step {step} of {total}; saved "
+             f"in {r.workdir}. Run the same command again to continue.")  # fmt: skip
+    return Outcome(step, stop.signal)
+
+
+# ---- the parts of a run ------------------------------------------------------------------------
+
+
+def _say(message):
+    if jax.process_index() == 0:
+        print(message, flush=True)
+
+
+def _run_once_options():
+    """Compiler options of a program that runs once: on CPU, compiling costs more than running."""
+    if jax.default_backend() != "cpu":
+        return None
+    return {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
+
+def _loader(config, step):
+    return loader.train_loader(config, jax.process_index(), jax.process_count(), step)
+
+
+def _device_part(batch):
+    """A batch without the sample ids, which only the host reads."""
+    return {name: x for name, x in batch.items() if name != "index"}
+
+
+def _begin(r, state, batch):
+    """Keeps what the first batch of a run tells, and returns the compiled training step."""
+    if r.step == 0:
+        workdir_lib.write_assets(r.config, r.workdir, batch)
+    start = time.perf_counter()
+    train_step = step_lib.jit_train_step(
+        step_lib.make_train_step(r.model, r.config, r.optimizer),
+        r.shardings,
+        sharding.batch_sharding(r.mesh),
+        sharding.replicated(r.mesh),
+    )
+    compiled = train_step.lower(state, sharding.put_batch(_device_part(batch), r.mesh)).compile()
+    _say(f"Compiled the training step in {time.perf_counter() - start:.1f} s")
+    return compiled
+
+
+def _validator(r):
+    """Returns validate(state) -> action errors over the validation batches, per dimension."""
+    errors = jax.jit(
+        lambda state, batch: losses.open_loop_errors(r.model, step_lib.eval_params(state), batch)
+    )
+
+    def validate(state):
+        total = None
+        for batch in r.validation:
+            part = errors(state, sharding.put_batch(_device_part(batch), r.mesh))
+            total = part if total is None else jax.tree.map(jnp.add, total, part)
+        total = jax.device_get(total)
+        l1, mse = total["l1"] / total["count"], total["mse"] / total["count"]
+        return {
+            "l1": l1,
+            "mse": mse,
+            "l1_mean": l1.mean(),
+            "mse_mean": mse.mean(),
+            "l1_step": total["l1_step"] / total["count_step"],
+            "steps": total["count"],
+        }
+
+    return validate
+
+
+def _save(r, state, step, window, writer):
+    """Starts saving the state as checkpoint `step`; returns `step`."""
+    writer.sync()
+    frozen = (lambda: params_lib.canonical(state.frozen)) if state.frozen else None
+    r.checkpoints.save(
+        step, step_lib.state_items(state), frozen, {"window": window.rows, "next_batch": step}
+    )
+    return step
+
+
+def _restore(checkpoints, config, mesh, shapes, shardings):
+    """Returns (state, meta) of the newest intact checkpoint, or (None, the meta of a start)."""
+    stored = jax.eval_shape(
+        lambda s: step_lib.state_items(s) | {"frozen": params_lib.canonical(s.frozen)}, shapes
+    )
+    restored = checkpoints.restore(
+        sharding.with_shardings(stored, sharding.tree_shardings(mesh, stored))
+    )
+    if restored is None:
+        return None, {"step": 0, "window": []}
+    items, meta = restored
+    assemble = functools.partial(
+        step_lib.state_from_items, shapes=shapes, model_config=config.model
+    )
+    state = jax.jit(assemble, out_shardings=shardings)(items, jnp.int32(meta["step"]))
+    _say(f"Continuing from step {meta['step']} ({checkpoints.directory})")
+    return state, meta
+
+
+def _not_finite(r, step, row):
+    """The message about step `step`, whose batch is read again to look into it."""
+    with contextlib.closing(_loader(r.config, step)) as batches:
+        batch = next(batches)
+    broken = []
+    for name, x in batch.items():
+        rows = ~np.isfinite(x.astype(np.float32)).reshape(len(x), -1).all(axis=1)
+        if rows.any():
+            broken.append(f"{name} of {batch['index'][rows].tolist()}")
+    numbers = ", ".join(f"{name} {value:.4g}" for name, value in row.items())
+    good = r.checkpoints.directory / str(step)
+    lines = [
+        f"step {step} is not finite: {numbers}",
+        f"samples of its batch: {batch['index'].tolist()}",
+        f"the state before it is saved ({good}); the same command would meet the same batch again",
+    ]
+    if broken:
+        lines.append(
+            f"the data are not finite: {'; '.join(broken)}. Repair them, rebuild the cache"
+        )
+    else:
+        lines.append(
+            "the data are finite. Choose another --workdir and a lower config.optimizer.lr, "
+            "config.optimizer.clip_norm=1.0 or config.model.dtype=float32; "
+            "config.train.init can be the saved state"
+        )
+    return "\n  ".join(lines)
+
+
+class _StopSignals:
+    """Turns the first SIGTERM or SIGINT into a request to stop; a second one acts as always.
+
+    With several processes only `Checkpoints.preempted` is asked, so that all stop at the same step.
+    """
+
+    def __init__(self):
+        self.signal = None
+        self._before = {}
+
+    def __enter__(self):
+        if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
+            self._before = {
+                s: signal.signal(s, self._request) for s in (signal.SIGTERM, signal.SIGINT)
+            }
+        return self
+
+    def _request(self, number, frame):
+        del frame
+        self.signal = number
+        self.__exit__()
+
+    def __exit__(self, *error):
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}

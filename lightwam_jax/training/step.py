@@ -1,0 +1,198 @@
+"""One optimizer step as a pure function of (state, batch)."""
+
+import typing
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from lightwam_jax import params as params_lib
+from lightwam_jax.training import losses
+from lightwam_jax.training import optimizer as optimizer_lib
+
+
+@flax.struct.dataclass
+class TrainState:
+    """Everything a step reads and writes. Trees are nested dicts in the in-memory layout.
+
+    Attributes:
+      step: int32 [], optimizer steps applied.
+      halted: bool [], a step was not finite; since then nothing is applied any more.
+      trainable: float32 parameters that learn.
+      frozen: the other parameters, stored in `config.model.frozen_dtype`.
+      opt_state: optax state of `trainable`.
+      ema: moving average of `trainable`, or None.
+    """
+
+    step: jax.Array
+    halted: jax.Array
+    trainable: typing.Any
+    frozen: typing.Any
+    opt_state: typing.Any
+    ema: typing.Any
+
+
+def init_state(params, config, optimizer):
+    """Returns the `TrainState` at step 0 of float32 `params`; works under `jax.eval_shape`."""
+    trainable, frozen = params_lib.partition(params, config.train.trainable)
+    trainable = jax.tree.map(lambda x: x.astype(jnp.float32), trainable)
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        halted=jnp.zeros((), bool),
+        trainable=trainable,
+        frozen=jax.tree.map(lambda x: x.astype(config.model.frozen_dtype), frozen),
+        opt_state=optimizer.init(trainable),
+        ema=jax.tree.map(jnp.copy, trainable) if config.optimizer.ema_decay > 0 else None,
+    )
+
+
+def start_params(random_params, given, patterns):
+    """Returns `random_params` with the leaves of `given` in their place.
+
+    Args:
+      random_params: all parameters, in-memory layout (arrays, tracers or shapes).
+      given: some of them, such as base weights.
+      patterns: `config.train.trainable`; only what learns may be missing from `given`.
+
+    Raises:
+      ValueError: `given` has leaves the model lacks, other shapes, or lacks a frozen one.
+    """
+    learns, _ = params_lib.partition(random_params, patterns)
+    learns, expected, given = (params_lib.flatten(x) for x in (learns, random_params, given))
+    known = params_lib.unflatten(
+        {k: x for k, x in expected.items() if k in given or k not in learns}
+    )
+    params_lib.check_same_structure(params_lib.unflatten(given), known, "config.train.init")
+    return params_lib.unflatten(
+        {**expected, **{k: x.astype(expected[k].dtype) for k, x in given.items()}}
+    )
+
+
+def eval_params(state):
+    """Returns the parameters to evaluate and to deploy: the moving average where there is one."""
+    learned = state.trainable if state.ema is None else state.ema
+    return params_lib.merge(learned, state.frozen)
+
+
+def make_train_step(model, config, optimizer, loss_fn=losses.training_loss):
+    """Returns train_step(state, batch) -> (state, metrics), not yet jitted.
+
+    A step whose loss or gradient is not finite leaves the state as it was and halts it, so that
+    the parameters of the last good step survive until the host looks.
+
+    Args:
+      model: Linen module.
+      config: `Config`.
+      optimizer: from `make_optimizer`.
+      loss_fn: as `losses.training_loss`.
+
+    The metrics are float32 scalars (those of the loss, grad_norm before clipping, param_norm, lr)
+    and `finite`, bool.
+    """
+    accum = config.optimizer.accum_steps
+
+    def gradients(state, batch, noise):
+        def loss(trainable):
+            return loss_fn(
+                model, params_lib.merge(trainable, state.frozen), batch, noise, config.loss
+            )
+
+        (_, parts), grads = jax.value_and_grad(loss, has_aux=True)(state.trainable)
+        return parts, grads
+
+    def accumulated(state, batch, noise):
+        # Micro-batch k takes samples k, k + accum, ... so that each device slices its own samples.
+        micros = jax.tree.map(
+            lambda x: x.reshape(x.shape[0] // accum, accum, *x.shape[1:]).swapaxes(0, 1),
+            (batch, noise),
+        )
+
+        def add(total, micro):
+            return jax.tree.map(jnp.add, total, gradients(state, *micro)), None
+
+        shapes = jax.eval_shape(lambda: gradients(state, *jax.tree.map(lambda x: x[0], micros)))
+        total, _ = jax.lax.scan(
+            add, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), micros
+        )
+        return jax.tree.map(lambda x: x / accum, total)
+
+    def train_step(state, batch):
+        rng = jax.random.fold_in(jax.random.key(config.seed), state.step)
+        # Drawn for the whole global batch, so that neither accumulation nor devices change it.
+        noise = losses.draw_noise(rng, batch["latents"].shape, config.loss)
+        parts, grads = (accumulated if accum > 1 else gradients)(state, batch, noise)
+        norm = optax.tree.norm(grads)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
+        trainable = optax.apply_updates(state.trainable, updates)
+        ema = state.ema
+        if ema is not None:
+            ema = optimizer_lib.update_ema(ema, trainable, config.optimizer.ema_decay)
+        finite = jnp.isfinite(parts["loss"]) & jnp.isfinite(norm) & ~state.halted
+        new = (state.step + 1, trainable, opt_state, ema)
+        old = (state.step, state.trainable, state.opt_state, state.ema)
+        step, trainable, opt_state, ema = jax.tree.map(
+            lambda n, o: jnp.where(finite, n, o), new, old
+        )
+        metrics = dict(
+            parts,
+            grad_norm=norm,
+            param_norm=optax.tree.norm(state.trainable),
+            finite=finite,
+            lr=optimizer_lib.learning_rate(state.step, config.optimizer, config.train.steps),
+        )
+        return TrainState(
+            step=step,
+            halted=~finite,
+            trainable=trainable,
+            frozen=state.frozen,
+            opt_state=opt_state,
+            ema=ema,
+        ), metrics
+
+    return train_step
+
+
+def jit_train_step(train_step, state_shardings, batch_sharding, scalar_sharding):
+    """Returns `train_step` jitted, with the state donated and everything placed explicitly."""
+    return jax.jit(
+        train_step,
+        donate_argnums=0,
+        in_shardings=(state_shardings, batch_sharding),
+        out_shardings=(state_shardings, scalar_sharding),
+    )
+
+
+def state_items(state):
+    """Returns what a checkpoint stores of a state, frozen parameters apart: {item: tree}."""
+    items = {
+        "params": params_lib.canonical(state.trainable),
+        "optimizer": optimizer_lib.moments(state.opt_state),
+    }
+    if state.ema is not None:
+        items["ema"] = params_lib.canonical(state.ema)
+    return items
+
+
+def state_from_items(items, step, shapes, model_config):
+    """Returns the state of `state_items` and the canonical "frozen" tree.
+
+    Args:
+      items: {item: tree of arrays}.
+      step: int32 [].
+      shapes: the state's ShapeDtypeStructs.
+      model_config: `ModelConfig`.
+    """
+    in_memory = {
+        name: params_lib.segmented(items[name], model_config)
+        for name in items
+        if name != "optimizer"
+    }
+    return TrainState(
+        step=step,
+        halted=jnp.zeros((), bool),
+        trainable=in_memory["params"],
+        frozen=in_memory["frozen"],
+        opt_state=optimizer_lib.with_moments(shapes.opt_state, items["optimizer"], step),
+        ema=in_memory.get("ema"),
+    )

@@ -1,0 +1,103 @@
+"""The directory of a run: what it was started with, and what travels into its checkpoints.
+
+config.json      the resolved config; a contradicting one is refused (see `MAY_CHANGE`)
+params.json      parameters per group, total and trainable
+metrics.jsonl    one row per log window and per validation; tensorboard/ holds the same
+assets/          what inference needs besides the parameters, and an example batch
+checkpoints/     see `checkpoint.py`
+"""
+
+import filecmp
+import json
+import pathlib
+import re
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+
+from lightwam_jax import checkpoint, storage
+from lightwam_jax import config as config_lib
+
+# Config keys that may differ when a run is continued: they leave the next step what it was, up to
+# rounding. (`train.steps` also stretches the learning-rate schedule; the loop says so.)
+MAY_CHANGE = re.compile(
+    r"^(name|evaluation\..*|mesh\..*|data\.(workers|threads|prefetch)|optimizer\.accum_steps|"
+    r"model\.(remat|scan_unroll|attention)|"
+    r"train\.(steps|log_every|eval_every|eval_batches|checkpoint_every|keep_last))$"
+)
+
+
+def check_same_run(config, workdir):
+    """Refuses to continue a run under another config, or on caches rebuilt since it started.
+
+    Raises:
+      ValueError: names the keys (old and new value) or the file.
+    """
+    path = workdir / "config.json"
+    if not path.exists() or not any(p.name.isdigit() for p in (workdir / "checkpoints").glob("*")):
+        return
+    old, new = json.loads(path.read_text()), json.loads(config_lib.to_json(config))
+    changed = checkpoint.config_differences(old, new)
+    fatal = {key: values for key, values in changed.items() if not MAY_CHANGE.match(key)}
+    if fatal:
+        lines = "".join(
+            f"\n  config.{key}: {old!r} so far, {new!r} now" for key, (old, new) in fatal.items()
+        )
+        raise ValueError(
+            f"{workdir} holds a run with another config:{lines}\nset these back to continue it, or "
+            "choose another --workdir (config.train.init can start from its checkpoint)"
+        )
+    if "train.steps" in changed:
+        logging.warning(
+            "config.train.steps changed from %s to %s: the learning-rate schedule changes with it",
+            *changed["train.steps"],
+        )
+    source, kept = _cache_assets(config), workdir / "assets"
+    for file in sorted(source.rglob("*")) if source else ():
+        copy = kept / file.relative_to(source)
+        if file.is_file() and copy.is_file() and not filecmp.cmp(file, copy, shallow=False):
+            raise ValueError(
+                f"{file} is not what the run in {workdir} started with ({copy}): the cache was "
+                "rebuilt. Choose another --workdir, or put the old cache back"
+            )
+
+
+def write_reports(config, workdir, table):
+    """Writes config.json, and params.json from the rows of `params.count_table`."""
+    if jax.process_index() == 0:
+        workdir.mkdir(parents=True, exist_ok=True)
+        (workdir / "config.json").write_text(config_lib.to_json(config) + "\n")
+        rows = [
+            {"group": group, "total": total, "trainable": learns} for group, total, learns in table
+        ]
+        (workdir / "params.json").write_text(json.dumps(rows, indent=2) + "\n")
+
+
+def write_assets(config, workdir, batch):
+    """Collects in `<workdir>/assets` what a policy needs besides its parameters.
+
+    Args:
+      config: `Config`; `<data.cache>/assets` is copied.
+      workdir: run directory.
+      batch: numpy batch, of which one row is kept as example_batch.npz (bfloat16 as float32).
+    """
+    if jax.process_index():
+        return
+    target, scratch = workdir / "assets", workdir / "assets.tmp"
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    if source := _cache_assets(config):
+        storage.copy_files(source, scratch)
+    example = {name: x[:1] for name, x in batch.items()}
+    wide = {name: x.astype(np.float32) for name, x in example.items() if x.dtype == jnp.bfloat16}
+    np.savez(scratch / "example_batch.npz", **(example | wide))
+    shutil.rmtree(target, ignore_errors=True)
+    scratch.rename(target)
+
+
+def _cache_assets(config):
+    folder = pathlib.Path(config.data.cache) / "assets"
+    return folder if config.data.cache and folder.is_dir() else None

@@ -1,0 +1,220 @@
+"""Checkpoints of a stand-in state: round trips, damage, other meshes, other models."""
+
+import dataclasses
+import json
+import os
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import synthetic
+
+from lightwam_jax import build, checkpoint, sharding, storage
+from lightwam_jax import config as config_lib
+from lightwam_jax import params as params_lib
+from lightwam_jax.training import optimizer as optimizer_lib
+from lightwam_jax.training import step as step_lib
+
+CONFIG = synthetic.make_config(**{"data.source": "fake", "data.cache": "", "train.keep_last": 3,
+                                  "optimizer.ema_decay": 0.9})  # fmt: skip
+OPTIMIZER = optimizer_lib.make_optimizer(CONFIG.optimizer, CONFIG.train.steps)
+
+
+def mesh(devices=8, fsdp=1):
+    return sharding.make_mesh(config_lib.MeshConfig(-1, fsdp), jax.devices()[:devices])
+
+
+def random_params(config):
+    """A few of the tiny model's parameters, of every group."""
+    model = build.build_model(config.model)
+    shapes = jax.eval_shape(lambda: build.init_params(model, jax.random.key(0), config.model))
+    kept = re.compile(r"blocks_\d+/self_attn/q/|/adapters_0/|dit/head/|trunk.*bias|proprio|text_emb")
+    flat = {k: x for k, x in params_lib.flatten(shapes).items() if kept.search(k)}
+    rng = np.random.default_rng(0)
+    return params_lib.unflatten(
+        {k: jnp.asarray(rng.standard_normal(x.shape, np.float32)) for k, x in flat.items()})
+
+
+@pytest.fixture(scope="module")
+def state():
+    made = step_lib.init_state(random_params(CONFIG), CONFIG, OPTIMIZER)
+    moments = jax.tree.map(lambda x: x + 1, optimizer_lib.moments(made.opt_state))
+    return dataclasses.replace(
+        made, opt_state=optimizer_lib.with_moments(made.opt_state, moments, jnp.int32(7)))
+
+
+def save(checkpoints, state, *steps):
+    for step in steps:
+        shifted = dataclasses.replace(
+            state, trainable=jax.tree.map(lambda x, s=step: x + s, state.trainable))
+        checkpoints.save(step, step_lib.state_items(shifted),
+                         lambda: params_lib.canonical(state.frozen), {"window": []})
+    checkpoints.wait()
+
+
+def targets(state, mesh):
+    items = step_lib.state_items(state) | {"frozen": params_lib.canonical(state.frozen)}
+    return sharding.with_shardings(items, sharding.tree_shardings(mesh, items))
+
+
+def flip_one_byte(directory):
+    """Alters the middle of the largest array file below `directory`."""
+    file = max((p for p in directory.rglob("d/*") if p.is_file()), key=lambda p: p.stat().st_size)
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 0x10
+    file.write_bytes(data)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory, state):
+    """A run with checkpoints 1, 2, 3 whose parameters differ by their step."""
+    workdir = tmp_path_factory.mktemp("run")
+    (workdir / "assets").mkdir()
+    (workdir / "assets" / "dataset_stats.json").write_text("{}")
+    checkpoints = checkpoint.Checkpoints(workdir, CONFIG, assets=workdir / "assets")
+    save(checkpoints, state, 1, 2, 3)
+    checkpoints.close()
+    return workdir
+
+
+@pytest.fixture
+def workdir(saved, tmp_path):
+    """A private copy of `saved`."""
+    storage.copy_files(saved, tmp_path)
+    for step in (1, 2, 3):  # copy_files leaves Orbax's own marks out
+        for part in (tmp_path / "checkpoints" / str(step)).iterdir():
+            if part.is_dir():
+                (part / storage.COMMIT_FILE).touch()
+        (tmp_path / "checkpoints" / str(step) / storage.COMMIT_FILE).touch()
+    return tmp_path
+
+
+def restore(workdir, state, config=CONFIG, on=None):
+    checkpoints = checkpoint.Checkpoints(workdir, config, assets=workdir / "assets")
+    try:
+        return checkpoints.restore(targets(state, on or mesh()))
+    finally:
+        checkpoints.close()
+
+
+def assert_is(items, state, step):
+    expected = step_lib.state_items(state)
+    for name, tree in expected.items():
+        shift = step if name == "params" else 0
+        jax.tree.map(lambda a, b, s=shift: np.testing.assert_array_equal(a, b + s),
+                     items[name], tree)
+
+
+@pytest.mark.parametrize(("devices", "fsdp"), [(8, 1), (4, 2), (1, 1)])
+def test_restores_the_newest_on_any_mesh(saved, state, devices, fsdp):
+    items, meta = restore(saved, state, on=mesh(devices, fsdp))
+    assert meta["step"] == 3
+    assert_is(items, state, 3)
+    shapes = jax.eval_shape(lambda: state)
+    back = step_lib.state_from_items(items, jnp.int32(3), shapes, CONFIG.model)
+    assert jax.tree.structure(back) == jax.tree.structure(state)
+    jax.tree.map(np.testing.assert_array_equal, back.frozen, state.frozen)
+    assert back.frozen["dit"] and jax.tree.leaves(back.frozen)[0].dtype == jnp.bfloat16
+
+
+def test_checkpoint_is_a_whole_policy(saved, state):
+    policy = checkpoint.load_params(saved)
+    assert policy.config == CONFIG
+    assert policy.meta["step"] == 3 and policy.path.name == "3"
+    assert (policy.assets / "dataset_stats.json").read_text() == "{}"
+    in_memory = params_lib.segmented(policy.params, policy.config.model)
+    jax.tree.map(np.testing.assert_array_equal, in_memory, step_lib.eval_params(state))  # the EMA
+    assert checkpoint.load_params(saved / "checkpoints" / "2").meta["step"] == 2
+
+
+def test_frozen_parameters_are_on_disk_once(saved):
+    files = [next((saved / "checkpoints" / str(step) / "frozen" / "d").iterdir())
+             for step in (1, 2, 3)]
+    assert len({file.stat().st_ino for file in files}) == 1
+
+
+def _truncate(directory):
+    file = max((p for p in directory.rglob("d/*") if p.is_file()), key=lambda p: p.stat().st_size)
+    os.truncate(file, file.stat().st_size // 2)
+
+
+def _lose_manifest(directory):
+    (directory / "params" / "manifest.ocdbt").unlink()
+
+
+def _lose_item(directory):
+    for file in sorted((directory / "optimizer").rglob("*"), reverse=True):
+        file.rmdir() if file.is_dir() else file.unlink()
+
+
+def _break_meta(directory):
+    (directory / "meta" / "metadata").write_text('{"format": 1, "st')
+
+
+@pytest.mark.parametrize("damage", [flip_one_byte, _truncate, _lose_manifest, _lose_item,
+                                    _break_meta])  # fmt: skip
+def test_damaged_newest_falls_back_loudly(workdir, state, damage, caplog):
+    damage(workdir / "checkpoints" / "3")
+    items, meta = restore(workdir, state)
+    assert meta["step"] == 2
+    assert_is(items, state, 2)
+    assert "Checkpoint 3 is damaged" in caplog.text
+    assert (workdir / "damaged_checkpoints" / "3").is_dir()
+    assert not (workdir / "checkpoints" / "3").exists()
+
+
+def test_all_damaged_is_an_error_not_a_fresh_start(workdir, state):
+    for step in (1, 2, 3):
+        _break_meta(workdir / "checkpoints" / str(step))
+    with pytest.raises(ValueError, match="none of the checkpoints in .* is intact"):
+        restore(workdir, state)
+
+
+def test_flipped_byte_is_found_by_the_policy_too(workdir):
+    flip_one_byte(workdir / "checkpoints" / "3" / "ema")
+    with pytest.raises(storage.DamagedCheckpointError, match="differ from what was saved|cannot be"):
+        checkpoint.load_params(workdir)
+
+
+def test_another_model_is_refused_with_its_keys_and_shapes(saved, state):
+    wide = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, adapter_dim=24))
+    other = step_lib.init_state(random_params(wide), wide, OPTIMIZER)
+    with pytest.raises(ValueError, match="another model") as error:
+        restore(saved, other, wide)
+    assert "config.model.adapter_dim: 16 in the checkpoint, 24 now" in str(error.value)
+    assert "dit/adapters_0" in str(error.value)
+
+
+def test_parameters_alone(tmp_path):
+    params = {"dit": {"blocks": {"w": np.arange(6, dtype=np.float32).reshape(2, 3)}},
+              "expert": {"b": np.float32([1, 2])}}  # fmt: skip
+    checkpoint.save_params(tmp_path / "out", params, {"source": "a.pt", "config": {"model": {"dim": 3}}})
+    policy = checkpoint.load_params(tmp_path / "out")
+    jax.tree.map(np.testing.assert_array_equal, policy.params, params)
+    assert policy.config is None and policy.assets is None
+    assert policy.meta["source"] == "a.pt" and policy.meta["config"]["model"]["dim"] == 3
+
+
+def test_no_checkpoint_is_said(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no checkpoint in"):
+        checkpoint.load_params(tmp_path)
+
+
+def test_digest_sees_every_bit_and_no_mesh():
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((8, 6)), jnp.bfloat16)
+    reference = int(storage.digests({"x": x})["x"])
+    spread = jax.device_put(x, jax.NamedSharding(mesh(fsdp=2), jax.P(("data", "fsdp"))))
+    assert int(storage.digests({"x": spread})["x"]) == reference
+    assert int(storage.digests({"x": x[::-1]})["x"]) != reference
+    bits = np.asarray(x).view(np.uint16).copy()
+    bits[5, 3] ^= 1
+    assert int(storage.digests({"x": jnp.asarray(bits.view(jnp.bfloat16))})["x"]) != reference
+
+
+def test_config_differences_are_dotted():
+    old = json.loads(config_lib.to_json(CONFIG))
+    new = json.loads(config_lib.to_json(dataclasses.replace(CONFIG, seed=1)))
+    assert checkpoint.config_differences(old, new) == {"seed": (42, 1)}
+    assert checkpoint.config_differences(old, old) == {}

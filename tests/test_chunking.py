@@ -1,0 +1,28 @@
+import numpy as np
+import pytest
+
+from lightwam_jax.inference import chunking
+
+
+def test_executes_the_first_replan_steps_of_each_chunk():
+    queue, executed, plans = chunking.ChunkQueue(replan=3), [], 0
+    for _ in range(7):
+        if queue.empty:
+            queue.push(np.arange(5)[:, None] + 100 * plans)
+            plans += 1
+        executed.append(int(queue.pop()[0]))
+    assert executed == [0, 1, 2, 100, 101, 102, 200]
+    assert plans == 3
+
+
+def test_refuses_chunks_that_cannot_be_executed():
+    with pytest.raises(ValueError, match="replan=0"):
+        chunking.ChunkQueue(0)
+    queue = chunking.ChunkQueue(replan=4)
+    with pytest.raises(ValueError, match=r"T >= replan=4, got shape \(3, 2\)"):
+        queue.push(np.zeros((3, 2)))
+    with pytest.raises(ValueError, match="NaN"):
+        queue.push(np.full((4, 2), np.nan))
+    queue.push(np.zeros((4, 2)))
+    with pytest.raises(RuntimeError, match="4 actions"):
+        queue.push(np.zeros((4, 2)))

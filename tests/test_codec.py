@@ -1,0 +1,103 @@
+"""The PCA codec: interface of the Wan VAE, determinism, quality, and the same numbers under jit."""
+
+import jax
+import numpy as np
+import pytest
+import synthetic
+
+from lightwam_jax.data import codec
+
+
+@pytest.fixture(scope="module")
+def videos():
+    """uint8 [N, 5, 32, 32, 3] of drifting squares."""
+    clips = [e.images["scene"][:5] for e in synthetic.make_episodes(24, seed=3)]
+    return np.stack(clips)
+
+
+@pytest.fixture(scope="module")
+def fitted(videos):
+    return codec.PcaCodec.fit(videos[:20], channels=16)
+
+
+def test_shapes_are_those_of_the_wan_vae(fitted, videos):
+    latents = fitted.encode(videos)
+    assert latents.shape == (24, 2, 4, 4, 16) and latents.dtype == np.float32
+    pictures = fitted.decode(latents)
+    assert pictures.shape == videos.shape and pictures.dtype == np.uint8
+    assert fitted.encode(videos[:, :1]).shape == (24, 1, 4, 4, 16)
+    assert fitted.decode(latents[:, :1]).shape == (24, 1, 32, 32, 3)
+
+
+def test_first_latent_frame_depends_on_the_first_frame_only(fitted, videos):
+    np.testing.assert_array_equal(fitted.encode(videos[:, :1]), fitted.encode(videos)[:, :1])
+
+
+def test_quality_on_pictures_it_was_not_fitted_on(fitted, videos):
+    pictures = fitted.decode(fitted.encode(videos[20:]))
+    assert codec.psnr(pictures[:, 0], videos[20:, 0]) > 23
+    assert codec.psnr(pictures[:, 1:], videos[20:, 1:]) > 20
+
+
+def test_all_components_lose_nothing(videos):
+    """192 components of a first-frame patch are a change of basis."""
+    full = codec.PcaCodec.fit(videos, channels=192)
+    pictures = full.decode(full.encode(videos[:, :1]))
+    assert np.abs(pictures.astype(int) - videos[:, :1]).max() <= 1
+
+
+@pytest.mark.parametrize("whitening", [0.0, 0.5, 1.0])
+def test_mean_variance_is_one(videos, whitening):
+    fitted = codec.PcaCodec.fit(videos, channels=8, whitening=whitening)
+    latents = fitted.encode(videos)
+    later = latents[:, 1:].reshape(-1, 8)
+    np.testing.assert_allclose(later.mean(0), 0, atol=1e-2)
+    variance = later.var(0)
+    np.testing.assert_allclose(variance.mean(), 1, atol=0.02)
+    assert (np.diff(variance) < 1e-3).all(), "components are not in order"
+    np.testing.assert_allclose(variance[0] / variance[-1] > 1.1, whitening < 1)
+
+
+def test_fit_is_deterministic(fitted, videos):
+    assert codec.PcaCodec.fit(videos[:20].copy(), channels=16).id == fitted.id
+    assert codec.PcaCodec.fit(videos[:19], channels=16).id != fitted.id
+
+
+def test_encode_under_jit_is_the_same_function(fitted, videos):
+    jitted = jax.jit(fitted.encode_with)(fitted.arrays, videos)
+    np.testing.assert_allclose(jitted, fitted.encode(videos), atol=1e-4)
+
+
+def test_chunks_do_not_change_the_latents(fitted):
+    rng = np.random.default_rng(0)
+    many = rng.integers(0, 256, (90, 5, 32, 32, 3)).astype(np.uint8)  # 1.4 MB: two chunks
+    np.testing.assert_allclose(fitted.encode(many)[-1], fitted.encode(many[-1:])[0], atol=1e-4)
+
+
+def test_save_and_load(fitted, videos, tmp_path):
+    fitted.save(tmp_path / "codec")
+    loaded = codec.load(tmp_path / "codec")
+    assert loaded.id == fitted.id and loaded.latent_channels == 16 and loaded.stride == 8
+    np.testing.assert_array_equal(loaded.encode(videos), fitted.encode(videos))
+    with pytest.raises(FileNotFoundError, match=r"make it with: .*--what latents"):
+        codec.load(tmp_path / "nowhere")
+    codec.PcaCodec.fit(videos[:9], channels=16).save(tmp_path / "other")
+    (tmp_path / "other" / "codec.npz").replace(tmp_path / "codec" / "codec.npz")
+    with pytest.raises(ValueError, match="one of them was replaced"):
+        codec.load(tmp_path / "codec")
+    (tmp_path / "codec" / "codec.json").write_text('{"kind": "wan23", "id": ""}')
+    with pytest.raises(ValueError, match="'wan23' is unknown; known kinds"):
+        codec.load(tmp_path / "codec")
+
+
+def test_wrong_inputs_are_refused(fitted, videos):
+    with pytest.raises(ValueError, match="video of 4 frames of 32x32; expected 1"):
+        fitted.encode(videos[:, :4])
+    with pytest.raises(ValueError, match="video of 5 frames of 31x32"):
+        fitted.encode(videos[:, :, 1:])
+    with pytest.raises(ValueError, match=r"video is float32 .*; expected uint8"):
+        fitted.encode(videos.astype(np.float32))
+    with pytest.raises(ValueError, match=r"expected \[B, F, h, w, 16\]"):
+        fitted.decode(np.zeros((1, 1, 4, 4, 8), np.float32))
+    with pytest.raises(ValueError, match="PCA codec of 200 channels"):
+        codec.PcaCodec.fit(videos, channels=200)

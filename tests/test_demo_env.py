@@ -1,0 +1,329 @@
+"""The embedded demo: its physics, pictures, expert, recording and adapter."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import mujoco
+import numpy as np
+import pytest
+
+from lightwam_jax.data import (
+    demo,
+    demo_env,
+    demo_expert,
+    demo_record,
+    demo_render,
+    demo_scene,
+    episodes,
+)
+from lightwam_jax.evaluation.envs import demo as demo_adapter
+from tests import synthetic
+
+_ROOT = str(pathlib.Path(__file__).parents[1])
+
+
+def _play(env, seed, policy):
+    """Runs an episode without rendering; returns (success, steps, digest of the physics)."""
+    env.observe = lambda: None
+    env.reset(seed)
+    digest, done = hashlib.sha256(), False
+    while not done:
+        success, done = env.step(policy(env))
+        digest.update(env.data.qpos.tobytes())
+    return success, env.steps, digest.hexdigest()
+
+
+def _same_bits(seed):
+    """What must not depend on the process: physics and pictures of one episode."""
+    env = demo_env.TabletopEnv(32)
+    digest = _play(env, seed, demo_expert.act)[2]
+    return digest + hashlib.sha256(env.render("wrist").tobytes()).hexdigest()
+
+
+def test_same_seed_same_bits_in_another_process():
+    code = "from tests import test_demo_env as t; print(t._same_bits(5))"
+    other = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=_ROOT,
+        check=True,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert other.stdout.strip() == _same_bits(5)
+
+
+def test_episode_does_not_depend_on_the_one_before():
+    env = demo_env.TabletopEnv(32)
+    first = _play(env, 1, demo_expert.act)
+    _play(env, 2, demo_expert.act)
+    assert _play(env, 1, demo_expert.act) == first
+
+
+def test_expert_solves_the_task():
+    env = demo_env.TabletopEnv(32)
+    results = [_play(env, seed, demo_expert.act) for seed in range(20)]
+    assert all(success for success, _, _ in results)
+    assert 25 < np.mean([steps for _, steps, _ in results]) < 60
+
+
+def test_harder_tables_are_solved_too():
+    hard = demo_env.Difficulty(objects=4, shapes=("cube", "cylinder", "ball"), yaw=0.4)
+    env = demo_env.TabletopEnv(32, hard)
+    assert sum(_play(env, seed, demo_expert.act)[0] for seed in range(8)) >= 7
+
+
+def test_words_decide():
+    """The same table with another word wants another object: the wrong one ends the episode."""
+    env = demo_env.TabletopEnv(32)
+    for seed in range(4):
+        success, steps, _ = _play(
+            env, seed, lambda e: demo_expert.act(e, (e.scene.target + 1) % len(e.scene.objects))
+        )
+        assert not success and steps < demo_env.MAX_STEPS
+
+
+def test_doing_nothing_or_anything_fails():
+    env = demo_env.TabletopEnv(32)
+    rng = np.random.default_rng(0)
+    assert not _play(env, 0, lambda e: np.zeros(4))[0]
+    assert not any(_play(env, seed, lambda e: rng.uniform(-1, 1, 4))[0] for seed in range(4))
+
+
+def test_scenes_shuffle_colours_over_places_and_name_each_object_equally():
+    scenes = [demo_env.sample_scene(seed, demo_env.Difficulty()) for seed in range(600)]
+    targets = np.bincount([scene.target for scene in scenes])
+    assert targets.min() > 150  # of 200 expected
+    leftmost = [
+        min(scene.objects, key=lambda o: o[2]) == scene.objects[scene.target] for scene in scenes
+    ]
+    assert abs(np.mean(leftmost) - 1 / 3) < 0.07
+    for scene in scenes:
+        assert len({colour for colour, *_ in scene.objects}) == len(scene.objects)
+        x, y = np.array([o[2:4] for o in scene.objects]).T
+        assert np.hypot(x[0] - x[1], y[0] - y[1]) >= demo_env.Difficulty().spacing
+
+
+def test_impossible_tables_and_bad_actions_are_refused():
+    with pytest.raises(ValueError, match="do not fit"):
+        demo_env.sample_scene(0, demo_env.Difficulty(spacing=0.5))
+    with pytest.raises(ValueError, match="expected 1 to 4"):
+        demo_env.sample_scene(0, demo_env.Difficulty(objects=5))
+    env = demo_env.TabletopEnv(32)
+    env.reset(0)
+    for action in (np.zeros(7), [0, 0, np.nan, 0]):
+        with pytest.raises(ValueError, match="finite numbers"):
+            env.step(action)
+    with pytest.raises(KeyError, match="scene, wrist"):
+        env.render("ceiling")
+
+
+def test_observation():
+    env = demo_env.TabletopEnv(48)
+    observation = env.reset(0)
+    assert set(observation["images"]) == set(demo_env.CAMERAS)
+    for image in observation["images"].values():
+        assert image.shape == (48, 48, 3) and image.dtype == np.uint8 and image.std() > 10
+    assert observation["state"].shape == (demo_env.PROPRIO_DIM,)
+    assert observation["state"].dtype == np.float32
+    colour, shape = env.scene.objects[env.scene.target][:2]
+    assert observation["prompt"] == f"put the {colour} {shape} in the tray"
+    assert env.render("scene", 96).shape == (96, 96, 3)
+
+
+def test_proprioception_feels_the_grasp():
+    env = demo_env.TabletopEnv(32)
+    states = []
+    _play(env, 0, lambda e: (states.append(e.state), demo_expert.act(e))[1])
+    states = np.array(states)
+    held = states[:, 4] == 1
+    assert not held[0] and held.sum() > 8
+    assert abs(states[0, 3] - demo_scene.OPENING) < 1e-3
+    assert (states[held, 3] < 0.06).all()  # an object is 4.4 cm wide
+
+
+def test_named_object_can_be_located_in_the_scene_picture():
+    """The colour's centroid, mapped linearly, tells where the object is to better than 1 cm."""
+    rows, places = [], []
+    env = demo_env.TabletopEnv(64)
+    hand = dataclasses.replace(demo_env.Difficulty(), hand=(0, 0, 0))
+    env.difficulty = dataclasses.replace(hand, object_y=(-0.10, 0.0))  # clear of the hand's picture
+    for seed in range(24):
+        picture = env.reset(seed)["images"]["scene"] / 255.0
+        colour = np.array(demo_scene.COLOURS[env.scene.objects[env.scene.target][0]])
+        alike = (picture @ colour) / np.linalg.norm(picture, axis=-1) / np.linalg.norm(colour)
+        weight = np.clip((alike - 0.955) / 0.03, 0, 1) * (np.ptp(picture, axis=-1) > 0.25)
+        v, u = np.mgrid[:64, :64] / 64
+        centre = [(weight * axis).sum() / weight.sum() for axis in (u, v)]
+        rows.append([1, *centre, centre[0] * centre[1]])
+        places.append(env.place(env.scene.target)[:2].copy())
+    solution = np.linalg.lstsq(np.array(rows), np.array(places), rcond=None)[0]
+    error = np.linalg.norm(np.array(rows) @ solution - np.array(places), axis=1)
+    assert np.median(error) < 0.005 and np.percentile(error, 90) < 0.01
+
+
+def test_renderer_culls_no_ray_that_would_hit():
+    env = demo_env.TabletopEnv(64)
+    env.reset(3)
+    rng = np.random.default_rng(0)
+    rays = rng.normal(size=(4000, 3)).astype(np.float32) * (0.4, 0.4, 0.1) - (0, 0, 1)
+    rays = np.float32(rays / np.linalg.norm(rays, axis=1, keepdims=True))
+    origin = np.float32([0.02, -0.1, 0.5])
+    geom, distance = env._renderer._hits(env.data, origin, rays)
+    all_geom, all_distance = demo_render.cast(env.model, env.data, origin, rays)
+    np.testing.assert_array_equal(geom, all_geom)
+    np.testing.assert_allclose(distance, all_distance, rtol=1e-5)
+
+
+def test_renderer_normals_agree_with_mujoco():
+    shapes = '<geom type="box" size=".1 .05 .03" pos="-.2 0 .1" euler="20 30 40"/>'
+    shapes += '<geom type="cylinder" size=".05 .08" pos="0 0 .1" euler="50 10 0"/>'
+    shapes += '<geom type="sphere" size=".07" pos=".2 0 .1"/>'
+    plane = '<geom type="plane" size="1 1 .1"/>'
+    model = mujoco.MjModel.from_xml_string(
+        f"<mujoco><worldbody>{plane}{shapes}</worldbody></mujoco>"
+    )
+    data = mujoco.MjData(model)
+    mujoco.mj_forward(model, data)
+    target = np.random.default_rng(0).uniform((-0.3, -0.1, 0), (0.3, 0.1, 0.2), (3000, 3))
+    origin = np.array([0.1, -0.4, 0.6])
+    rays = target - origin
+    rays /= np.linalg.norm(rays, axis=1, keepdims=True)
+    geom, distance = demo_render.cast(model, data, origin, rays)
+    on = geom > 0
+    point = origin + distance[on, None] * rays[on]
+    normal = demo_render.Renderer(model)._normals(data, geom[on], point.astype(np.float32))
+    np.testing.assert_allclose(np.linalg.norm(normal, axis=1), 1, atol=1e-4)
+    # A step along the normal leaves the shape; the ray back arrives after that step.
+    for p, n, g in list(zip(point, normal, geom[on]))[::40]:
+        back, gap = demo_render.cast(model, data, p + 0.02 * n, -n[None])
+        assert back[0] == g and abs(gap[0] - 0.02) < 1e-3
+
+
+def test_renderer_refuses_what_it_cannot_draw():
+    model = mujoco.MjModel.from_xml_string(
+        '<mujoco><worldbody><geom type="plane" size="1 1 .1"/><geom type="capsule" size=".1 .1"/>'
+        "</worldbody></mujoco>"
+    )
+    with pytest.raises(ValueError, match=r"geoms \[1\]"):
+        demo_render.Renderer(model)
+
+
+def test_noise_disturbs_the_motion_and_not_the_labels():
+    env = demo_env.TabletopEnv(16)
+    success, clean = demo_record.demonstrate(env, 0, 0.0)
+    noisy_success, noisy = demo_record.demonstrate(env, 0, 0.3)
+    assert success and noisy_success
+    np.testing.assert_array_equal(clean["action"][0], noisy["action"][0])
+    assert not np.array_equal(clean["state"][1], noisy["state"][1])
+    for arrays in (clean, noisy):
+        assert {len(a) for a in arrays.values()} == {len(arrays["action"])}
+        assert np.abs(arrays["action"]).max() <= 1
+    _, again = demo_record.demonstrate(env, 0, 0.3)
+    for name in noisy:
+        np.testing.assert_array_equal(noisy[name], again[name])
+
+
+def _config(path, **changes):
+    changes = {"episodes": 4, "workers": 2, "image_size": 16, "action_noise": 0.3, **changes}
+    overrides = {f"demo.{key}": value for key, value in changes.items()}
+    overrides |= {"model.action_dim": 4, "model.proprio_dim": 5}
+    return synthetic.make_config(path, **overrides)
+
+
+@pytest.fixture(scope="module")
+def recording(tmp_path_factory):
+    """(config, metadata) of four recorded episodes."""
+    config = _config(tmp_path_factory.mktemp("demo"))
+    return config, demo.record(config)
+
+
+def test_recorded_episodes_follow_the_protocol(recording):
+    config, meta = recording
+    found = demo.episodes(config.data.path)
+    episodes.validate(found, config)
+    assert len(found) == 4 and meta["seeds"] == [0, 1, 2, 3] and meta["expert_success_rate"] == 1
+    for episode in found:
+        assert episode.fps == demo_env.FPS and episode.task in meta["tasks"]
+        assert episode.state.shape == (episode.length, demo_env.PROPRIO_DIM)
+        assert episode.action.shape == (episode.length, demo_env.ACTION_DIM)
+        frames = episode.frames("wrist", [0, episode.length - 1])
+        assert frames.shape == (2, 16, 16, 3) and frames.dtype == np.uint8
+    with pytest.raises(KeyError, match="scene, wrist"):
+        found[0].frames("ceiling", [0])
+    _, direct = demo_record.demonstrate(demo_env.TabletopEnv(16), 2, 0.3)
+    np.testing.assert_array_equal(direct["action"], found[2].action)
+    np.testing.assert_array_equal(direct["scene"][3:5], found[2].frames("scene", [3, 4]))
+
+
+def test_recording_continues_and_keeps_what_is_there(recording, tmp_path):
+    config, meta = recording
+    path = pathlib.Path(config.data.path)
+    kept = demo_record.episode_file(path, 1)
+    stamp = kept.stat().st_mtime_ns
+    demo_record.episode_file(path, 3).unlink()
+    (path / "metadata.json").unlink()
+    with pytest.raises(FileNotFoundError, match="--what demo"):
+        demo.episodes(path)
+    again = demo.record(config)
+    assert again["seeds"] == meta["seeds"] and kept.stat().st_mtime_ns == stamp
+    assert len(demo.episodes(path)) == 4
+
+
+def test_recording_with_other_settings_is_refused(recording):
+    config, _ = recording
+    other = dataclasses.replace(config, demo=dataclasses.replace(config.demo, image_size=32))
+    with pytest.raises(ValueError, match=r"image_size=16 \(now 32\)"):
+        demo.record(other)
+
+
+def test_failed_seeds_are_replaced(tmp_path, monkeypatch):
+    """With half of the seeds failing, the next ones are tried until enough succeed."""
+
+    def outcome(path, seeds, settings, bar):
+        for seed in seeds:
+            if seed % 2:
+                arrays = {"state": np.zeros((3, 5)), "action": np.zeros((3, 4))}
+                np.savez(demo_record.episode_file(path, seed), task=np.array("put"), **arrays)
+        return {seed: bool(seed % 2) for seed in seeds}
+
+    monkeypatch.setattr(demo, "_round", outcome)
+    config = _config(tmp_path, episodes=5)
+    meta = demo.record(config)
+    assert meta["seeds"] == [1, 3, 5, 7, 9] and 0.4 < meta["expert_success_rate"] <= 0.5
+    stored = json.loads((pathlib.Path(config.data.path) / "metadata.json").read_text())
+    assert stored == meta and stored["failed_seeds"][:2] == [0, 2]
+
+
+def test_a_dead_worker_is_an_error_with_its_last_words(tmp_path):
+    with pytest.raises(RuntimeError, match=r"(?s)code 1.*last words.*Error"):
+        demo.record(_config(tmp_path, episodes=2, workers=1, image_size=-1))
+
+
+def test_workers_do_not_import_jax():
+    code = (
+        "import sys; from lightwam_jax.data import demo_record; "
+        "from lightwam_jax.evaluation.envs import demo; "
+        "print(sorted({m.split('.')[0] for m in sys.modules} & {'jax', 'flax', 'ml_collections'}))"
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", code], cwd=_ROOT, check=True, capture_output=True, text=True
+    )
+    assert out.stdout.strip() == "[]"
+
+
+def test_adapter_follows_the_rollout_protocol():
+    env = demo_adapter.make(image_size=24, objects=2)
+    observation = env.reset(7)
+    np.testing.assert_array_equal(observation["images"]["scene"], env.observe()["images"]["scene"])
+    done, steps = False, 0
+    while not done:
+        nothing, success, done = env.step(env.expert_action())
+        steps += 1
+    assert nothing is None and success and steps < demo_env.MAX_STEPS
+    assert env.picture("wrist", 40).shape == (40, 40, 3)

@@ -1,0 +1,104 @@
+"""Windows and splits against the reference's; what a source may not hand over."""
+
+import dataclasses
+import json
+import pathlib
+import types
+
+import numpy as np
+import pytest
+import synthetic
+
+from lightwam_jax.data import episodes
+
+GOLDEN = pathlib.Path(__file__).parent / "golden" / "h_data"
+
+
+@pytest.mark.parametrize("name, length, num_frames, stride", [
+    ("len40_n33_s1", 40, 33, 1), ("len20_n33_s1", 20, 33, 1), ("len70_n17_s3", 70, 49, 3)])
+def test_windows_are_the_references(name, length, num_frames, stride):
+    golden = np.load(GOLDEN / "frame_indices.npz")
+    windows = [episodes.window(length, start, num_frames, stride, 4) for start in range(length)]
+    np.testing.assert_array_equal([w.frames for w in windows], golden[f"{name}_frame_index"])
+    np.testing.assert_array_equal([w.image_is_pad for w in windows], golden[f"{name}_image_is_pad"])
+
+
+def test_window_clamps_to_the_last_step():
+    window = episodes.window(length=6, start=3, num_frames=9, stride=2, horizon=5)
+    assert window.frames.tolist() == [3, 5, 5, 5, 5]
+    assert window.image_is_pad.tolist() == [False, False, True, True, True]
+    assert window.actions.tolist() == [3, 4, 5, 5, 5]
+    assert window.action_is_pad.tolist() == [False, False, False, True, True]
+    with pytest.raises(IndexError, match="step 6 of an episode of 6 steps"):
+        episodes.window(6, 6, 9, 2, 5)
+
+
+@pytest.mark.parametrize("count, fraction, train, val", [
+    (10, 0.05, [5, 6, 0, 7, 3, 2, 4, 9, 1], [8]),
+    (20, 0.25, [15, 9, 14, 7, 12, 10, 6, 19, 3, 0], [4, 17, 1, 13, 8]),
+    (3, 0.34, [2], [1, 0]),
+    (4, 0.0, [0, 1, 2, 3], []),
+])
+def test_split_is_the_references(count, fraction, train, val):
+    members = [types.SimpleNamespace(id=i) for i in range(count)]
+    got_train, got_val = episodes.split(members, fraction)
+    assert got_train[:len(train)] == train
+    assert got_val == val
+    assert sorted(got_train + got_val) == list(range(count))
+
+
+def test_split_that_leaves_nothing_to_train_on():
+    with pytest.raises(ValueError, match=r"0.5 of 1 episodes leaves none to train on"):
+        episodes.split([types.SimpleNamespace(id=0)], 0.5)
+
+
+def test_load_episodes_says_what_to_do(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"make it with: .*--what demo"):
+        episodes.load_episodes(synthetic.make_config(tmp_path))
+    with pytest.raises(ValueError, match="'lerbot'; known sources: demo, fake"):
+        episodes.load_episodes(synthetic.make_config(tmp_path, **{"data.source": "lerbot"}))
+    with pytest.raises(ValueError, match=r"nothing to precompute, run train.py"):
+        episodes.load_episodes(synthetic.make_config(tmp_path, **{"data.source": "fake"}))
+
+
+def test_validate_names_episode_and_remedy():
+    config, good = synthetic.make_config(), synthetic.make_episodes(2)
+    episodes.validate(good, config)
+    with pytest.raises(ValueError, match="holds no episode; record some with"):
+        episodes.validate([], config)
+    with pytest.raises(ValueError, match="two episodes are called 'episode_000'"):
+        episodes.validate([good[0], good[0]], config)
+    narrow = dataclasses.replace(good[1], action=good[1].action[:, :4])
+    advice = r"episode_001: action has 4 dimensions, .*is 7; set --config.model.action_dim=4"
+    with pytest.raises(ValueError, match=advice):
+        episodes.validate([good[0], narrow], config)
+    broken = dataclasses.replace(good[0], state=good[0].state.copy())
+    broken.state[3, 2] = np.nan
+    with pytest.raises(ValueError, match=r"episode_000: state\[2\] is nan at step 3 \(1 non-"):
+        episodes.validate([broken], config)
+    short = dataclasses.replace(good[0], state=good[0].state[:-1])
+    with pytest.raises(ValueError, match="episode_000: state has shape"):
+        episodes.validate([short], config)
+
+
+def test_an_unknown_camera_lists_the_known_ones():
+    with pytest.raises(KeyError, match="no camera 'front'; it has scene, wrist"):
+        synthetic.make_episodes(1)[0].frames("front", [0])
+
+
+def test_probe_windows_of_the_reference_dataset():
+    """Pads of seven samples that the reference's own dataset class returned."""
+    golden = np.load(GOLDEN / "windows.npz")
+    lengths = [len(golden[f"action_{i}"]) for i in range(3)]
+    ends = np.cumsum(lengths)
+    for row, index in enumerate(golden["index"]):
+        episode = int(np.searchsorted(ends, index, side="right"))
+        start = int(index - (ends[episode] - lengths[episode]))
+        window = episodes.window(lengths[episode], start, 33, 4, 32)
+        np.testing.assert_array_equal(window.image_is_pad, golden["probe_image_is_pad"][row])
+        np.testing.assert_array_equal(window.action_is_pad, golden["probe_action_is_pad"][row])
+
+
+def test_golden_statistics_count_the_same_episodes():
+    statistics = json.loads((GOLDEN / "dataset_stats.json").read_text())
+    assert (statistics["num_episodes"], statistics["num_transition"]) == (3, 96)

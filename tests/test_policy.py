@@ -1,0 +1,165 @@
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from configs import base
+from lightwam_jax import build
+from lightwam_jax import config as config_lib
+from lightwam_jax.data import assets as assets_lib
+from lightwam_jax.data import codec
+from lightwam_jax.data import normalize
+from lightwam_jax.data import text
+from lightwam_jax.inference import policy as policy_lib
+
+CAMERAS = ("scene", "wrist")
+
+
+def make_config(**model):
+    c = base.get_config("tiny", dtype="float32", action_dim=4, proprio_dim=5, latent_channels=8, num_layers=2,
+                        lora_layers=(0, 1), adapter_layers=(0, 1), **model)
+    c.data.cameras, c.data.canvas, c.data.text_len = CAMERAS, (32, 64), 32
+    c.data.num_frames, c.data.frame_stride, c.data.action_horizon = 9, 2, 8
+    c.evaluation.replan = 4
+    return config_lib.from_config_dict(c)
+
+
+def random_params(model, config, seed):
+    """Random parameters without compiling the initialisers, which takes longer than all tests here."""
+    rng = np.random.default_rng(seed)
+    shapes = jax.eval_shape(lambda: build.init_params(model, jax.random.key(0), config))
+    return jax.tree.map(lambda s: rng.normal(0, 0.3 if len(s.shape) < 2 else s.shape[-2] ** -0.5, s.shape)
+                        .astype(np.float32), shapes)
+
+
+def make_policy(config):
+    rng = np.random.default_rng(0)
+    clips = rng.integers(0, 256, (4, 5, 32, 64, 3), np.uint8)
+    assets = assets_lib.Assets(
+        state=normalize.min_max(np.full(5, -2.0), np.full(5, 2.0)),
+        action=normalize.min_max(np.arange(4) - 3.0, np.arange(4) + 3.0),
+        codec=codec.PcaCodec.fit(clips, config.model.latent_channels),
+        text_encoder=text.HashedTextEncoder(config.model.text_dim), statistics={})
+    model = build.build_model(config.model)
+    return policy_lib.Policy(model, random_params(model, config.model, 1), config, assets, step=7)
+
+
+def observe(rows, seed=0):
+    rng = np.random.default_rng(seed)
+    images = {camera: rng.integers(0, 256, (rows, 32, 32, 3), np.uint8) for camera in CAMERAS}
+    prompts = [f"put the {colour} cube in the tray" for colour in ("red", "green", "blue")]
+    return images, rng.normal(size=(rows, 5)).astype(np.float32), [prompts[i % 3] for i in range(rows)]
+
+
+def take(observation, rows):
+    images, state, prompts = observation
+    return {c: i[rows] for c, i in images.items()}, state[rows], [prompts[r] for r in rows]
+
+
+@pytest.fixture(scope="module")
+def policy():
+    return make_policy(make_config())
+
+
+def test_one_compilation_per_bucket(policy):
+    before = policy.traces
+    shapes = [policy.act(*observe(rows)).shape for rows in (5, 8, 6, 7, 5)]
+    assert shapes == [(rows, 8, 4) for rows in (5, 8, 6, 7, 5)]
+    assert policy.traces == before + 1
+    policy.warm_up([7])
+    assert policy.traces == before + 1
+
+
+def test_rows_are_independent_of_their_neighbours_and_place_to_the_bit(policy):
+    observation = observe(8)
+    actions = policy.act(*observation)
+    assert actions.dtype == np.float32
+    order = [3, 7, 0, 5, 1, 2, 6, 4]
+    np.testing.assert_array_equal(policy.act(*take(observation, order)), actions[order])
+    np.testing.assert_array_equal(policy.act(*take(observation, [6, 1, 2, 3, 4])), actions[[6, 1, 2, 3, 4]])
+    np.testing.assert_allclose(policy.act(*take(observation, [2])), actions[[2]], atol=1e-4)  # another bucket
+
+
+def test_every_input_matters_and_units_are_physical(policy):
+    images, state, prompts = observe(5)
+    actions = policy.act(images, state, prompts)
+    assert np.abs(actions - policy.act(images, state, ["put it away"] * 5)).max() > 1e-6
+    assert np.abs(actions - policy.act(images, -state, prompts)).max() > 1e-6
+    assert np.abs(actions - policy.act({c: 255 - i for c, i in images.items()}, state, prompts)).max() > 1e-6
+    # normalised 0 is the middle of the range: dimension i lies around i
+    action = normalize.min_max(np.arange(4) + 97.0, np.arange(4) + 103.0)
+    shifted = policy_lib.Policy(policy.model, policy.params, policy.config,
+                                dataclasses.replace(policy.assets, action=action))
+    np.testing.assert_allclose(shifted.act(*observe(1)) - policy.act(*observe(1)), 100, atol=1e-3)
+
+
+def test_each_prompt_is_encoded_once(policy, monkeypatch):
+    calls = []
+
+    class Counting(text.HashedTextEncoder):
+        def encode(self, prompts, text_len):
+            calls.extend(prompts)
+            return super().encode(prompts, text_len)
+
+    monkeypatch.setattr(policy, "assets", dataclasses.replace(
+        policy.assets, text_encoder=Counting(policy.config.model.text_dim)))
+    monkeypatch.setattr(policy, "_texts", {})
+    policy.act(*observe(1))
+    policy.act(*observe(1))
+    template = policy.config.data.prompt_template
+    assert calls == [template.format(task="put the red cube in the tray")]
+
+
+def test_taps_are_attention_over_the_canvas(policy):
+    _, taps = policy.act(*observe(5), return_taps=True)
+    assert {n for n in taps if n.startswith("att")} == {f"attention_{i}_adapted" for i in (0, 1)}
+    assert taps["attention_1_adapted"].shape == (5, 4, 2 * 4)
+    np.testing.assert_allclose(taps["attention_1_adapted"].sum(-1), 1, atol=1e-5)
+    np.testing.assert_allclose(taps["query_importance_1_adapted"].sum(), 1, atol=1e-5)
+
+
+def test_predicted_video_starts_now_and_is_seeded(policy):
+    observation = observe(2)
+    video = policy.predict_video(*observation, seed=3, steps=2)
+    assert video.shape == (2, 5, 16, 32, 3) and video.dtype == np.uint8
+    np.testing.assert_array_equal(video, policy.predict_video(*observation, seed=3, steps=2))
+    other = policy.predict_video(*observation, seed=4, steps=2)
+    np.testing.assert_array_equal(video[:, 0], other[:, 0])
+    assert (video[:, 1:] != other[:, 1:]).any()
+
+
+def test_observations_are_checked_at_the_door(policy):
+    images, state, prompts = observe(2)
+    bad = [
+        (({"scene": images["scene"]}, state, prompts), "no image of camera 'wrist'"),
+        (({**images, "wrist": images["wrist"].astype(np.float32)}, state, prompts), "float32"),
+        (({**images, "wrist": images["wrist"][:, :16]}, state, prompts), r"\[2, 16, 32, 3\]"),
+        (({c: i[0] for c, i in images.items()}, state, prompts), "expected a batch"),
+        ((images, state[:, :4], prompts), r"shape \[2, 4\]; expected \[2, 5\]"),
+        ((images, state * np.nan, prompts), r"not finite in rows \[0, 1\]"),
+        ((images, state, prompts[0]), "expected a list of 2 instructions"),
+        ((images, state, prompts[:1]), "expected a list of 2 instructions"),
+    ]
+    for arguments, message in bad:
+        with pytest.raises(ValueError, match=message):
+            policy.act(*arguments)
+
+
+def test_more_rows_than_the_largest_bucket(policy, monkeypatch):
+    monkeypatch.setattr(policy_lib, "BUCKETS", (1, 8))
+    observation = observe(11)
+    actions = policy.act(*observation)
+    np.testing.assert_array_equal(actions[:8], policy.act(*take(observation, range(8))))
+    assert actions.shape == (11, 8, 4)
+
+
+def test_untrained_is_seeded_and_shares_what_is_compiled(policy, monkeypatch):
+    monkeypatch.setattr(build, "init_params", lambda model, key, config: (lambda scale: jax.tree.map(
+        lambda x: scale * np.ones(x.shape, np.float32), policy.params))(jax.random.uniform(key)))
+    policy.act(*observe(1))
+    before = policy.traces
+    a, b, c = (policy.untrained(seed) for seed in (1, 1, 2))
+    np.testing.assert_array_equal(a.act(*observe(1)), b.act(*observe(1)))
+    assert (a.act(*observe(1)) != c.act(*observe(1))).any()
+    assert (a.step, policy.step, policy.traces) == (None, 7, before)

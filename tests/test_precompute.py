@@ -1,0 +1,270 @@
+"""Precompute, the latent cache and the assets, end to end on made-up episodes."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import types
+
+import ml_dtypes
+import numpy as np
+import pytest
+import synthetic
+
+from lightwam_jax import precompute
+from lightwam_jax.data import assets, cache, normalize, text
+from lightwam_jax.data import episodes as episodes_lib
+
+STEPS = ("stats", "text", "latents")
+
+
+@pytest.fixture
+def members(monkeypatch):
+    """Six episodes that every config of this file finds at its data.path."""
+    found = synthetic.make_episodes()
+
+    def load(config):
+        episodes_lib.validate(found, config)
+        return list(found)
+
+    monkeypatch.setattr(episodes_lib, "load_episodes", load)
+    return found
+
+
+@pytest.fixture
+def config(tmp_path, members):
+    made = synthetic.make_config(tmp_path)
+    precompute.precompute(made, STEPS)
+    return made
+
+
+def changed(config, section, **values):
+    return dataclasses.replace(
+        config, **{section: dataclasses.replace(getattr(config, section), **values)})
+
+
+def test_records_are_the_raw_windows(config, members):
+    opened = cache.open_cache(config)
+    by_id = {e.id: e for e in members}
+    codec = assets.load_assets(assets.assets_directory(config), config).codec
+    train, val = episodes_lib.split(members, config.data.val_fraction)
+    for split, names in (("train", train), ("val", val)):
+        source = opened.source(split)
+        assert len(source) == opened.size(split) == sum(by_id[name].length for name in names)
+        places = [(name, start) for name in names for start in range(by_id[name].length)]
+        for row in (0, len(places) // 2, len(places) - 1):
+            record, (name, start) = source[row], places[row]
+            episode = by_id[name]
+            window = episodes_lib.window(episode.length, start, 9, 2, 8)
+            assert (record["episode"].decode(), record["start"]) == (name, start)
+            assert opened.meta["tasks"][record["task"]] == episode.task
+            np.testing.assert_array_equal(record["proprio"], episode.state[start])
+            np.testing.assert_array_equal(record["actions"], episode.action[window.actions])
+            np.testing.assert_array_equal(record["action_is_pad"], window.action_is_pad)
+            np.testing.assert_array_equal(record["image_is_pad"], window.image_is_pad)
+            video = cache.canvases(episode, window.frames, config)[None]
+            assert record["latents"].dtype == ml_dtypes.bfloat16
+            np.testing.assert_allclose(record["latents"].astype(np.float32), codec.encode(video)[0],
+                                       atol=1e-3, rtol=1e-2)
+
+
+def test_tensorflow_is_not_needed(config):
+    cache.open_cache(config).source("train")[0]
+    assert "tensorflow" not in sys.modules
+    assert "torch" not in sys.modules
+
+
+def test_second_run_changes_nothing(config, capsys):
+    def stamps():
+        return {os.path.join(where, name): os.stat(os.path.join(where, name)).st_mtime_ns
+                for where, _, names in os.walk(config.data.cache) for name in names}
+
+    before = stamps()
+    capsys.readouterr()
+    precompute.precompute(config, STEPS)
+    assert stamps() == before
+    out = capsys.readouterr().out
+    assert out.count("up to date") == 3
+    assert not [name for name in before if "partial" in name or name.endswith(".old")]
+
+
+def test_statistics_are_of_the_training_episodes_and_printed(config, members, capsys):
+    train, _ = episodes_lib.split(members, config.data.val_fraction)
+    want = normalize.fit_statistics([e for name in train for e in members if e.id == name], 8)
+    path = os.path.join(assets.assets_directory(config), "dataset_stats.json")
+    got = normalize.read_statistics(path, 8, 7)
+    assert got["action"] == want["action"] and got["num_episodes"] == len(train)
+    os.remove(path)
+    precompute.precompute(config, ("stats",))
+    out = capsys.readouterr().out
+    assert "state[7]" in out and "action[6]" in out and "q99" in out
+
+
+def test_given_statistics_are_kept(config, capsys):
+    path = os.path.join(assets.assets_directory(config), "dataset_stats.json")
+    with open(path) as f:
+        statistics = json.load(f)
+    del statistics["made_from"]
+    normalize.write_statistics(statistics, path)
+    precompute.precompute(config, ("stats",))
+    assert "kept as given" in capsys.readouterr().out
+    cache.open_cache(config)
+
+
+def test_z_score_of_a_constant_dimension_warns(config, members, capsys):
+    for episode in members:
+        episode.action[:, 6] = 1
+    precompute.precompute(changed(config, "data", normalization="z_score"), ("stats",))
+    captured = capsys.readouterr()
+    assert "constant" in captured.out
+    assert "action dimensions [6] never move" in captured.err
+
+
+def test_a_stale_cache_lists_every_difference(config):
+    other = changed(changed(config, "data", canvas=(32, 32), frame_stride=4),
+                    "model", action_dim=6)
+    with pytest.raises(ValueError) as error:
+        cache.open_cache(other)
+    message = str(error.value)
+    assert "config.data.canvas: cache [32, 64], config [32, 32]" in message
+    assert "config.data.frame_stride: cache 2, config 4" in message
+    assert "config.model.action_dim: cache 7, config 6" in message
+    assert "--what stats,text,latents" in message
+
+
+def test_other_data_makes_the_cache_stale_and_rebuilds_it(config, members):
+    before = cache.open_cache(config).meta
+    members.append(dataclasses.replace(members[0], id="new"))
+    precompute.precompute(config, ("stats",))
+    with pytest.raises(ValueError, match=r"training data: cache \w+, statistics \w+"):
+        cache.open_cache(config)
+    precompute.precompute(config, STEPS)
+    after = cache.open_cache(config).meta
+    assert after["data"] != before["data"] and after["codec"] != before["codec"]
+    assert sum(after["records"].values()) == sum(e.length for e in members)
+
+
+def test_moved_data_keep_their_latents(config, capsys):
+    moved = changed(config, "data", path="elsewhere")
+    with pytest.raises(ValueError, match=r"config.data.path: cache .*, config 'elsewhere'"):
+        cache.open_cache(moved)
+    precompute.precompute(moved, ("latents",))
+    assert "up to date" in capsys.readouterr().out
+    cache.open_cache(moved)
+
+
+def test_an_interrupted_build_leaves_the_old_cache(config, members, monkeypatch):
+    before = cache.open_cache(config).meta
+    members[0].action[0] += 1
+    left = [2]  # episodes
+
+    def run_out(*args):
+        if not left[0]:
+            raise OSError("disk full")
+        left[0] -= 1
+        return records(*args)
+
+    records = cache._records
+    monkeypatch.setattr(cache, "_records", run_out)
+    with pytest.raises(OSError, match="disk full"):
+        precompute.precompute(config, ("latents",))
+    assert cache.read_meta(config) == before
+    assert len(cache.Cache(before, cache.latents_directory(config)).source("train")) > 0
+
+
+def test_pictures_of_another_size_name_the_episode(config, members):
+    members[2].images["scene"] = members[2].images["scene"][:, :8]
+    members[2].action[0] += 1  # so that it has to be read again
+    with pytest.raises(ValueError, match=r"episode episode_002: camera 'scene' gives uint8"):
+        precompute.precompute(config, ("latents",))
+
+
+def test_other_pictures_of_the_same_motion_are_noticed(config, members):
+    train, _ = episodes_lib.split(members, config.data.val_fraction)
+    first = next(e for e in members if e.id == train[0])
+    first.images["wrist"] = first.images["wrist"] // 2
+    before = cache.read_meta(config)["data"]
+    precompute.precompute(config, ("latents",))
+    assert cache.read_meta(config)["data"] != before
+
+
+def test_no_validation_split(tmp_path, members):
+    config = synthetic.make_config(tmp_path / "other", **{"data.val_fraction": 0.0})
+    precompute.precompute(config, STEPS)
+    assert cache.open_cache(config).size("val") == 0
+    assert cache.open_cache(config).meta["psnr"]["frames"] == "training"
+
+
+def test_assets_are_all_a_policy_needs(config, tmp_path):
+    directory = assets.assets_directory(config)
+    os.rename(directory, tmp_path / "elsewhere")  # as inside a checkpoint, without the cache
+    loaded = assets.load_assets(str(tmp_path / "elsewhere"), config)
+    assert loaded.codec.latent_channels == config.model.latent_channels
+    assert loaded.state.scale.shape == (8,) and loaded.action.scale.shape == (7,)
+    prompts = [text.prompt(task, config.data.prompt_template)
+               for task in (synthetic.TASKS[0], "put the green cube in the bowl")]
+    context, mask = loaded.text_encoder.encode(prompts, 24)
+    assert context.shape == (2, 24, 32) and mask.sum() == 2 * 20
+
+
+def test_assets_of_another_config_are_refused(config):
+    directory = assets.assets_directory(config)
+    with pytest.raises(ValueError, match=r"data.prompt_template: cache .*, config 'do {task}'"):
+        assets.load_assets(directory, changed(config, "data", prompt_template="do {task}"))
+    with pytest.raises(ValueError, match=r"16 channels, config.model.latent_channels is 8"):
+        assets.load_assets(directory, changed(config, "model", latent_channels=8))
+    with pytest.raises(ValueError, match=r"has 7 dimensions, config.model.action_dim is 14"):
+        assets.load_assets(directory, changed(config, "model", action_dim=14))
+
+
+def test_new_template_remakes_the_text(config):
+    other = changed(config, "data", prompt_template="do {task}")
+    precompute.precompute(other, ("text",))
+    stored = assets.load_text(assets.assets_directory(other), other)
+    assert sorted(stored.prompts) == sorted(f"do {task}" for task in synthetic.TASKS)
+
+
+def test_steps_and_sources(config, tmp_path, monkeypatch, capsys):
+    with pytest.raises(ValueError, match=r"--what=latent: latent is not a step; expected some of"):
+        precompute.precompute(config, ("latent",))
+    with pytest.raises(ValueError, match=r"config.data.cache is empty"):
+        precompute.precompute(changed(config, "data", cache=""), ("stats",))
+    precompute.precompute(changed(config, "data", source="fake"), ("all",))
+    assert "nothing to precompute" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"config.data.source is 'other'; use a config with"):
+        precompute.precompute(changed(config, "data", source="other"), ("demo",))
+    with pytest.raises(ValueError, match=r"config.data.codec is 'wan23'; known codecs: 'pca'"):
+        precompute.precompute(changed(config, "data", codec="wan23"), ("latents",))
+
+    recorded = []
+    fake = types.ModuleType("lightwam_jax.data.demo")
+    fake.record = recorded.append
+    monkeypatch.setitem(sys.modules, fake.__name__, fake)
+    import lightwam_jax.data
+    monkeypatch.setattr(lightwam_jax.data, "demo", fake, raising=False)
+    precompute.precompute(config, ("all",))
+    assert recorded == [config]
+    assert capsys.readouterr().out.count("up to date") == 3
+
+
+def test_wrong_action_width_says_both_numbers(tmp_path, members):
+    config = synthetic.make_config(tmp_path, **{"model.action_dim": 14})
+    with pytest.raises(ValueError, match=r"action has 7 dimensions, config.model.action_dim is 14"):
+        precompute.precompute(config, ("stats",))
+
+
+def test_command_line():
+    """A mistake in a flag ends before anything is read, with the advice as the last line."""
+    command = [sys.executable, "-m", "lightwam_jax.precompute", "--config", "configs/base.py",
+               "--config.data.source=demo", "--config.data.cache=unused", "--what=stats"]
+    done = subprocess.run(command, cwd=pathlib.Path(__file__).parents[1], capture_output=True,
+                          text=True)
+    assert done.returncode != 0
+    assert "config.data.path='' is not a directory of episodes; make it with" in done.stderr
+
+
+def test_missing_cache_says_how_to_make_it(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no finished latent cache; make it with: .*all"):
+        cache.open_cache(synthetic.make_config(tmp_path))

@@ -1,0 +1,125 @@
+import json
+import os
+import pathlib
+import sys
+
+import numpy as np
+import pytest
+
+from lightwam_jax import config as config_lib
+from lightwam_jax.evaluation import rollout
+
+
+class FakeEnv:
+    """Reach a seeded 2-D goal. `crash`: {seed: how}; `marks`: directory where each crash leaves a file."""
+
+    def __init__(self, crash=None, marks=None):
+        self.crash, self.marks = crash or {}, marks
+        self.renders = 0
+
+    def reset(self, seed):
+        rng = np.random.default_rng(seed)
+        self.seed, self.position, self.goal = seed, np.zeros(2, np.float32), rng.uniform(-1, 1, 2).astype(np.float32)
+        self.steps = 0
+        return {"images": dict.fromkeys(("scene", "wrist")), "state": self.position.copy(), "prompt": f"goal {seed % 3}"}
+
+    def observe(self):
+        self.renders += 1
+        image = np.full((4, 4, 3), 128 + 100 * self.goal.mean(), np.uint8)
+        return {"images": {"scene": image, "wrist": image}, "state": np.concatenate([self.position, self.goal]),
+                "prompt": f"goal {self.seed % 3}"}
+
+    def expert_action(self):
+        return np.clip(self.goal - self.position, -0.1, 0.1)
+
+    def step(self, action):
+        self.steps += 1
+        if self.steps == 3 and self.seed in self.crash:
+            self._crash(self.crash[self.seed])
+        self.position = self.position + action
+        success = bool(np.abs(self.position - self.goal).max() < 0.05)
+        return None, success, success
+
+    def picture(self, camera, size):
+        return np.full((size, size, 3), self.steps, np.uint8)
+
+    def _crash(self, how):
+        mark = pathlib.Path(self.marks) / str(self.seed)
+        first = not mark.exists()
+        mark.touch()
+        if how == "always" or (how == "once" and first):
+            raise RuntimeError(f"simulator blew up on {self.seed}")
+        if how == "die" and first:
+            os._exit(3)
+        if how == "import":
+            raise RuntimeError("jax is imported" if "jax" in sys.modules else "jax is not imported")
+
+
+def policy(images, state, prompts):
+    """Walks to the goal with a step that shrinks where the mean pixel is dark: uses every input."""
+    assert {i.shape[0] for i in images.values()} == {len(state), len(prompts)} == {4}, "one fixed batch"
+    step = 0.02 + 0.08 * images["scene"].mean((1, 2, 3), keepdims=True)[:, 0, :, 0] / 255
+    return np.repeat(np.clip(state[:, None, 2:] - state[:, None, :2], -1, 1) * step[:, None], 12, 1)
+
+
+def evaluation(**changes):
+    values = dict(episodes=9, first_seed=0, replan=5, max_steps=60, workers=2, batch=4, videos=1)
+    return config_lib.EvaluationConfig(**{**values, **changes})
+
+
+def spec(**kwargs):
+    return rollout.EnvSpec("tests.test_rollout:FakeEnv", kwargs)
+
+
+def results(records):
+    return [(r.seed, r.success, r.steps, r.prompt, r.error, r.digest) for r in records]
+
+
+@pytest.fixture(scope="module")
+def two_workers(tmp_path_factory):
+    log = tmp_path_factory.mktemp("rollout") / "episodes.jsonl"
+    return rollout.run(policy, spec(), range(9), evaluation(), log), log
+
+
+def test_each_seed_once_and_logged_as_it_comes(two_workers):
+    records, log = two_workers
+    assert [r.seed for r in records] == list(range(9))
+    assert {r.success for r in records} == {True, False}, "the fake should tell good episodes from bad ones"
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert sorted(line["seed"] for line in lines) == list(range(9))
+    assert all(set(line) == {"seed", "success", "steps", "prompt", "error", "seconds", "digest"} for line in lines)
+
+
+def test_results_do_not_depend_on_the_number_of_workers(two_workers):
+    assert results(rollout.run(policy, spec(), range(9), evaluation(workers=1))) == results(two_workers[0])
+    assert results(rollout.run(policy, spec(), [5, 2], evaluation(workers=3))) == results(
+        [two_workers[0][5], two_workers[0][2]])
+
+
+def test_crashes_are_errors_and_never_failures(tmp_path, two_workers):
+    crash = {1: "once", 2: "always", 4: "die", 6: "import"}
+    records = rollout.run(policy, spec(crash=crash, marks=str(tmp_path)), range(9), evaluation())
+    assert records[2].success is None and "blew up on 2" in records[2].error
+    assert "jax is not imported" in records[6].error
+    untouched = [0, 1, 3, 4, 5, 7, 8]  # 1 and 4 crashed once, and their second try counts
+    assert results([records[i] for i in untouched]) == results([two_workers[0][i] for i in untouched])
+
+
+def test_expert_runs_through_the_same_engine_and_replays():
+    records = rollout.run(None, spec(), range(3), evaluation(), expert=True)
+    assert all(r.success for r in records)
+    films = rollout.replay(spec(), records, every=4, size=6, replan=5)
+    for record, film in zip(records, films):
+        shown = film["frames"]["wrist"][:, 0, 0, 0].tolist()
+        assert shown == sorted({*range(0, record.steps + 1, 4), record.steps})
+        assert film["frames"]["wrist"].shape[1:] == (6, 6, 3)
+        assert len(film["observations"]) == -(-record.steps // 5)
+
+
+def test_errors_say_what_is_wrong():
+    with pytest.raises(ValueError, match="1 of the 3 are repeated"):
+        rollout.run(policy, spec(), [1, 1, 2], evaluation())
+    with pytest.raises(RuntimeError, match="none of the 1 episodes could be run(.|\n)*unexpected keyword"):
+        rollout.run(policy, spec(colour="red"), [1], evaluation())
+    with pytest.raises(FloatingPointError, match=r"for seeds \[1\]"):
+        rollout.run(lambda images, state, prompts: np.full((4, 12, 2), np.nan), spec(), [1], evaluation())

@@ -1,0 +1,96 @@
+"""Prompts, the hashed encoder, and the cache of text embeddings."""
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from lightwam_jax.data import text
+
+TEMPLATE = "A robot does: {task}"
+FROZEN_RED = [-0.6075078, -0.0218091, 0.8793629, -1.0420524, -1.6629938,
+              0.9723138, 0.4272711, 0.4610235]
+
+
+def test_prompt_fills_the_template():
+    assert text.prompt("  lift \n the  cup ", TEMPLATE) == "A robot does: lift the cup"
+    assert text.prompt("use {braces}", TEMPLATE) == "A robot does: use {braces}"
+    with pytest.raises(ValueError, match=r"has no '{task}'"):
+        text.prompt("lift", "A robot acts")
+
+
+def test_hashed_rows_have_unit_variance_and_end_in_zeros():
+    encoder = text.HashedTextEncoder(512)
+    context, mask = encoder.encode(["put the red cube in the bowl", "Stop"], 10)
+    assert context.shape == (2, 10, 512) and context.dtype == np.float32
+    np.testing.assert_array_equal(mask.sum(1), [7, 1])
+    np.testing.assert_array_equal(context[~mask], 0)
+    np.testing.assert_allclose(context[mask].std(1), 1, atol=0.15)
+    np.testing.assert_allclose(context[mask].mean(1), 0, atol=0.15)
+
+
+def test_hashed_vectors_never_change():
+    """A checkpoint relies on them: these numbers are part of its format."""
+    row = text.HashedTextEncoder(8).encode(["red"], 1)[0][0, 0]
+    np.testing.assert_allclose(row, FROZEN_RED, atol=1e-6)
+
+
+def test_words_and_their_order_matter():
+    encoder = text.HashedTextEncoder(256)
+    prompts = [f"the {first} cube in the {second} bowl"
+               for first, second in (("red", "blue"), ("blue", "blue"), ("blue", "red"))]
+    (red, blue, swapped), _ = encoder.encode(prompts, 8)
+    assert not np.allclose(red[1], blue[1])
+    np.testing.assert_array_equal(red[2], blue[2])
+    order = [np.sort((rows[:7] @ rows[0]).round(3)) for rows in (red, swapped)]
+    assert not np.allclose(*order), "a bag of words cannot tell the two apart"
+    again = text.HashedTextEncoder(256).encode(["The RED cube in the blue bowl!"], 8)[0][0]
+    np.testing.assert_array_equal(again, red)
+
+
+def test_too_long_and_empty_prompts():
+    encoder = text.HashedTextEncoder(8)
+    with pytest.raises(ValueError, match=r"has 3 words; expected 1 to config.data.text_len=2"):
+        encoder.encode(["one two three"], 2)
+    with pytest.raises(ValueError, match="has 0 words"):
+        encoder.encode(["!"], 2)
+    with pytest.raises(ValueError, match="'umt6' has no encoder here; known encoders"):
+        text.make_encoder("umt6", 8)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    directory = str(tmp_path_factory.mktemp("cache") / "text")
+    prompts = ["lift the cup", "stop"]
+    text.write_cache(directory, text.HashedTextEncoder(16), prompts, 8, "hashed", TEMPLATE)
+    return directory
+
+
+def test_cache_returns_what_the_encoder_said(cache):
+    encoder = text.HashedTextEncoder(16)
+    stored = text.TextCache(cache)
+    assert stored.prompts == ("lift the cup", "stop") and stored.encoder_id == encoder.id
+    context, mask = stored.table(["stop", "lift the cup"], 5)
+    want, want_mask = encoder.encode(["stop", "lift the cup"], 5)
+    assert context.dtype == ml_dtypes.bfloat16
+    np.testing.assert_array_equal(context, want.astype(ml_dtypes.bfloat16))
+    np.testing.assert_array_equal(mask, want_mask)
+
+
+def test_cache_errors(cache, tmp_path):
+    stored = text.TextCache(cache)
+    with pytest.raises(KeyError, match=r"'jump' is not among the 2 .* add it with: .*--what text"):
+        stored.table(["jump"], 8)
+    with pytest.raises(ValueError, match=r"has 3 rows, config.data.text_len is 2"):
+        stored.table(["lift the cup"], 2)
+    with pytest.raises(FileNotFoundError, match=r"make it with: .*--what text"):
+        text.TextCache(str(tmp_path))
+    with pytest.raises(ValueError, match="made by hashed-v1-16, the encoder is hashed-v1-8"):
+        text.CachedTextEncoder(text.HashedTextEncoder(8), stored)
+
+
+def test_cached_encoder_treats_known_and_new_prompts_alike(cache):
+    encoder = text.CachedTextEncoder(text.HashedTextEncoder(16), text.TextCache(cache))
+    context, mask = encoder.encode(["lift the cup", "lift the plate"], 8)
+    want, want_mask = text.HashedTextEncoder(16).encode(["lift the cup", "lift the plate"], 8)
+    np.testing.assert_array_equal(context, want.astype(ml_dtypes.bfloat16).astype(np.float32))
+    np.testing.assert_array_equal(mask, want_mask)

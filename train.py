@@ -1,0 +1,48 @@
+"""Trains a Light-WAM policy; the same command again continues an interrupted run.
+
+python train.py --config configs/libero.py:spatial --workdir runs/spatial [--config.key=value ...]
+"""
+
+import sys
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from lightwam_jax import config as config_lib
+from lightwam_jax.training import loop
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Python file with get_config().", lock_config=True
+)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of checkpoints, metrics and reports.")
+flags.mark_flags_as_required(["config", "workdir"])
+
+
+def main(argv):
+    """Checks the flags and trains."""
+    if len(argv) > 1:
+        raise app.UsageError(
+            f"unexpected arguments {argv[1:]}; config values are set as --config.key=value"
+        )
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)  # Orbax reports every file it moves
+    try:
+        run = loop.prepare(config_lib.from_config_dict(_CONFIG.value), _WORKDIR.value)
+    except (ValueError, FileNotFoundError) as error:
+        logging.debug("Where it was found:", exc_info=True)  # shown by --verbosity=1
+        _fail(error)
+    try:
+        outcome = loop.run(run)
+    except FloatingPointError as error:
+        _fail(error)
+    if outcome.signal:  # so that `train.py ... && evaluate.py ...` stops too
+        sys.exit(128 + outcome.signal)
+
+
+def _fail(error):
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+    app.run(main)
