@@ -1,8 +1,8 @@
 """Evaluates a trained policy.
 
-python evaluate.py --workdir runs/demo --mode demo        closed loop in the embedded simulator; HTML report
-python evaluate.py --workdir runs/x --mode open_loop      action errors on held-out recordings
-python evaluate.py --workdir runs/x --mode visualize      attention and imagined video on held-out recordings
+python evaluate.py --workdir runs/demo --mode demo     closed loop in the embedded simulator; report
+python evaluate.py --workdir runs/x --mode open_loop   action errors on held-out recordings
+python evaluate.py --workdir runs/x --mode visualize   attention and imagined video on them
 """
 
 import dataclasses
@@ -20,10 +20,18 @@ LATER = ("libero", "metaworld", "robotwin")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Run directory of train.py; results go there too.")
 _MODE = flags.DEFINE_string("mode", "demo", f"One of {', '.join(MODES)}.")
 _STEP = flags.DEFINE_integer("step", None, "Checkpoint to evaluate; default: the newest.")
-_EPISODES = flags.DEFINE_integer("episodes", None, "Default: config.evaluation.episodes.", lower_bound=1)
-_SEED = flags.DEFINE_integer("seed", None, "First episode seed; default: config.evaluation.first_seed.")
-_WORKERS = flags.DEFINE_integer("workers", None, "Default: config.evaluation.workers.", lower_bound=1)
-_STARTED = flags.DEFINE_float("started", None, "Unix time at which the pipeline began; default: now.")
+_EPISODES = flags.DEFINE_integer(
+    "episodes", None, "Default: config.evaluation.episodes.", lower_bound=1
+)
+_SEED = flags.DEFINE_integer(
+    "seed", None, "First episode seed; default: config.evaluation.first_seed."
+)
+_WORKERS = flags.DEFINE_integer(
+    "workers", None, "Default: config.evaluation.workers.", lower_bound=1
+)
+_STARTED = flags.DEFINE_float(
+    "started", None, "Unix time at which the pipeline began; default: now."
+)
 flags.mark_flag_as_required("workdir")
 
 
@@ -39,6 +47,7 @@ def main(argv):
         logging.set_verbosity(logging.WARNING)  # Orbax reports every file it reads
     from lightwam_jax import sharding
     from lightwam_jax.inference.policy import Policy
+
     sharding.enable_compilation_cache()
     try:
         policy = Policy.load(_WORKDIR.value, _STEP.value)
@@ -53,6 +62,7 @@ def main(argv):
 def demo(policy, workdir, began):
     """Trained policy, untrained policy and expert on held-out scenes."""
     from lightwam_jax.evaluation import closed_loop
+
     for name, rate in closed_loop.evaluate(policy, workdir, began).items():
         print(f"{name:<12}{rate}")
     print(f"summary     {workdir / 'summary.json'}\nreport      {workdir / 'report.html'}")
@@ -63,6 +73,7 @@ def open_loop(policy, workdir, began):
     del began
     from lightwam_jax.data import loader
     from lightwam_jax.evaluation import open_loop as open_loop_lib
+
     errors = open_loop_lib.evaluate(policy, loader.val_batches(policy.config))
     print(open_loop_lib.write(workdir / "open_loop", errors))
     print(f"written to {workdir / 'open_loop'}")
@@ -74,16 +85,28 @@ def visualize(policy, workdir, began):
     from lightwam_jax import visualize as draw
     from lightwam_jax.data import episodes
     from lightwam_jax.evaluation import closed_loop
+
     recorded = {episode.id: episode for episode in episodes.load_episodes(policy.config)}
     _, held_out = episodes.split(list(recorded.values()), policy.config.data.val_fraction)
     if not held_out:
-        raise ValueError("config.data.val_fraction holds no episode out: every picture would show training data")
+        raise ValueError(
+            "config.data.val_fraction holds no episode out: every picture would show training data"
+        )
     chosen = [recorded[name] for name in held_out[:6]]
     directory = workdir / "visualize"
     directory.mkdir(parents=True, exist_ok=True)
-    seen = [{"images": {c: e.frames(c, [e.length // 3])[0] for c in policy.config.data.cameras},
-             "state": e.state[e.length // 3], "prompt": e.task} for e in chosen[:3]]
-    draw.save_png(directory / "attention.png", draw.attention_sheet(policy, seen))
+    seen = [
+        {
+            "images": {c: e.frames(c, [e.length // 3])[0] for c in policy.config.data.cameras},
+            "state": e.state[e.length // 3],
+            "prompt": e.task,
+        }
+        for e in chosen[:3]
+    ]
+    if policy.config.model.pooling == "mean":
+        print("no attention.png: with config.model.pooling='mean' there are no learned queries")
+    else:
+        draw.save_png(directory / "attention.png", draw.attention_sheet(policy, seen))
     closed_loop.draw_future(policy, directory, chosen)
     print(f"written to {directory}")
 

@@ -49,7 +49,7 @@ def get_config(model="wan21_1_3b", **model_overrides):
         val_fraction=0.0,  # share of episodes held out for open-loop validation
         workers=0,  # Grain worker processes; 0: threads in this process
         threads=4,  # read threads
-        prefetch=32,  # batches' elements buffered ahead of the step
+        prefetch=256,  # samples buffered ahead of the step
     ))
 
     c.optimizer = ml_collections.ConfigDict(dict(

@@ -53,11 +53,21 @@ def write_checkpoint(path, flat, rest):
     """Writes a Light-WAM `.pt` that the PyTorch reference loads, or a flat `.safetensors`."""
     path = Path(path)
     if path.suffix == ".safetensors":
-        save_file(flat, path)
+        write_tensors(path, flat)
         return
     torch = _torch(path)
     tensors = {key: _to_torch(torch, value) for key, value in flat.items()}
     torch.save(lightwam.unflatten_checkpoint(tensors, rest), path)
+
+
+def write_tensors(path, tensors):
+    """Writes a flat weight file: `.safetensors`, or `.pt`/`.pth` with PyTorch."""
+    path = Path(path)
+    if path.suffix == ".safetensors":
+        save_file(tensors, path)
+        return
+    torch = _torch(path)
+    torch.save({key: _to_torch(torch, value) for key, value in tensors.items()}, path)
 
 
 def _existing(path):

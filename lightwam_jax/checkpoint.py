@@ -51,7 +51,7 @@ class Checkpoints:
 
     Args:
       workdir: run directory.
-      config: `Config`; `train.keep_last` checkpoints are kept.
+      config: `Config`; the newest `train.keep_last` checkpoints are kept (0: all).
       assets: directory copied into every checkpoint, or None.
     """
 
@@ -64,7 +64,7 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
-                max_to_keep=config.train.keep_last, cleanup_tmp_directories=True
+                max_to_keep=config.train.keep_last or None, cleanup_tmp_directories=True
             ),
         )
 
@@ -78,11 +78,12 @@ class Checkpoints:
         Args:
           step: int.
           items: {"params": tree, "optimizer": tree, ...} of what changes, canonical layout.
-          frozen: tree of what does not; written with the first checkpoint only.
+          frozen: function returning the tree of what does not, called for the first checkpoint
+            only; None where everything learns.
           extra: JSON-able values for the meta item.
         """
         accounts = {name: storage.account(tree) for name, tree in items.items()}
-        args = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
+        args = {name: ocp.args.StandardSave(storage.on_host(tree)) for name, tree in items.items()}
         if frozen is not None:
             if self._frozen_files is None:
                 self._write_frozen(frozen())
@@ -97,7 +98,7 @@ class Checkpoints:
         self._frozen_files = self.workdir / "frozen_params"
         self._frozen_account = storage.account(tree)
         with ocp.StandardCheckpointer() as writer:
-            writer.save(self._frozen_files, tree, force=True)
+            writer.save(self._frozen_files, storage.on_host(tree), force=True)
 
     def restore(self, targets):
         """Restores the newest intact checkpoint.
@@ -258,7 +259,7 @@ def save_params(directory, params, meta=None, assets=None):
     meta = dict(meta or {})
     step, config = meta.pop("step", 0), meta.pop("config", None)
     args = {
-        "params": ocp.args.StandardSave(params),
+        "params": ocp.args.StandardSave(storage.on_host(params)),
         "meta": ocp.args.JsonSave(
             make_meta(step, config, {"params": storage.account(params)}, meta)
         ),

@@ -124,6 +124,17 @@ def with_shardings(shapes, shardings):
     )
 
 
+def one_copy(tree):
+    """Returns the tree with arrays that every device holds whole reduced to one device's copy.
+
+    Work on them is then done once, not once per device. Arrays of several processes, and sharded
+    ones, stay as they are.
+    """
+    if jax.process_count() > 1:
+        return tree
+    return jax.tree.map(lambda x: x.addressable_data(0) if x.is_fully_replicated else x, tree)
+
+
 def put_batch(batch, mesh):
     """Returns the global batch, on the devices, of which `batch` is this process's part.
 

@@ -17,6 +17,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from lightwam_jax import params as params_lib
+from lightwam_jax import sharding
 
 FORMAT = 1
 COMMIT_FILE = "commit_success.txt"  # Orbax writes its own into every item
@@ -34,7 +35,8 @@ def digests(tree):
 
     The weights are odd, so a change of any one element always changes the sum.
     """
-    return jax.tree.map(_digest, tree)  # per leaf: leaves of one shape share a compilation
+    # Per leaf: leaves of one shape share a compilation.
+    return jax.tree.map(_digest, sharding.one_copy(jax.tree.map(jnp.asarray, tree)))
 
 
 @jax.jit
@@ -67,6 +69,15 @@ def _check_digests(tree, account, where):
             f"{where}: {len(wrong)} of {len(sums)} arrays differ from what was saved "
             f"(first: {wrong[0]}); the files were altered on disk"
         )
+
+
+def on_host(tree):
+    """Returns the tree as numpy arrays if this is the only process, else as it is.
+
+    Orbax cuts device arrays into one slice per replica, which compiles a program per shape; that
+    pays only where several hosts write.
+    """
+    return jax.device_get(tree) if jax.process_count() == 1 else tree
 
 
 # ---- items on disk -----------------------------------------------------------------------------

@@ -5,21 +5,20 @@ Everything takes and returns uint8 arrays [..., H, W, 3]; `save_png` and `save_m
 
 import functools
 import math
+import typing
 
 import numpy as np
-from PIL import Image
-from PIL import ImageDraw
-from PIL import ImageFont
+from PIL import Image, ImageDraw, ImageFont
 
-from lightwam_jax.data import codec
+from lightwam_jax.data import codec, transforms
 from lightwam_jax.data import episodes as episodes_lib
-from lightwam_jax.data import transforms
+from lightwam_jax.models import lightwam
 
 INK, SOFT, PAPER = (29, 39, 51), (93, 107, 124), (255, 255, 255)
 GAP = 8  # pixels between pictures
 
 
-# ---------------------------------------------------------------- attention
+# ---- attention -----------------------------------------------------------------------------------
 
 
 def attention_maps(taps, config):
@@ -37,37 +36,42 @@ def attention_maps(taps, config):
     """
     names = [name.removeprefix("attention_") for name in taps if name.startswith("attention_")]
     if not names:
-        raise ValueError("the taps hold no query attention: config.model.pooling='mean' has no learned queries to draw")
+        raise ValueError("the taps hold no attention: there are no learned queries to draw with "
+                         "config.model.pooling='mean'")
     cell = 2 * codec.STRIDE  # the backbone reads patches of 2x2 latent cells
     height, width = (side // cell for side in config.canvas)
     maps = {}
     for name in names:
-        summary = np.einsum("q,bqs->bs", taps[f"query_importance_{name}"], taps[f"attention_{name}"])
+        weights, importance = taps[f"attention_{name}"], taps[f"query_importance_{name}"]
+        summary = np.einsum("q,bqs->bs", importance, weights)
         grid = summary.reshape(-1, height, width, 1).astype(np.float32)
-        maps[name] = {camera: part[..., 0]
-                      for camera, part in transforms.split(grid, config.cameras, config.layout).items()}
+        parts = transforms.split(grid, config.cameras, config.layout)
+        maps[name] = {camera: part[..., 0] for camera, part in parts.items()}
     return maps
 
 
-def overlay(picture, heat, peak=None):
-    """Draws a coarse map over a picture: what is not attended to turns grey and dark.
+def overlay(picture, heat, cells, peak=None):
+    """Draws a coarse map over a picture: what is not attended to turns grey.
 
     Args:
       picture: uint8 [H,W,3].
-      heat: float [h,w], non-negative.
-      peak: value shown at full strength; None: the largest of this map.
+      heat: float [h,w], part of a map that sums to 1.
+      cells: of the whole map, over all cameras; 1 / cells is the average.
+      peak: value shown brightest, by default the largest; at least three times the average, so
+        that indifferent attention looks indifferent.
 
     Returns:
       uint8 [H,W,3].
     """
     height, width = picture.shape[:2]
-    strength = np.clip(heat / max(peak or heat.max(), 1e-12), 0, 1).astype(np.float32)
+    top = max(cells * (heat.max() if peak is None else peak), 3.0)
+    strength = np.clip((cells * heat - 0.5) / (top - 0.5), 0, 1).astype(np.float32)
     smooth = Image.fromarray(strength).resize((width, height), Image.Resampling.BICUBIC)
     strength = np.clip(np.asarray(smooth), 0, 1)[..., None]
-    grey = picture.mean(-1, keepdims=True)
-    base = picture * (0.35 + 0.65 * strength) * strength + grey * 0.55 * (1 - strength)
+    grey = 0.6 * picture.mean(-1, keepdims=True)
+    base = grey + (picture - grey) * strength
     glow = _palette()[(255 * strength[..., 0]).astype(np.uint8)]
-    alpha = 0.55 * strength**0.8 * (1 - 0.35 * strength)  # the most attended spots stay recognisable
+    alpha = 0.6 * strength**0.7
     return np.clip(base * (1 - alpha) + glow * alpha, 0, 255).astype(np.uint8)
 
 
@@ -77,8 +81,23 @@ def _palette():
     return 255 * matplotlib.colormaps["inferno"](np.linspace(0.1, 0.95, 256))[:, :3]
 
 
-def attention_sheet(policy, observations, pictures=None, edge=176):
-    """A row per observation and camera: the picture, then the attention of each adapter layer.
+def attention(policy, observations):
+    """Returns `attention_maps` of a list of observations {"images", "state", "prompt"}."""
+    rows = policy.config.evaluation.batch  # a size the evaluation has compiled already
+    chunks = []
+    for start in range(0, len(observations), rows):
+        chunk = observations[start:start + rows]
+        chunk = chunk + chunk[:1] * (rows - len(chunk))
+        images = {c: np.stack([o["images"][c] for o in chunk]) for c in policy.config.data.cameras}
+        state = np.stack([o["state"] for o in chunk])
+        _, taps = policy.act(images, state, [o["prompt"] for o in chunk], return_taps=True)
+        chunks.append(attention_maps(taps, policy.config.data))
+    return {name: {camera: np.concatenate([chunk[name][camera] for chunk in chunks])
+                   [:len(observations)] for camera in maps} for name, maps in chunks[0].items()}
+
+
+def attention_sheet(policy, observations, pictures=None, edge=168):
+    """A row per observation: for each camera the picture, then the attention of every layer.
 
     Args:
       policy: `Policy`.
@@ -90,29 +109,31 @@ def attention_sheet(policy, observations, pictures=None, edge=176):
       uint8 [H,W,3].
     """
     maps = attention(policy, observations)
-    header = ["", *(f"layer {name.split('_')[0]} ({name.split('_', 1)[1]})" for name in maps)]
+    cameras = policy.config.data.cameras
     rows = []
     for i, observation in enumerate(observations):
-        for camera in policy.config.data.cameras:
-            seen = (pictures[i] if pictures else observation["images"])[camera]
-            tiles = [seen]
-            for name in maps:  # one scale per map over both cameras, so that they can be compared
-                peak = max(m[i].max() for m in maps[name].values())
-                tiles.append(overlay(seen, maps[name][camera][i], peak))
-            first = camera == policy.config.data.cameras[0]
-            rows.append((observation["prompt"] if first else "", camera, tiles))
-    return sheet(rows, header, edge)
+        shown = pictures[i] if pictures else observation["images"]
+        for camera in cameras:
+            tiles = [shown[camera], *(draw_over(shown, maps[name], i)[camera] for name in maps)]
+            title = f"“{observation['prompt']}”" if camera == cameras[0] else ""
+            rows.append(Row(tiles, camera, title))
+    names = [name.split("_", 1) for name in maps]
+    return sheet(rows, ["", *(f"layer {layer}, {source}" for layer, source in names)], edge)
 
 
-def attention(policy, observations):
-    """Returns `attention_maps` of a list of observations."""
-    images = {c: np.stack([o["images"][c] for o in observations]) for c in policy.config.data.cameras}
-    state = np.stack([o["state"] for o in observations])
-    _, taps = policy.act(images, state, [o["prompt"] for o in observations], return_taps=True)
-    return attention_maps(taps, policy.config.data)
+def draw_over(pictures, maps, index):
+    """`overlay` of every camera, on one scale.
+
+    Args:
+      pictures: {camera: uint8 [H,W,3]}. maps: {camera: [B,h,w]}, one value of `attention_maps`.
+      index: row of the maps.
+    """
+    cells = sum(m[index].size for m in maps.values())
+    peak = max(m[index].max() for m in maps.values())
+    return {camera: overlay(pictures[camera], m[index], cells, peak) for camera, m in maps.items()}
 
 
-# ---------------------------------------------------------------- future video
+# ---- future video --------------------------------------------------------------------------------
 
 
 def future(policy, windows, seed=0, steps=10):
@@ -124,114 +145,137 @@ def future(policy, windows, seed=0, steps=10):
       seed, steps: of the solver.
 
     Returns:
-      {"real", "predicted": uint8 [N,frames,h,w,3] at the predicted resolution; "psnr", "still": float [N,frames], dB
-      against the real frames, of the prediction and of simply repeating frame 0; "offsets": [frames], raw steps;
-      "valid": bool [N,frames], False past the end of an episode; "prompts": [N]}.
+      {"real", "codec", "predicted": uint8 [N,frames,h,w,3] at the predicted resolution, where
+      "codec" is what the latent codec can show of the real ones; "psnr": {"codec", "predicted",
+      "still"}: float [N,frames], dB against the real frames, where "still" repeats the codec's
+      frame 0; "offsets": [frames], raw steps; "valid": bool [N,frames], False past the end of an
+      episode; "prompts": [N]}.
     """
-    data = policy.config.data
+    data, factor = policy.config.data, policy.config.loss.downsample
     canvases, valid, state = [], [], []
     for episode, start in windows:
-        w = episodes_lib.window(episode.length, start, data.num_frames, data.frame_stride, data.action_horizon)
+        w = episodes_lib.window(episode.length, start, data.num_frames, data.frame_stride,
+                                data.action_horizon)
         canvases.append(policy.canvas({c: episode.frames(c, w.frames) for c in data.cameras}))
         valid.append(~w.image_is_pad)
         state.append(episode.state[start])
     canvases = np.stack(canvases)
     images = transforms.split(canvases[:, 0], data.cameras, data.layout)
     prompts = [episode.task for episode, _ in windows]
-    predicted = policy.predict_video(images, np.stack(state), prompts, seed, steps)
-    real = shrink(canvases, policy.config.loss.downsample)
-    compare = lambda a: np.array([[codec.psnr(x, y) for x, y in zip(*clips)] for clips in zip(a, real)])
-    return {"real": real, "predicted": predicted, "psnr": compare(predicted),
-            "still": compare(np.repeat(real[:, :1], real.shape[1], axis=1)), "valid": np.stack(valid),
-            "offsets": np.arange(data.video_frames) * data.frame_stride, "prompts": prompts}
+    latents = lightwam.pool_latents(policy.assets.codec.encode(canvases), factor)
+    clips = {"codec": policy.assets.codec.decode(latents),
+             "predicted": policy.predict_video(images, np.stack(state), prompts, seed, steps)}
+    clips["still"] = np.repeat(clips["codec"][:, :1], data.video_frames, axis=1)
+    real = shrink(canvases, factor)
+    psnr = {name: np.array([[codec.psnr(a, b) for a, b in zip(*pair)] for pair in zip(clip, real)])
+            for name, clip in clips.items()}
+    return {"real": real, "codec": clips["codec"], "predicted": clips["predicted"], "psnr": psnr,
+            "offsets": np.arange(data.video_frames) * data.frame_stride,
+            "valid": np.stack(valid), "prompts": prompts}
 
 
-def future_sheet(result, columns=5, edge=96):
-    """Real frames above predicted ones, with the PSNR of each offset; `result` is `future`'s.
+def future_sheet(result, shown, columns=5, edge=92):
+    """Real frames, what the codec can show of them, and the imagined ones with their PSNR.
 
-    Returns uint8 [H,W,3].
+    Args:
+      result: of `future`. shown: which of its windows. columns: frames per row.
+      edge: height of a tile in pixels.
+
+    Returns:
+      uint8 [H,W,3].
     """
-    frames = np.unique(np.linspace(0, result["real"].shape[1] - 1, columns).round().astype(int))
-    header = [("now" if offset == 0 else f"+{offset} steps") for offset in result["offsets"][frames]]
+    frames = np.unique(np.linspace(0, len(result["offsets"]) - 1, columns).round().astype(int))
     rows = []
-    for i, prompt in enumerate(result["prompts"]):
-        rows.append((prompt, "real", [result["real"][i, k] for k in frames]))
-        notes = [f"{result['psnr'][i, k]:.1f} dB" if result["valid"][i, k] else "past the end" for k in frames]
-        rows.append(("", "imagined", [result["predicted"][i, k] for k in frames], notes))
+    for i in shown:
+        notes = {name: [f"{decibels[i, k]:.1f} dB" if result["valid"][i, k] else "past the end"
+                        for k in frames] for name, decibels in result["psnr"].items()}
+        notes["predicted"][0] = "given"
+        rows += [Row(result["real"][i, frames], "real", f"“{result['prompts'][i]}”"),
+                 Row(result["codec"][i, frames], "codec limit", "", notes["codec"]),
+                 Row(result["predicted"][i, frames], "imagined", "", notes["predicted"])]
+    header = ["now" if offset == 0 else f"+{offset} steps" for offset in result["offsets"][frames]]
     return sheet(rows, header, edge)
 
 
 def shrink(frames, factor):
-    """Averages uint8 frames [...,H,W,3] over factor x factor pixels."""
+    """Averages uint8 frames [...,H,W,3] over squares of factor x factor pixels."""
     *lead, height, width, channels = frames.shape
     blocks = frames.reshape(*lead, height // factor, factor, width // factor, factor, channels)
     return np.rint(blocks.mean((-4, -2), dtype=np.float32)).astype(np.uint8)
 
 
-# ---------------------------------------------------------------- sheets, strips, films
+# ---- sheets, strips, films -----------------------------------------------------------------------
 
 
-def sheet(rows, header=(), edge=128):
+class Row(typing.NamedTuple):
+    """One row of a sheet: tiles uint8 [h,w,3], a label left of it, a title above, notes below."""
+
+    tiles: list
+    label: str = ""
+    title: str = ""
+    notes: tuple = ()
+
+
+def sheet(rows, header=(), edge=128, title=""):
     """Lays out labelled rows of tiles on white.
 
     Args:
-      rows: (title above the row or "", label left of it, tiles uint8 [h,w,3], notes under the tiles or absent).
-      header: text above each column.
+      rows: `Row`s. header: text above each column.
       edge: height of a tile; widths follow.
+      title: of the whole picture.
 
     Returns:
       uint8 [H,W,3].
     """
-    margin = 12 + max((_text_width(row[1], 13) for row in rows), default=0)
-    tiles = [[_fit(tile, edge) for tile in row[2]] for row in rows]
-    columns = [max(line[k].width for line in tiles if k < len(line)) for k in range(max(map(len, tiles)))]
-    width = margin + sum(columns) + GAP * (len(columns) + 1)
-    heights = [(26 if row[0] else 0) + edge + (20 if len(row) > 3 else 0) + GAP for row in rows]
-    top = 26 if any(header) else GAP
+    margin = GAP + max(_width(row.label, 14) for row in rows) + GAP
+    tiles = [[_fit(tile, edge) for tile in row.tiles] for row in rows]
+    columns = [max(line[k].width for line in tiles if k < len(line))
+               for k in range(max(map(len, tiles)))]
+    lefts = [margin + sum(columns[:k]) + GAP * k for k in range(len(columns) + 1)]
+    above = [28 if row.title else 0 for row in rows]
+    heights = [a + edge + (22 if row.notes else 0) + GAP for row, a in zip(rows, above)]
+    top = (40 if title else GAP) + (24 if any(header) else 0)
+    width = max(lefts[-1], 2 * GAP + _width(title, 20))
     canvas = Image.new("RGB", (width, top + sum(heights)), PAPER)
     draw = ImageDraw.Draw(canvas)
-    for k, text in enumerate(header):
-        draw.text((margin + sum(columns[:k]) + GAP * (k + 1), 6), text, SOFT, _font(13))
-    for row, line, height in zip(rows, tiles, heights):
-        y = top
-        if row[0]:
-            draw.text((GAP, y + 4), row[0], INK, _font(15))
-            y += 26
-        draw.text((GAP, y + edge // 2 - 8), row[1], SOFT, _font(13))
-        x = margin + GAP
+    draw.text((GAP, GAP), title, INK, _font(20))
+    for left, text in zip(lefts, header):
+        draw.text((left, top - 22), text, SOFT, _font(14))
+    for row, line, lift, height in zip(rows, tiles, above, heights):
+        draw.text((GAP, top + 5), row.title, INK, _font(16))
+        draw.text((GAP, top + lift + edge // 2 - 9), row.label, SOFT, _font(14))
         for k, tile in enumerate(line):
-            canvas.paste(tile, (x, y))
-            if len(row) > 3:
-                draw.text((x, y + edge + 2), row[3][k], SOFT, _font(13))
-            x += columns[k] + GAP
+            canvas.paste(tile, (lefts[k], top + lift))
+        for left, note in zip(lefts, row.notes):
+            draw.text((left, top + lift + edge + 2), note, SOFT, _font(14))
         top += height
     return np.asarray(canvas)
 
 
-def film_strip(policy, record, film, count=6, edge=200):
+def film_strip(policy, record, film, count=6, edge=150):
     """One episode in one picture: both cameras over time, and where the policy looked.
 
     Args:
-      policy: `Policy`; record, film: an episode and its `rollout.replay`, with its `frame_steps` and `plan_steps`.
-      count: columns.
-      edge: of a tile in pixels.
+      policy: `Policy`.
+      record, film: an episode and what `rollout.replay` returned for it.
+      count: columns. edge: of a tile in pixels.
 
     Returns:
       uint8 [H,W,3].
     """
     cameras = policy.config.data.cameras
-    maps = attention(policy, film["observations"])
-    name = list(maps)[-1]  # the last adapter layer
-    frames = np.unique(np.linspace(0, len(film["frame_steps"]) - 1, count).round().astype(int))
-    plans = [max(0, int(np.searchsorted(film["plan_steps"], film["frame_steps"][k], "right")) - 1) for k in frames]
-    rows = [(f"“{record.prompt}”" if i == 0 else "", camera, [film["frames"][camera][k] for k in frames])
-            for i, camera in enumerate(cameras)]
-    for camera in cameras:
-        peak = max(m.max() for m in maps[name].values())
-        rows.append(("", f"attention, {camera}", [overlay(film["frames"][camera][k], maps[name][camera][p], peak)
-                                                  for k, p in zip(frames, plans)]))
-    header = [f"step {film['frame_steps'][k]}" for k in frames]
-    return sheet(rows, header, edge)
+    steps = np.asarray(film["frame_steps"])
+    frames = np.unique(np.linspace(0, len(steps) - 1, count).round().astype(int))
+    pictures = [{camera: film["frames"][camera][k] for camera in cameras} for k in frames]
+    rows = [Row([p[camera] for p in pictures], f"{camera} camera") for camera in cameras]
+    if policy.config.model.pooling != "mean":
+        maps = list(attention(policy, film["observations"]).values())[-1]  # last adapter layer
+        plans = np.searchsorted(film["plan_steps"], steps[frames], "right") - 1  # those in force
+        overlaid = [draw_over(picture, maps, plan) for picture, plan in zip(pictures, plans)]
+        rows += [Row([p[camera] for p in overlaid], "attention") for camera in cameras]
+    outcome = "solved" if record.success else "not solved"
+    title = f"“{record.prompt}”: {outcome} in {record.steps} steps"
+    return sheet(rows, [f"step {steps[k]}" for k in frames], edge, title)
 
 
 def side_by_side(frames, cameras):
@@ -258,7 +302,7 @@ def save_mp4(path, frames, fps=10, hold=1.0):
     n, height, width, _ = frames.shape
     frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
     with av.open(str(path), "w", options={"movflags": "faststart"}) as container:
-        stream = container.add_stream("libx264", rate=fps, options={"crf": "20", "preset": "medium"})
+        stream = container.add_stream("libx264", rate=fps, options={"crf": "20"})
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
         for index in [*range(n), *[n - 1] * math.ceil(hold * fps)]:
@@ -269,15 +313,17 @@ def save_mp4(path, frames, fps=10, hold=1.0):
 def _fit(tile, edge):
     image = Image.fromarray(np.asarray(tile))
     wide = round(image.width * edge / image.height)
-    sharp = edge % image.height == 0 or edge > 2 * image.height  # show small pictures as the pixels they are
-    return image.resize((wide, edge), Image.Resampling.NEAREST if sharp else Image.Resampling.LANCZOS)
+    # Small pictures are shown as the pixels they are.
+    how = Image.Resampling.NEAREST if edge > 2 * image.height else Image.Resampling.LANCZOS
+    return image.resize((wide, edge), how)
 
 
 @functools.cache
 def _font(size):
     import matplotlib
-    return ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf", size)
+    path = f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf"  # the same on every machine
+    return ImageFont.truetype(path, size)
 
 
-def _text_width(text, size):
+def _width(text, size):
     return math.ceil(_font(size).getlength(text))

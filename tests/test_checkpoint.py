@@ -18,6 +18,8 @@ from lightwam_jax.training import optimizer as optimizer_lib
 from lightwam_jax.training import step as step_lib
 
 CONFIG = synthetic.make_config(**{"data.source": "fake", "data.cache": "", "train.keep_last": 3,
+                                  "model.num_layers": 2, "model.adapter_layers": (0,),
+                                  "model.lora_layers": (0, 1),
                                   "optimizer.ema_decay": 0.9})  # fmt: skip
 OPTIMIZER = optimizer_lib.make_optimizer(CONFIG.optimizer, CONFIG.train.steps)
 
@@ -30,7 +32,8 @@ def random_params(config):
     """A few of the tiny model's parameters, of every group."""
     model = build.build_model(config.model)
     shapes = jax.eval_shape(lambda: build.init_params(model, jax.random.key(0), config.model))
-    kept = re.compile(r"blocks_\d+/self_attn/q/|/adapters_0/|dit/head/|trunk.*bias|proprio|text_emb")
+    kept = re.compile(
+        r"blocks_\d+/self_attn/q/|/adapters_0/|dit/head/|trunk.*bias|proprio|text_emb")
     flat = {k: x for k, x in params_lib.flatten(shapes).items() if kept.search(k)}
     rng = np.random.default_rng(0)
     return params_lib.unflatten(
@@ -153,6 +156,7 @@ def _break_meta(directory):
     (directory / "meta" / "metadata").write_text('{"format": 1, "st')
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax's threads
 @pytest.mark.parametrize("damage", [flip_one_byte, _truncate, _lose_manifest, _lose_item,
                                     _break_meta])  # fmt: skip
 def test_damaged_newest_falls_back_loudly(workdir, state, damage, caplog):
@@ -168,13 +172,13 @@ def test_damaged_newest_falls_back_loudly(workdir, state, damage, caplog):
 def test_all_damaged_is_an_error_not_a_fresh_start(workdir, state):
     for step in (1, 2, 3):
         _break_meta(workdir / "checkpoints" / str(step))
-    with pytest.raises(ValueError, match="none of the checkpoints in .* is intact"):
+    with pytest.raises(ValueError, match=r"none of the checkpoints in .* is intact"):
         restore(workdir, state)
 
 
 def test_flipped_byte_is_found_by_the_policy_too(workdir):
     flip_one_byte(workdir / "checkpoints" / "3" / "ema")
-    with pytest.raises(storage.DamagedCheckpointError, match="differ from what was saved|cannot be"):
+    with pytest.raises(storage.DamagedCheckpointError, match=r"differ from what|cannot be"):
         checkpoint.load_params(workdir)
 
 
@@ -190,7 +194,8 @@ def test_another_model_is_refused_with_its_keys_and_shapes(saved, state):
 def test_parameters_alone(tmp_path):
     params = {"dit": {"blocks": {"w": np.arange(6, dtype=np.float32).reshape(2, 3)}},
               "expert": {"b": np.float32([1, 2])}}  # fmt: skip
-    checkpoint.save_params(tmp_path / "out", params, {"source": "a.pt", "config": {"model": {"dim": 3}}})
+    meta = {"source": "a.pt", "config": {"model": {"dim": 3}}}
+    checkpoint.save_params(tmp_path / "out", params, meta)
     policy = checkpoint.load_params(tmp_path / "out")
     jax.tree.map(np.testing.assert_array_equal, policy.params, params)
     assert policy.config is None and policy.assets is None

@@ -8,17 +8,24 @@ from configs import base
 from lightwam_jax import build
 from lightwam_jax import config as config_lib
 from lightwam_jax.data import assets as assets_lib
-from lightwam_jax.data import codec
-from lightwam_jax.data import normalize
-from lightwam_jax.data import text
+from lightwam_jax.data import codec, normalize, text
 from lightwam_jax.inference import policy as policy_lib
 
 CAMERAS = ("scene", "wrist")
 
 
 def make_config(**model):
-    c = base.get_config("tiny", dtype="float32", action_dim=4, proprio_dim=5, latent_channels=8, num_layers=2,
-                        lora_layers=(0, 1), adapter_layers=(0, 1), **model)
+    c = base.get_config(
+        "tiny",
+        dtype="float32",
+        action_dim=4,
+        proprio_dim=5,
+        latent_channels=8,
+        num_layers=2,
+        lora_layers=(0, 1),
+        adapter_layers=(0, 1),
+        **model,
+    )
     c.data.cameras, c.data.canvas, c.data.text_len = CAMERAS, (32, 64), 32
     c.data.num_frames, c.data.frame_stride, c.data.action_horizon = 9, 2, 8
     c.evaluation.replan = 4
@@ -26,11 +33,15 @@ def make_config(**model):
 
 
 def random_params(model, config, seed):
-    """Random parameters without compiling the initialisers, which takes longer than all tests here."""
+    """Random parameters without compiling the initialisers, which takes longer than the tests."""
     rng = np.random.default_rng(seed)
     shapes = jax.eval_shape(lambda: build.init_params(model, jax.random.key(0), config))
-    return jax.tree.map(lambda s: rng.normal(0, 0.3 if len(s.shape) < 2 else s.shape[-2] ** -0.5, s.shape)
-                        .astype(np.float32), shapes)
+    return jax.tree.map(
+        lambda s: rng.normal(0, 0.3 if len(s.shape) < 2 else s.shape[-2] ** -0.5, s.shape).astype(
+            np.float32
+        ),
+        shapes,
+    )
 
 
 def make_policy(config):
@@ -40,7 +51,9 @@ def make_policy(config):
         state=normalize.min_max(np.full(5, -2.0), np.full(5, 2.0)),
         action=normalize.min_max(np.arange(4) - 3.0, np.arange(4) + 3.0),
         codec=codec.PcaCodec.fit(clips, config.model.latent_channels),
-        text_encoder=text.HashedTextEncoder(config.model.text_dim), statistics={})
+        text_encoder=text.HashedTextEncoder(config.model.text_dim),
+        statistics={},
+    )
     model = build.build_model(config.model)
     return policy_lib.Policy(model, random_params(model, config.model, 1), config, assets, step=7)
 
@@ -49,7 +62,11 @@ def observe(rows, seed=0):
     rng = np.random.default_rng(seed)
     images = {camera: rng.integers(0, 256, (rows, 32, 32, 3), np.uint8) for camera in CAMERAS}
     prompts = [f"put the {colour} cube in the tray" for colour in ("red", "green", "blue")]
-    return images, rng.normal(size=(rows, 5)).astype(np.float32), [prompts[i % 3] for i in range(rows)]
+    return (
+        images,
+        rng.normal(size=(rows, 5)).astype(np.float32),
+        [prompts[i % 3] for i in range(rows)],
+    )
 
 
 def take(observation, rows):
@@ -77,8 +94,12 @@ def test_rows_are_independent_of_their_neighbours_and_place_to_the_bit(policy):
     assert actions.dtype == np.float32
     order = [3, 7, 0, 5, 1, 2, 6, 4]
     np.testing.assert_array_equal(policy.act(*take(observation, order)), actions[order])
-    np.testing.assert_array_equal(policy.act(*take(observation, [6, 1, 2, 3, 4])), actions[[6, 1, 2, 3, 4]])
-    np.testing.assert_allclose(policy.act(*take(observation, [2])), actions[[2]], atol=1e-4)  # another bucket
+    np.testing.assert_array_equal(
+        policy.act(*take(observation, [6, 1, 2, 3, 4])), actions[[6, 1, 2, 3, 4]]
+    )
+    np.testing.assert_allclose(
+        policy.act(*take(observation, [2])), actions[[2]], atol=1e-4
+    )  # another bucket
 
 
 def test_every_input_matters_and_units_are_physical(policy):
@@ -86,11 +107,18 @@ def test_every_input_matters_and_units_are_physical(policy):
     actions = policy.act(images, state, prompts)
     assert np.abs(actions - policy.act(images, state, ["put it away"] * 5)).max() > 1e-6
     assert np.abs(actions - policy.act(images, -state, prompts)).max() > 1e-6
-    assert np.abs(actions - policy.act({c: 255 - i for c, i in images.items()}, state, prompts)).max() > 1e-6
+    assert (
+        np.abs(actions - policy.act({c: 255 - i for c, i in images.items()}, state, prompts)).max()
+        > 1e-6
+    )
     # normalised 0 is the middle of the range: dimension i lies around i
     action = normalize.min_max(np.arange(4) + 97.0, np.arange(4) + 103.0)
-    shifted = policy_lib.Policy(policy.model, policy.params, policy.config,
-                                dataclasses.replace(policy.assets, action=action))
+    shifted = policy_lib.Policy(
+        policy.model,
+        policy.params,
+        policy.config,
+        dataclasses.replace(policy.assets, action=action),
+    )
     np.testing.assert_allclose(shifted.act(*observe(1)) - policy.act(*observe(1)), 100, atol=1e-3)
 
 
@@ -102,8 +130,11 @@ def test_each_prompt_is_encoded_once(policy, monkeypatch):
             calls.extend(prompts)
             return super().encode(prompts, text_len)
 
-    monkeypatch.setattr(policy, "assets", dataclasses.replace(
-        policy.assets, text_encoder=Counting(policy.config.model.text_dim)))
+    monkeypatch.setattr(
+        policy,
+        "assets",
+        dataclasses.replace(policy.assets, text_encoder=Counting(policy.config.model.text_dim)),
+    )
     monkeypatch.setattr(policy, "_texts", {})
     policy.act(*observe(1))
     policy.act(*observe(1))
@@ -155,8 +186,15 @@ def test_more_rows_than_the_largest_bucket(policy, monkeypatch):
 
 
 def test_untrained_is_seeded_and_shares_what_is_compiled(policy, monkeypatch):
-    monkeypatch.setattr(build, "init_params", lambda model, key, config: (lambda scale: jax.tree.map(
-        lambda x: scale * np.ones(x.shape, np.float32), policy.params))(jax.random.uniform(key)))
+    monkeypatch.setattr(
+        build,
+        "init_params",
+        lambda model, key, config: (
+            lambda scale: jax.tree.map(
+                lambda x: scale * np.ones(x.shape, np.float32), policy.params
+            )
+        )(jax.random.uniform(key)),
+    )
     policy.act(*observe(1))
     before = policy.traces
     a, b, c = (policy.untrained(seed) for seed in (1, 1, 2))

@@ -2,16 +2,17 @@ import json
 import os
 import pathlib
 import sys
+import time
 
 import numpy as np
 import pytest
 
 from lightwam_jax import config as config_lib
-from lightwam_jax.evaluation import rollout
+from lightwam_jax.evaluation import rollout, worker
 
 
 class FakeEnv:
-    """Reach a seeded 2-D goal. `crash`: {seed: how}; `marks`: directory where each crash leaves a file."""
+    """Reach a seeded 2-D goal. `crash`: {seed: how}; `marks`: where each crash leaves a file."""
 
     def __init__(self, crash=None, marks=None):
         self.crash, self.marks = crash or {}, marks
@@ -19,15 +20,22 @@ class FakeEnv:
 
     def reset(self, seed):
         rng = np.random.default_rng(seed)
-        self.seed, self.position, self.goal = seed, np.zeros(2, np.float32), rng.uniform(-1, 1, 2).astype(np.float32)
+        self.seed, self.position, self.goal = (
+            seed,
+            np.zeros(2, np.float32),
+            rng.uniform(-1, 1, 2).astype(np.float32),
+        )
         self.steps = 0
-        return {"images": dict.fromkeys(("scene", "wrist")), "state": self.position.copy(), "prompt": f"goal {seed % 3}"}
+        return self.observe()
 
     def observe(self):
         self.renders += 1
         image = np.full((4, 4, 3), 128 + 100 * self.goal.mean(), np.uint8)
-        return {"images": {"scene": image, "wrist": image}, "state": np.concatenate([self.position, self.goal]),
-                "prompt": f"goal {self.seed % 3}"}
+        return {
+            "images": {"scene": image, "wrist": image},
+            "state": np.concatenate([self.position, self.goal]),
+            "prompt": f"goal {self.seed % 3}",
+        }
 
     def expert_action(self):
         return np.clip(self.goal - self.position, -0.1, 0.1)
@@ -49,15 +57,19 @@ class FakeEnv:
         mark.touch()
         if how == "always" or (how == "once" and first):
             raise RuntimeError(f"simulator blew up on {self.seed}")
-        if how == "die" and first:
+        if how == "kill" or (how == "die" and first):
             os._exit(3)
+        if how == "hang":
+            time.sleep(60)
         if how == "import":
             raise RuntimeError("jax is imported" if "jax" in sys.modules else "jax is not imported")
 
 
 def policy(images, state, prompts):
     """Walks to the goal with a step that shrinks where the mean pixel is dark: uses every input."""
-    assert {i.shape[0] for i in images.values()} == {len(state), len(prompts)} == {4}, "one fixed batch"
+    assert {i.shape[0] for i in images.values()} == {len(state), len(prompts)} == {4}, (
+        "one fixed batch"
+    )
     step = 0.02 + 0.08 * images["scene"].mean((1, 2, 3), keepdims=True)[:, 0, :, 0] / 255
     return np.repeat(np.clip(state[:, None, 2:] - state[:, None, :2], -1, 1) * step[:, None], 12, 1)
 
@@ -68,7 +80,7 @@ def evaluation(**changes):
 
 
 def spec(**kwargs):
-    return rollout.EnvSpec("tests.test_rollout:FakeEnv", kwargs)
+    return worker.EnvSpec("tests.test_rollout:FakeEnv", kwargs)
 
 
 def results(records):
@@ -84,25 +96,43 @@ def two_workers(tmp_path_factory):
 def test_each_seed_once_and_logged_as_it_comes(two_workers):
     records, log = two_workers
     assert [r.seed for r in records] == list(range(9))
-    assert {r.success for r in records} == {True, False}, "the fake should tell good episodes from bad ones"
+    assert {r.success for r in records} == {True, False}, (
+        "the fake should tell good episodes from bad ones"
+    )
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     assert sorted(line["seed"] for line in lines) == list(range(9))
-    assert all(set(line) == {"seed", "success", "steps", "prompt", "error", "seconds", "digest"} for line in lines)
+    assert all(
+        set(line) == {"seed", "success", "steps", "prompt", "error", "seconds", "digest"}
+        for line in lines
+    )
 
 
 def test_results_do_not_depend_on_the_number_of_workers(two_workers):
-    assert results(rollout.run(policy, spec(), range(9), evaluation(workers=1))) == results(two_workers[0])
+    assert results(rollout.run(policy, spec(), range(9), evaluation(workers=1))) == results(
+        two_workers[0]
+    )
     assert results(rollout.run(policy, spec(), [5, 2], evaluation(workers=3))) == results(
-        [two_workers[0][5], two_workers[0][2]])
+        [two_workers[0][5], two_workers[0][2]]
+    )
 
 
 def test_crashes_are_errors_and_never_failures(tmp_path, two_workers):
-    crash = {1: "once", 2: "always", 4: "die", 6: "import"}
-    records = rollout.run(policy, spec(crash=crash, marks=str(tmp_path)), range(9), evaluation())
-    assert records[2].success is None and "blew up on 2" in records[2].error
+    crash = {1: "once", 2: "always", 3: "kill", 4: "die", 6: "import"}
+    environment = spec(crash=crash, marks=str(tmp_path))
+    records = rollout.run(policy, environment, range(9), evaluation())
+    assert [r.seed for r in records if r.success is None] == [2, 3, 6]
+    assert "blew up on 2" in records[2].error
+    assert "process died (exit code 3)" in records[3].error
     assert "jax is not imported" in records[6].error
-    untouched = [0, 1, 3, 4, 5, 7, 8]  # 1 and 4 crashed once, and their second try counts
-    assert results([records[i] for i in untouched]) == results([two_workers[0][i] for i in untouched])
+    ran = [0, 1, 4, 5, 7, 8]  # 1 and 4 crashed once, and their second try counts
+    assert results([records[i] for i in ran]) == results([two_workers[0][i] for i in ran])
+
+
+def test_a_hanging_simulator_is_given_up(tmp_path, two_workers):
+    environment = spec(crash={1: "hang"}, marks=str(tmp_path))
+    records = rollout.run(policy, environment, range(3), evaluation(), timeout=1.0)
+    assert "silent for 1 s" in records[1].error
+    assert results([records[0], records[2]]) == results([two_workers[0][0], two_workers[0][2]])
 
 
 def test_expert_runs_through_the_same_engine_and_replays():
@@ -119,7 +149,11 @@ def test_expert_runs_through_the_same_engine_and_replays():
 def test_errors_say_what_is_wrong():
     with pytest.raises(ValueError, match="1 of the 3 are repeated"):
         rollout.run(policy, spec(), [1, 1, 2], evaluation())
-    with pytest.raises(RuntimeError, match="none of the 1 episodes could be run(.|\n)*unexpected keyword"):
+    with pytest.raises(
+        RuntimeError, match=r"none of the 1 episodes could be run(.|\n)*unexpected keyword"
+    ):
         rollout.run(policy, spec(colour="red"), [1], evaluation())
     with pytest.raises(FloatingPointError, match=r"for seeds \[1\]"):
-        rollout.run(lambda images, state, prompts: np.full((4, 12, 2), np.nan), spec(), [1], evaluation())
+        rollout.run(
+            lambda images, state, prompts: np.full((4, 12, 2), np.nan), spec(), [1], evaluation()
+        )

@@ -33,7 +33,7 @@ def test_impossible_mesh_is_explained(sizes, words):
 
 def test_batch_size_that_cannot_be_split_is_explained():
     sharding.check_batch_size(32, 2, mesh())
-    with pytest.raises(ValueError, match=r"batch_size=24.*8 devices.*accum_steps=2.*multiple of 16"):
+    with pytest.raises(ValueError, match=r"size=24.*8 devices.*accum_steps=2.*multiple of 16"):
         sharding.check_batch_size(24, 2, mesh())
 
 

@@ -102,7 +102,8 @@ def test_only_the_trainable_part_moves(whole):
 
 def test_ema_follows_and_is_what_gets_evaluated():
     state, _ = run(CONFIG, steps=1)
-    start, now, ema = params()["expert"]["w"], state.trainable["expert"]["w"], state.ema["expert"]["w"]
+    start = params()["expert"]["w"]
+    now, ema = state.trainable["expert"]["w"], state.ema["expert"]["w"]
     np.testing.assert_allclose(ema, (start + now) / 2, rtol=1e-6)
     evaluated = step_lib.eval_params(state)
     np.testing.assert_array_equal(evaluated["expert"]["w"], ema)

@@ -23,15 +23,17 @@ def evaluate(policy, batches):
     Raises:
       ValueError: no batch, or nothing but padding in them.
     """
-    sums = jax.jit(lambda params, batch: losses.open_loop_errors(policy.model, params, batch))
+    errors = jax.jit(lambda params, batch: losses.open_loop_errors(policy.model, params, batch))
     total, samples = {}, 0
     for batch in batches:
-        for name, value in jax.device_get(sums(policy.params, batch)).items():
-            total[name] = total.get(name, 0) + value.astype(np.float64)
-        samples += int(np.sum(batch["valid"]))
+        arrays = {name: x for name, x in batch.items() if name != "index"}
+        for name, value in jax.device_get(errors(policy.params, arrays)).items():
+            total[name] = total.get(name, 0) + np.asarray(value, np.float64)
+        samples += int(batch["valid"].sum())
     if not total or not total["count"]:
-        raise ValueError("there is nothing to evaluate: the validation split is empty; set config.data.val_fraction "
-                         "and run python -m lightwam_jax.precompute --config CONFIG --what latents")
+        raise ValueError(
+            "the validation split is empty, so there is nothing to evaluate: set "
+            "config.data.val_fraction, precompute --what latents again, and train")
     l1 = total["l1"] / total["count"]
     return {"l1": l1, "mse": total["mse"] / total["count"],
             "l1_step": total["l1_step"] / np.maximum(total["count_step"], 1),
@@ -39,15 +41,18 @@ def evaluate(policy, batches):
 
 
 def write(directory, errors):
-    """Writes open_loop.json and open_loop.png into `directory` and returns the printable table."""
+    """Writes open_loop.json and open_loop.png into `directory`; returns the printable table."""
     directory = pathlib.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     plain = {name: np.asarray(value).tolist() for name, value in errors.items()}
     (directory / "open_loop.json").write_text(json.dumps(plain, indent=2) + "\n")
     steps = np.arange(len(errors["l1_step"]))
-    report.curve_chart(directory / "open_loop.png", {"mean over dimensions": (steps, errors["l1_step"])},
-                       "L1 error, normalised", xlabel="step of the chunk")
-    lines = [f"{errors['samples']} samples", f"{'dimension':<10}{'L1':>10}{'MSE':>10}{'L1, physical units':>22}"]
-    lines += [f"{i:<10}{l1:>10.4f}{mse:>10.4f}{physical:>22.4f}" for i, (l1, mse, physical) in enumerate(
-        zip(errors["l1"], errors["mse"], errors["l1_physical"]))]
-    return "\n".join([*lines, f"{'mean':<10}{errors['l1'].mean():>10.4f}{errors['mse'].mean():>10.4f}"])
+    report.curve_chart(
+        directory / "open_loop.png", {"mean over dimensions": (steps, errors["l1_step"])},
+        "L1 error, normalised units", xlabel="step of the chunk")
+    columns = [errors[name] for name in ("l1", "mse", "l1_physical")]
+    lines = [f"{errors['samples']} samples",
+             f"{'dimension':<10}{'L1':>10}{'MSE':>10}{'L1, physical units':>20}"]
+    lines += [f"{i:<10}{l1:>10.4f}{mse:>10.4f}{physical:>20.4f}"
+              for i, (l1, mse, physical) in enumerate(zip(*columns))]
+    return "\n".join([*lines, f"{'mean':<10}{columns[0].mean():>10.4f}{columns[1].mean():>10.4f}"])

@@ -39,11 +39,17 @@ class ChunkQueue:
         """
         chunk = np.asarray(chunk)
         if chunk.ndim != 2 or len(chunk) < self._replan:
-            raise ValueError(f"expected a chunk [T, A] with T >= replan={self._replan}, got shape {chunk.shape}")
+            raise ValueError(
+                f"expected a chunk [T, A] with T >= replan={self._replan}, got shape {chunk.shape}"
+            )
         if not np.isfinite(chunk).all():
-            raise ValueError("the chunk holds NaN or infinite actions; nothing was sent to the robot")
+            raise ValueError(
+                "the chunk holds NaN or infinite actions; nothing was sent to the robot"
+            )
         if self._actions:
-            raise RuntimeError(f"{len(self._actions)} actions of the previous chunk are still queued")
+            raise RuntimeError(
+                f"{len(self._actions)} actions of the previous chunk are still queued"
+            )
         self._actions.extend(chunk[: self._replan])
 
     def pop(self):

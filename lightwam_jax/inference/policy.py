@@ -1,11 +1,11 @@
 """One policy object for everything that acts: simulators, robots, benchmarks, pictures.
 
     policy = Policy.load("runs/demo")
-    actions = policy.act({"scene": images, "wrist": images}, state, ["put the red cube in the tray"] * B)
+    actions = policy.act({"scene": pictures, "wrist": pictures}, state, ["put the red ..."] * B)
 
-From canvas and state to actions is one pure jitted function with the weights as arguments. Around it: camera layout,
-a text cache per prompt, and padding of the batch to a few fixed sizes so that nothing is ever compiled in the middle
-of an episode.
+From canvas and state to actions is one pure jitted function with the weights as arguments. Around
+it: camera layout, a text cache per instruction, and padding of the batch to a few fixed sizes, so
+that nothing is ever compiled in the middle of an episode.
 """
 
 import copy
@@ -16,55 +16,63 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from lightwam_jax import build
-from lightwam_jax import checkpoint
+from lightwam_jax import build, checkpoint
 from lightwam_jax import params as params_lib
 from lightwam_jax.data import assets as assets_lib
-from lightwam_jax.data import text
-from lightwam_jax.data import transforms
+from lightwam_jax.data import text, transforms
 from lightwam_jax.models import lightwam
 
 BUCKETS = (1, 2, 4, 8, 16, 32, 64)  # batch sizes that are ever compiled
-_CACHE_DTYPE = ml_dtypes.bfloat16  # of latents and text in the caches: the policy sees what training saw
+_CACHE_DTYPE = ml_dtypes.bfloat16  # of latents and text in the caches: act on what training saw
 
 
 class Policy:
     """Observations in physical units to action chunks in physical units.
 
     Attributes:
-      model: `LightWAM`; params: its parameters, in-memory layout.
-      config: `Config`; assets: `data.assets.Assets`.
+      model: `LightWAM`. params: its parameters, in-memory layout.
+      config: `Config`. assets: `data.assets.Assets`.
       step: of the checkpoint; None for parameters that were never trained.
     """
 
     def __init__(self, model, params, config, assets, step=None):
         self.model, self.params = model, jax.device_put(params)
         self.config, self.assets, self.step = config, assets, step
-        self._traced = []  # a row per compilation
-        self._texts = {}
-        self._initialise = jax.jit(lambda key: build.init_params(model, key, config.model))
+        self._texts = {}  # instruction -> (context [L,dim], mask [L])
+        self._traced = []  # batch size of each compilation of the action pass
+        # Initialisers are many and run once: on a CPU, optimising them takes longer than they do.
+        cheap = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else {}
+        self._initialise = jax.jit(lambda key: build.init_params(model, key, config.model),
+                                   compiler_options=cheap)
         self._act = jax.jit(self._action_pass)
         self._imagine = jax.jit(self._video_pass, static_argnames="steps")
 
     @classmethod
     def load(cls, directory, step=None):
-        """Returns the policy of a workdir or checkpoint directory; `step` None: the newest checkpoint.
+        """Returns the policy of a run (its newest checkpoint unless `step` is given) or checkpoint.
 
         Raises:
-          FileNotFoundError, ValueError: no checkpoint there, or one of another model; see `checkpoint.load_params`.
+          FileNotFoundError: no checkpoint there.
+          ValueError: damaged, or without config and assets; see `checkpoint.load_params`.
         """
-        stored = checkpoint.load_params(directory if step is None else pathlib.Path(directory, "checkpoints", str(step)))
+        if step is not None:
+            directory = pathlib.Path(directory, "checkpoints", str(step))
+        stored = checkpoint.load_params(directory)
         if stored.config is None or stored.assets is None:
-            raise ValueError(f"{stored.path} holds weights only; expected a checkpoint of train.py, with config and assets")
-        config = stored.config
-        model = build.build_model(config.model)
-        params = params_lib.segmented(stored.params, config.model)
-        return cls(model, params, config, assets_lib.load_assets(stored.assets, config), stored.meta["step"])
+            raise ValueError(f"{stored.path} holds parameters only; expected a checkpoint of "
+                             "train.py, with config and assets")
+        model = build.build_model(stored.config.model)
+        params = params_lib.segmented(stored.params, stored.config.model)
+        assets = assets_lib.load_assets(stored.assets, stored.config)
+        return cls(model, params, stored.config, assets, stored.meta["step"])
 
     def untrained(self, seed=0):
         """Returns a policy of the same config and assets with freshly initialised parameters."""
+        fresh = self._initialise(jax.random.key(seed))
         other = copy.copy(self)  # shares what is compiled already
-        other.params, other.step = self._initialise(jax.random.key(seed)), None
+        other.step, other.params = None, jax.tree.map(
+            lambda new, old: jax.device_put(new.astype(old.dtype), old.sharding),
+            fresh, self.params)
         return other
 
     @property
@@ -76,97 +84,113 @@ class Policy:
         """Plans one action chunk per row.
 
         Args:
-          images: {camera: uint8 [B,h,w,3]} with every camera of config.data.cameras, at its size on the canvas.
+          images: {camera: uint8 [B,h,w,3]}: all of config.data.cameras, at their canvas size.
           state: float [B,P], physical units.
           prompts: B instructions.
           return_taps: also return the attention of the learned queries.
 
         Returns:
-          actions float32 [B,T,A], physical units; with return_taps also {"attention_{layer}_{source}": [B,Q,S],
-          "query_importance_{layer}_{source}": [Q]} over the S = H/16 * W/16 canvas cells, row-major.
+          actions float32 [B,T,A], physical units; with return_taps also
+          {"attention_{layer}_{source}": [B,Q,S], "query_importance_{layer}_{source}": [Q]} over
+          the S = H/16 * W/16 cells of the canvas, row-major.
 
         Raises:
           ValueError: an observation that does not fit the model; says what was expected.
         """
         canvas, state = self._check(images, state, prompts)
-        parts = [self._act_bucket(canvas[i:i + BUCKETS[-1]], state[i:i + BUCKETS[-1]], prompts[i:i + BUCKETS[-1]])
-                 for i in range(0, len(canvas), BUCKETS[-1])]
+        parts = []
+        for start in range(0, len(canvas), BUCKETS[-1]):
+            rows = slice(start, start + BUCKETS[-1])
+            parts.append(self._act_bucket(canvas[rows], state[rows], prompts[rows]))
         actions = np.concatenate([part[0] for part in parts])
         if not return_taps:
             return actions
-        taps = jax.device_get([part[1] for part in parts])
-        return actions, {name: tap if name.startswith("query") else np.concatenate([t[name] for t in taps])[:len(canvas)]
-                         for name, tap in taps[0].items()}
+        taps = dict(parts[0][1])
+        for name in taps:
+            if name.startswith("attention_"):
+                taps[name] = np.concatenate([part[1][name] for part in parts])[:len(canvas)]
+        return actions, {name: np.asarray(tap) for name, tap in taps.items()}
 
     def predict_video(self, images, state, prompts, seed=0, steps=10):
         """Imagines the frames of the window that starts with this observation.
 
         Args:
           images, state, prompts: as for `act`, with B at most 64.
-          seed: of the noise.
-          steps: of the Euler solver.
+          seed: of the noise. steps: of the Euler solver.
 
         Returns:
-          uint8 [B,frames,h,w,3]: the canvas, shrunk by config.loss.downsample as in training; frame 0 is now.
+          uint8 [B,frames,h,w,3], the canvas shrunk by config.loss.downsample as in training;
+          frame 0 is now.
         """
         canvas, state = self._check(images, state, prompts)
         rows = _bucket(len(canvas))
-        latents = self._imagine(self.params, self.assets.codec.arrays, _pad(canvas, rows), *self._text(prompts, rows),
-                                _pad(state, rows), jax.random.key(seed), steps=steps)
+        latents = self._imagine(
+            self.params, self.assets.codec.arrays, _pad(canvas, rows), *self._text(prompts, rows),
+            _pad(state, rows), jax.random.key(seed), steps=steps)
         return self.assets.codec.decode(np.asarray(latents)[:len(canvas)])
 
     def warm_up(self, batch_sizes=(1,)):
-        """Compiles the action pass for the buckets of these batch sizes, before the first observation comes."""
+        """Compiles the action pass for the buckets of `batch_sizes`, before anything waits."""
         data = self.config.data
         places = transforms.regions(data.cameras, data.layout, data.canvas)
-        for size in sorted({_bucket(n) for n in batch_sizes}):
-            images = {camera: np.zeros((size, h, w, 3), np.uint8) for camera, (_, _, h, w) in places.items()}
-            self.act(images, np.zeros((size, self.config.model.proprio_dim), np.float32), ["warm up"] * size)
+        for n in sorted({_bucket(size) for size in batch_sizes}):
+            images = {camera: np.zeros((n, height, width, 3), np.uint8)
+                      for camera, (_, _, height, width) in places.items()}
+            self.act(images, np.zeros((n, self.config.model.proprio_dim)), ["warm up"] * n)
 
     def canvas(self, images):
         """Returns the canvas uint8 [...,H,W,3] of {camera: uint8 [...,h,w,3]}."""
         data = self.config.data
         return transforms.layout(images, data.cameras, data.layout, data.canvas)
 
-    # ---- inside
+    # ---- pure functions, jitted ----------------------------------------------------------------
 
     def _action_pass(self, params, codec, canvas, context, mask, state):
-        self._traced.append(canvas.shape[0])
-        actions, taps = self.model.apply({"params": params}, *self._inputs(codec, canvas, context, state),
-                                          self.config.data.action_horizon, self._mask(mask), method="act")
-        taps = {name: tap for name, tap in taps.items() if name.startswith(("attention_", "query_importance_"))}
+        self._traced.append(len(canvas))
+        inputs = self._inputs(codec, canvas, context, state)
+        actions, taps = self.model.apply(
+            {"params": params}, *inputs, self.config.data.action_horizon, self._mask(mask),
+            method="act")
+        shown = ("attention_", "query_importance_")
+        taps = {name: tap for name, tap in taps.items() if name.startswith(shown)}
         return self.assets.action.inverse(actions), taps
 
     def _video_pass(self, params, codec, canvas, context, mask, state, key, steps):
         loss = self.config.loss
         latents, context, proprio = self._inputs(codec, canvas, context, state)
         first = lightwam.pool_latents(latents, loss.downsample)
-        noise = jax.random.normal(key, (first.shape[0], self.config.data.latent_frames, *first.shape[2:]))
-        x = self.model.apply({"params": params}, first, noise, context, proprio, self._mask(mask), steps, loss.shift,
-                              method="predict_video")
+        frames = self.config.data.latent_frames
+        noise = jax.random.normal(key, (first.shape[0], frames, *first.shape[2:]))
+        x = self.model.apply(
+            {"params": params}, first, noise, context, proprio, self._mask(mask), steps,
+            loss.shift, method="predict_video")
         return x.at[:, 1:].add(first) if loss.residual_target else x
 
     def _inputs(self, codec, canvas, context, state):
-        """Returns what the model reads: latents [B,1,H/8,W/8,C], context [B,L,dim], proprio [B,P]."""
-        latents = self.assets.codec.encode_with(codec, canvas[:, None])
-        return latents.astype(_CACHE_DTYPE).astype(jnp.float32), context, self.assets.state.normalize(state)
+        """What the model reads: latents [B,1,H/8,W/8,C], context [B,L,dim], proprio [B,P]."""
+        latents = self.assets.codec.encode_with(codec, canvas[:, None]).astype(_CACHE_DTYPE)
+        return latents.astype(jnp.float32), context, self.assets.state.normalize(state)
 
     def _mask(self, mask):
         return mask if self.config.loss.mask_text_padding else None
 
+    # ---- around them ---------------------------------------------------------------------------
+
     def _act_bucket(self, canvas, state, prompts):
         rows = _bucket(len(canvas))
-        actions, taps = self._act(self.params, self.assets.codec.arrays, _pad(canvas, rows),
-                                  *self._text(prompts, rows), _pad(state, rows))
+        actions, taps = self._act(
+            self.params, self.assets.codec.arrays, _pad(canvas, rows), *self._text(prompts, rows),
+            _pad(state, rows))
         return np.asarray(actions, np.float32)[:len(canvas)], taps
 
     def _text(self, prompts, rows):
-        """Returns (context [rows,L,dim], mask [rows,L]); each instruction is encoded once in the policy's life."""
-        data = self.config.data
+        """Context [rows,L,dim] and mask [rows,L]; each instruction is encoded once and kept."""
+        data, encoder = self.config.data, self.assets.text_encoder
         for task in prompts:
             if task not in self._texts:
-                context, mask = self.assets.text_encoder.encode([text.prompt(task, data.prompt_template)], data.text_len)
-                self._texts[task] = np.asarray(context[0]).astype(_CACHE_DTYPE), np.asarray(mask[0])
+                prompt = text.prompt(task, data.prompt_template)
+                context, mask = encoder.encode([prompt], data.text_len)
+                self._texts[task] = context[0].astype(_CACHE_DTYPE), mask[0]
         found = [self._texts[task] for task in prompts]
         return tuple(_pad(np.stack(part), rows) for part in zip(*found))
 
@@ -175,15 +199,17 @@ class Policy:
         canvas = self.canvas({camera: np.asarray(image) for camera, image in images.items()})
         state, width = np.asarray(state, np.float32), self.config.model.proprio_dim
         if canvas.ndim != 4 or not len(canvas):
-            raise ValueError(f"images make a canvas of shape {list(canvas.shape)}; expected a batch [B,H,W,3], B >= 1 "
-                             "(for one observation add an axis of length 1)")
+            raise ValueError(f"the images make a canvas of shape {list(canvas.shape)}; expected a "
+                             "batch [B,H,W,3] (give a single observation an axis of length 1)")
         if state.shape != (len(canvas), width):
-            raise ValueError(f"state has shape {list(state.shape)}; expected [{len(canvas)}, {width}]: one row per image, "
-                             f"config.model.proprio_dim={width} numbers in physical units")
+            raise ValueError(f"state has shape {list(state.shape)}; expected [{len(canvas)}, "
+                             f"{width}]: a row per image, config.model.proprio_dim={width} numbers")
         if not np.isfinite(state).all():
-            raise ValueError(f"state is not finite in rows {np.flatnonzero(~np.isfinite(state).all(1)).tolist()}")
+            rows = np.flatnonzero(~np.isfinite(state).all(axis=1)).tolist()
+            raise ValueError(f"state is not finite in rows {rows}")
         if isinstance(prompts, str) or len(prompts) != len(canvas):
-            raise ValueError(f"prompts is {prompts!r}; expected a list of {len(canvas)} instructions, one per image")
+            raise ValueError(f"prompts is {prompts!r}; expected a list of {len(canvas)} "
+                             "instructions, one per image")
         return canvas, state
 
 

@@ -94,10 +94,8 @@ def prepare(config, workdir):
 
     shapes = jax.eval_shape(init, {})
     shardings = sharding.tree_shardings(mesh, shapes)
-    table = params_lib.count_table(
-        jax.eval_shape(lambda: build.init_params(model, jax.random.key(0), config.model)),
-        config.train.trainable,
-    )
+    every = params_lib.merge(shapes.trainable, shapes.frozen)
+    table = params_lib.count_table(every, config.train.trainable)
     _say(metrics_lib.parameter_report(table))
 
     # ---- restore or initialise -----------------------------------------------------------------
@@ -250,6 +248,7 @@ def _validator(r):
 def _save(r, state, step, window, writer):
     """Starts saving the state as checkpoint `step`; returns `step`."""
     writer.sync()
+    state = sharding.one_copy(state)
     frozen = (lambda: params_lib.canonical(state.frozen)) if state.frozen else None
     r.checkpoints.save(
         step, step_lib.state_items(state), frozen, {"window": window.rows, "next_batch": step}

@@ -1,0 +1,82 @@
+"""Configs: every file resolves, and every mistake is named."""
+
+import dataclasses
+import json
+
+import pytest
+
+from configs import base, demo, libero, robotwin
+from lightwam_jax import config as configs
+from lightwam_jax.models import variants
+
+
+@pytest.mark.parametrize("make", [
+    demo.get_config, robotwin.get_config, *(lambda s=s: libero.get_config(s) for s in libero.SUITES)])
+def test_configs_resolve_and_survive_json(make):
+    config = configs.from_config_dict(make())
+    assert configs.from_json(configs.to_json(config)) == config
+
+
+def test_the_released_recipe():
+    """SPEC sections 0 and 6, value by value."""
+    c = configs.from_config_dict(libero.get_config("spatial"))
+    o = c.optimizer
+    assert (o.lr, o.warmup_steps, o.final_lr_ratio, o.b1, o.b2, o.eps, o.weight_decay, o.clip_norm) == (
+        1e-4, 1000, 0.01, 0.9, 0.95, 1e-8, 1e-2, 0.0)
+    assert (c.train.steps, c.train.batch_size) == (150_000, 64)
+    assert (c.loss.downsample, c.loss.prefix_steps, c.loss.prefix_weight, c.loss.tail_weight,
+            c.loss.shift, c.loss.residual_target) == (2, 8, 1.0, 0.0, 5.0, False)
+    assert (c.data.canvas, c.data.video_frames, c.data.latent_frames, c.data.action_horizon) == (
+        (224, 448), 9, 3, 32)
+    assert (c.model.lora_rank, c.model.lora_alpha, c.model.adapter_layers, c.model.adapter_dim) == (
+        64, 128.0, (8, 16, 24), 256)
+    assert c.data.delta_mask == (True,) * 6 + (False,) and c.data.normalization == "min_max"
+    r = configs.from_config_dict(robotwin.get_config())
+    assert (r.train.steps, r.optimizer.accum_steps, r.loss.prefix_steps, r.data.normalization) == (
+        500_000, 2, 24, "z_score")
+    assert (r.model.action_dim, r.model.proprio_dim, r.data.canvas) == (14, 14, (384, 320))
+    assert [configs.from_config_dict(libero.get_config(s)).evaluation.max_steps
+            for s in ("spatial", "object", "goal", "10")] == [400, 400, 400, 700]
+    with pytest.raises(ValueError, match="spatial, object"):
+        libero.get_config("kitchen")
+
+
+def _broken(section, key, value):
+    tree = json.loads(configs.to_json(configs.from_config_dict(base.get_config("tiny"))))
+    tree[section][key] = value
+    return tree
+
+
+@pytest.mark.parametrize("section, key, value, words", [
+    ("optimizer", "learning_rate", 1e-3, "config.optimizer.learning_rate is not a config key"),
+    ("optimizer", "warmup_step", 3, "did you mean 'warmup_steps'"),
+    ("train", "steps", "many", "config.train.steps is 'many'"),
+    ("train", "steps", True, "expected int"),
+    ("model", "attention_mask", "causal", "expected one of 'first_frame_causal'"),
+    ("data", "frame_stride", 5, "video frames"),
+    ("data", "action_horizon", 30, "multiple of the 8 future video frames"),
+    ("data", "delta_mask", [True], "delta_mask has 1 entries"),
+    ("optimizer", "accum_steps", 3, "must be a multiple"),
+    ("evaluation", "replan", 99, "executes more steps than the chunk"),
+    ("loss", "downsample", 3, "expected one of 1, 2, 4"),
+])
+def test_mistakes_are_named(section, key, value, words):
+    with pytest.raises(ValueError, match=words):
+        configs.from_config_dict(_broken(section, key, value))
+
+
+def test_missing_keys_are_named():
+    tree = _broken("mesh", "data", 1)
+    del tree["mesh"]["fsdp"]
+    with pytest.raises(ValueError, match="config.mesh lacks fsdp"):
+        configs.from_config_dict(tree)
+
+
+def test_variants_fill_every_field_and_refuse_others():
+    fields = {f.name for f in dataclasses.fields(configs.ModelConfig)} - {"variant"}
+    for name, table in variants.VARIANTS.items():
+        assert set(table) == fields, name
+    with pytest.raises(KeyError, match="expected one of"):
+        variants.variant("huge")
+    with pytest.raises(KeyError, match="not a field"):
+        variants.variant("tiny", widht=3)

@@ -1,0 +1,153 @@
+"""The converter tables: completeness in both directions, exact round trips, clear refusals."""
+
+import gzip
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from converters import files, lightwam, rules
+from converters.__main__ import main
+from lightwam_jax import build, checkpoint, params
+
+TOLD = ["--head_dim", "20", "--pool_heads", "2"]
+
+
+@pytest.fixture(scope="module")
+def full_size(golden):
+    with gzip.open(golden / "full_size_keys.json.gz") as file:
+        return json.load(file)
+
+
+@pytest.fixture(scope="module")
+def released(golden):
+    return golden / "ckpt" / "step_000123.safetensors"
+
+
+@pytest.mark.parametrize("suite", ["libero", "robotwin"])
+def test_full_size_keys_map_one_to_one_in_both_directions(full_size, golden, suite):
+    shapes, _ = lightwam.flatten_checkpoint(full_size[suite])
+    shapes = {key: tuple(shape) for key, shape in shapes.items()}
+    config = lightwam.model_config(shapes)
+    assert config.variant == "wan21_1_3b"
+    targets = rules.target_shapes(lightwam.CHECKPOINT, shapes)
+    model = build.build_model(config)
+    own = jax.eval_shape(lambda key: params.canonical(build.init_params(model, key, config)),
+                         jax.random.key(0))
+    own_shapes = {path: tuple(leaf.shape) for path, leaf in params.flatten(own).items()}
+    assert targets == own_shapes
+    assert rules.source_shapes(lightwam.CHECKPOINT, targets,
+                               lightwam.stacked_layers(config)) == shapes
+
+
+@pytest.mark.parametrize("suite", ["libero", "robotwin"])
+def test_full_size_trainable_names(full_size, suite):
+    """What the released recipe trains is, name by name, what the reference trains."""
+    from configs import libero, robotwin
+    config = (libero if suite == "libero" else robotwin).get_config()
+    shapes, _ = lightwam.flatten_checkpoint(full_size[suite])
+    own = params.unflatten(rules.target_shapes(lightwam.CHECKPOINT, shapes))
+    trainable, _ = params.partition(own, config.train.trainable)
+    model_config = lightwam.model_config({key: tuple(s) for key, s in shapes.items()})
+    names = rules.source_shapes(lightwam.TRAINING, params.flatten(trainable),
+                                lightwam.stacked_layers(model_config))
+    told = full_size[suite]["trainable"]
+    assert set(names) == set(told)
+
+
+def test_command_line_round_trip_is_exact(released, tmp_path, capsys):
+    assert main(["lightwam", "--in", str(released), "--out", str(tmp_path / "w"), "--verify",
+                 *TOLD]) == 0
+    assert "byte for byte" in capsys.readouterr().out
+    assert main(["export", "--in", str(tmp_path / "w"), "--out", str(tmp_path / "b.safetensors")]) == 0
+    assert (tmp_path / "b.safetensors").read_bytes() == released.read_bytes()
+
+
+def test_dit_round_trip_is_exact(golden, tmp_path):
+    source = golden / "a_dit" / "dit.safetensors"
+    assert main(["dit", "--in", str(source), "--out", str(tmp_path / "w"), "--head_dim", "20",
+                 "--verify"]) == 0
+    assert main(["export", "--in", str(tmp_path / "w"), "--out", str(tmp_path / "b.safetensors")]) == 0
+    before, after = files.read_tensors(source), files.read_tensors(tmp_path / "b.safetensors")
+    assert before.keys() == after.keys()
+    assert all(before[k].tobytes() == after[k].tobytes() for k in before)
+
+
+@pytest.mark.torch
+def test_pt_round_trip_keeps_keys_dtypes_and_bytes(golden, tmp_path):
+    torch = pytest.importorskip("torch")
+    source = golden / "ckpt" / "step_000123_bf16.pt"
+    assert main(["lightwam", "--in", str(source), "--out", str(tmp_path / "w"), *TOLD]) == 0
+    assert main(["export", "--in", str(tmp_path / "w"), "--out", str(tmp_path / "b.pt")]) == 0
+    before = torch.load(source, weights_only=True)
+    after = torch.load(tmp_path / "b.pt", weights_only=True)
+    assert (before["step"], before["torch_dtype"]) == (after["step"], after["torch_dtype"])
+    for section in ("mot", "state_fusion_action_expert", "proprio_encoder"):
+        assert set(before[section]) == set(after[section])
+        for key, value in before[section].items():
+            assert value.dtype == after[section][key].dtype == torch.bfloat16
+            assert torch.equal(value, after[section][key])
+
+
+@pytest.mark.torch
+def test_pickles_with_code_are_refused(tmp_path, capsys):
+    torch = pytest.importorskip("torch")
+
+    class Evil:
+        def __reduce__(self):
+            return (print, ("code ran",))
+
+    torch.save({"mot": {}, "x": Evil()}, tmp_path / "evil.pt")
+    assert main(["lightwam", "--in", str(tmp_path / "evil.pt"), "--out", str(tmp_path / "w")]) == 2
+    shown = capsys.readouterr()
+    assert "evil.pt" in shown.err and "refused" in shown.err and "code ran" not in shown.out
+
+
+def _changed(released, tmp_path, change):
+    tensors = files.read_tensors(released)
+    change(tensors)
+    path = tmp_path / "changed.safetensors"
+    files.write_tensors(path, tensors)
+    return path
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda t: t.pop("proprio_encoder.weight"), "proprio_encoder.weight"),
+    (lambda t: t.pop("mot.mixtures.video.head.modulation"), "dit/head/modulation"),
+    (lambda t: t.update({"mot.mixtures.video.extra.weight": np.zeros(2, np.float32)}), "extra.weight"),
+    (lambda t: t.update({"mot.mixtures.video.head.modulation": np.zeros((1, 2, 3), np.float32)}),
+     "dit/head/modulation"),
+    (lambda t: t.update({"mot.mixtures.video.blocks.1.ffn.0.bias": np.zeros(96, np.float16)}),
+     "blocks.1.ffn.0.bias"),
+    (lambda t: t.pop("mot.mixtures.video.blocks.1.ffn.0.bias"), "dit/blocks/ffn/0/bias"),
+], ids=["no proprio", "missing", "unexpected", "shape", "dtype", "gap in a stack"])
+def test_bad_files_are_refused_by_key_and_leave_nothing(released, tmp_path, capsys, change, words):
+    path = _changed(released, tmp_path, change)
+    out = tmp_path / "w"
+    assert main(["lightwam", "--in", str(path), "--out", str(out), *TOLD]) == 2
+    message = capsys.readouterr().err
+    assert words in message and "changed.safetensors" in message
+    assert not out.exists()
+
+
+def test_truncated_absent_and_headless_files(released, tmp_path, capsys):
+    short = tmp_path / "short.safetensors"
+    short.write_bytes(released.read_bytes()[:5000])
+    for path, words in ((short, "truncated"), (tmp_path / "absent.pt", "no such file")):
+        assert main(["lightwam", "--in", str(path), "--out", str(tmp_path / "w"), *TOLD]) == 2
+        assert words in capsys.readouterr().err
+    assert main(["lightwam", "--in", str(released), "--out", str(tmp_path / "w")]) == 2
+    assert "--head_dim" in capsys.readouterr().err
+
+
+def test_export_of_something_else_is_refused(tmp_path, capsys):
+    assert main(["export", "--in", str(tmp_path), "--out", str(tmp_path / "x.pt")]) == 2
+    assert "no checkpoint" in capsys.readouterr().err
+
+
+def test_converted_weights_know_their_model(released, tmp_path):
+    main(["lightwam", "--in", str(released), "--out", str(tmp_path / "w"), *TOLD])
+    stored = checkpoint.load_params(tmp_path / "w")
+    model = stored.meta["config"]["model"]
+    assert (model["dim"], model["num_heads"], model["adapter_layers"]) == (40, 2, [1, 3, 4])

@@ -1,0 +1,119 @@
+import base64
+import json
+import re
+import types
+
+import numpy as np
+import pytest
+
+from lightwam_jax import visualize
+from lightwam_jax.evaluation import closed_loop, open_loop, page, report, worker
+from tests.test_policy import make_config
+
+
+def record(seed, success, prompt="put the red cube in the tray"):
+    if success is None:
+        return worker.failed_to_run(seed, "Traceback: the simulator broke")
+    return worker.Record(seed, success, 40, prompt, None, 1.0, seed, np.zeros((40, 4)))
+
+
+def test_wilson_interval_equals_published_values():
+    # Newcombe 1998, table I: 81/263, 15/148, 0/20, 1/29
+    for successes, n, low, high in ((81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605),
+                                    (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)):
+        assert report.wilson_interval(successes, n) == pytest.approx((low, high), abs=6e-5)
+    assert report.wilson_interval(50, 50)[1] == 1.0
+    assert report.wilson_interval(0, 0) == (0.0, 1.0)
+    with pytest.raises(ValueError, match="6 successes in 5 episodes"):
+        report.wilson_interval(6, 5)
+
+
+def test_episodes_that_could_not_run_count_for_nothing():
+    rate = report.rate([record(i, s) for i, s in enumerate([True, True, False, None])])
+    assert (rate.successes, rate.episodes, rate.errors) == (2, 3, 1)
+    assert rate.value == pytest.approx(2 / 3)
+    assert "2/3" in str(rate) and "1 could not run" in str(rate)
+
+
+def test_summary_holds_what_the_project_promises(tmp_path):
+    manifest = report.manifest(make_config(), 7, "abc", "1 x cpu")
+    report.write_summary(tmp_path / "summary.json", report.Rate(40, 50, 0), report.Rate(0, 50, 0),
+                         report.Rate(50, 50, 0), 12.34, manifest)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["success_rate"] == 0.8 and summary["episodes"] == 50
+    assert summary["interval"] == pytest.approx([0.6696, 0.8876], abs=1e-3)
+    assert (summary["untrained_success_rate"], summary["expert_success_rate"]) == (0.0, 1.0)
+    assert summary["seconds"] == 12.3
+    assert summary["manifest"]["replan"] == 4 and "jax" in summary["manifest"]["packages"]
+
+
+def test_weights_hash_sees_values_names_and_dtypes():
+    w = np.arange(6, dtype=np.float32)
+    hashes = {report.weights_hash(leaves) for leaves in (
+        [("a", w)], [("b", w)], [("a", w + 1)], [("a", w.astype(np.int32))], [("a", w[None])],
+        [("a", np.float32(1))])}
+    assert len(hashes) == 6
+
+
+def test_metrics_of_a_killed_run_are_read(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"kind": "train", "step": 5, "loss": 2.0}\n'
+        '{"kind": "eval", "step": 5, "l1": [0.5, 0.25]}\n'
+        '{"kind": "train", "step": 10, "loss": 1.0}\n{"kind": "tr')
+    series = report.read_metrics(tmp_path / "metrics.jsonl")
+    assert series["train/loss"] == ([5, 10], [2.0, 1.0])
+    assert series["eval/l1/1"] == ([5], [0.25])
+
+
+def test_page_is_one_file_that_needs_nothing_else(tmp_path):
+    visualize.save_png(tmp_path / "a.png", np.full((8, 8, 3), 200, np.uint8))
+    visualize.save_mp4(tmp_path / "b.mp4", np.zeros((2, 16, 16, 3), np.uint8))
+    sections = [page.Section("Films <here>", "text", (
+        page.Media(tmp_path / "a.png", "caption", wide=True),
+        page.Media(tmp_path / "b.mp4", "“a & b”", "not solved"))),
+        page.Section("Table", "", table=(("seed",), (1,), (2,)))]
+    page.write_html(tmp_path / "report.html", "Title", ("80 %", "of all"), [("1", "fact")],
+                    sections, {"packages": {"jax": "1.2"}})
+    text = (tmp_path / "report.html").read_text()
+    assert not re.search(r'(src|href)="(?!data:)', text) and "http" not in text
+    assert "Films &lt;here&gt;" in text and "packages.jax" in text and "“a &amp; b”" in text
+    assert '<i class="not">not solved</i>' in text
+    embedded = re.search(r"data:image/png;base64,([^\"]+)", text).group(1)
+    assert base64.b64decode(embedded) == (tmp_path / "a.png").read_bytes()
+
+
+def test_charts_are_written(tmp_path):
+    rates = {"trained": report.Rate(4, 5, 0), "untrained": report.Rate(0, 5, 0),
+             "expert": report.Rate(5, 5, 0)}
+    report.success_chart(tmp_path / "success.png", rates)
+    series = {f"dimension {i}": ([1, 2, 3], [1.0, 0.5, 0.1 * (i + 1)]) for i in range(9)}
+    report.curve_chart(tmp_path / "curves.png", series, "loss", log=True)
+    assert (tmp_path / "success.png").stat().st_size > 5000
+    assert (tmp_path / "curves.png").stat().st_size > 5000
+
+
+def test_shown_episodes_cover_instructions_and_do_not_hide_failures():
+    records = [record(i, s, p) for i, (s, p) in enumerate(
+        [(True, "a"), (True, "a"), (False, "a"), (True, "b"), (None, "c"), (False, "b")])]
+    assert [r.seed for r in closed_loop.choose(records, 4)] == [0, 3, 1, 2]
+    assert [r.seed for r in closed_loop.choose(records[:2], 4)] == [0, 1]
+    assert [r.seed for r in closed_loop.choose([records[2], records[5]], 2)] == [2, 5]
+
+
+def test_demonstrated_seeds_are_refused():
+    config = types.SimpleNamespace(
+        evaluation=types.SimpleNamespace(first_seed=190, episodes=20),
+        demo=types.SimpleNamespace(first_seed=0, episodes=100))
+    with pytest.raises(ValueError, match=r"seeds 190\.\.209 are not held out"):
+        closed_loop.held_out_seeds(config)
+    config.evaluation.first_seed = 200
+    assert closed_loop.held_out_seeds(config) == range(200, 220)
+
+
+def test_open_loop_table(tmp_path):
+    errors = {"l1": np.array([0.1, 0.2]), "mse": np.array([0.01, 0.04]), "samples": 5,
+              "l1_step": np.array([0.1, 0.15, 0.2]), "l1_physical": np.array([1.0, 4.0])}
+    table = open_loop.write(tmp_path, errors)
+    assert "0.1500" in table.splitlines()[-1] and "4.0000" in table
+    assert json.loads((tmp_path / "open_loop.json").read_text())["l1_step"] == [0.1, 0.15, 0.2]
+    assert (tmp_path / "open_loop.png").exists()

@@ -1,0 +1,98 @@
+import av
+import numpy as np
+import pytest
+
+from lightwam_jax import visualize
+from lightwam_jax.data import codec, episodes
+from lightwam_jax.evaluation import worker
+from tests.test_policy import CAMERAS, make_config, make_policy, observe
+
+
+@pytest.fixture(scope="module")
+def policy():
+    return make_policy(make_config())
+
+
+def recordings(length=12, seed=0):
+    rng = np.random.default_rng(seed)
+    images = {c: rng.integers(0, 256, (length, 32, 32, 3), np.uint8) for c in CAMERAS}
+    return episodes.ArrayEpisode("e", 20.0, "put the red cube in the tray",
+                                 rng.normal(size=(length, 5)).astype(np.float32),
+                                 np.zeros((length, 4), np.float32), images)
+
+
+def listed(rows):
+    images, state, prompts = observe(rows)
+    return [{"images": {c: images[c][i] for c in CAMERAS}, "state": state[i], "prompt": prompts[i]}
+            for i in range(rows)]
+
+
+def test_attention_is_weighted_by_importance_and_cut_per_camera():
+    config = make_config().data  # canvas 32 x 64: 2 x 4 cells, the wrist has the right half
+    weights = np.zeros((1, 2, 8))
+    weights[0, 0, 0] = 1  # query 0 looks at the top left of the scene
+    weights[0, 1, 7] = 1  # query 1 looks at the bottom right of the wrist
+    taps = {"attention_3_delta": weights, "query_importance_3_delta": np.array([0.25, 0.75])}
+    maps = visualize.attention_maps(taps, config)
+    np.testing.assert_allclose(maps["3_delta"]["scene"][0], [[0.25, 0], [0, 0]])
+    np.testing.assert_allclose(maps["3_delta"]["wrist"][0], [[0, 0], [0, 0.75]])
+    with pytest.raises(ValueError, match="pooling='mean'"):
+        visualize.attention_maps({"pooled_3_delta": weights}, config)
+
+
+def test_overlay_lights_what_is_attended_and_leaves_indifference_dim():
+    picture = np.full((32, 32, 3), 100, np.uint8)
+    lit = visualize.overlay(picture, np.array([[1.0, 0], [0, 0]]), cells=4)
+    assert lit[4, 4].mean() > 1.8 * lit[28, 28].mean()
+    np.testing.assert_allclose(lit[28, 28], 60, atol=1)
+    even = visualize.overlay(picture, np.full((2, 2), 0.25), cells=4)
+    assert even.std(axis=(0, 1)).max() < 1 and even.mean() < 100
+
+
+def test_attention_chunks_agree_with_one_batch(policy):
+    many = visualize.attention(policy, listed(11))
+    few = visualize.attention(policy, listed(11)[9:])
+    assert many["1_adapted"]["wrist"].shape == (11, 2, 2)
+    for name, maps in few.items():
+        for camera in maps:
+            np.testing.assert_array_equal(many[name][camera][9:], maps[camera])
+
+
+def test_future_measures_against_real_frames(policy):
+    result = visualize.future(policy, [(recordings(), 0), (recordings(), 8)], steps=2)
+    assert result["real"].shape == result["predicted"].shape == (2, 5, 16, 32, 3)
+    np.testing.assert_array_equal(result["valid"], [[True] * 5, [True, True, False, False, False]])
+    np.testing.assert_array_equal(result["offsets"], [0, 2, 4, 6, 8])
+    expected = codec.psnr(result["predicted"][0, 3], result["real"][0, 3])
+    assert result["psnr"]["predicted"][0, 3] == pytest.approx(expected)
+    # frame 0 is given: the prediction of it is what the codec makes of it
+    assert np.abs(result["predicted"][:, 0].astype(int) - result["codec"][:, 0]).max() <= 2
+    sheet = visualize.future_sheet(result, [0, 1], columns=3, edge=32)
+    assert sheet.dtype == np.uint8 and sheet.shape[1] > 3 * 64
+
+
+def test_shrink_averages_squares():
+    frames = np.arange(16, dtype=np.uint8).reshape(1, 4, 4, 1).repeat(3, -1)
+    np.testing.assert_array_equal(visualize.shrink(frames, 2)[0, ..., 0], [[2, 4], [10, 12]])
+
+
+def test_film_strip_pairs_frames_with_the_plan_in_force(policy):
+    frames = {c: np.full((4, 64, 64, 3), 90, np.uint8) for c in CAMERAS}
+    film = {"frames": frames, "frame_steps": [0, 2, 4, 5], "observations": listed(2),
+            "plan_steps": [0, 4]}
+    record = worker.Record(3, True, 5, "put the red cube in the tray", None, 1.0, 0,
+                           np.zeros((5, 4)))
+    strip = visualize.film_strip(policy, record, film, count=3, edge=40)
+    assert strip.shape[0] > 4 * 40 and strip.shape[1] > 3 * 40
+
+
+def test_mp4_is_what_browsers_play(tmp_path):
+    frames = np.zeros((6, 33, 47, 3), np.uint8)
+    frames[3:] = 255
+    visualize.save_mp4(tmp_path / "film.mp4", frames, fps=5, hold=0.4)
+    with av.open(str(tmp_path / "film.mp4")) as film:
+        stream = film.streams.video[0]
+        assert (stream.codec_context.name, stream.codec_context.pix_fmt) == ("h264", "yuv420p")
+        assert (stream.width, stream.height) == (48, 34)
+        shown = [f.to_ndarray(format="rgb24").mean() for f in film.decode(video=0)]
+    assert len(shown) == 8 and shown[0] < 20 and shown[-1] > 235
