@@ -39,13 +39,14 @@ def get_config(model="wan21_1_3b", **model_overrides):
         canvas=(224, 448),  # height, width in pixels of the laid-out cameras
         codec="wan21",  # "wan21" | "pca" (fitted on the data; for the demo)
         text_encoder="umt5",  # "umt5" | "hashed" (deterministic; for the demo)
-        prompt_template="A video recorded from a robot's point of view executing the following instruction: {task}",
+        prompt_template=("A video recorded from a robot's point of view executing the following "
+                         "instruction: {task}"),
         text_len=128,  # rows of the text embedding
         num_frames=33,  # raw frames a window spans
         frame_stride=4,  # raw frames between the video frames of a window
         action_horizon=32,  # actions per chunk
         normalization="min_max",  # "min_max" | "z_score"
-        delta_mask=(),  # per action dimension: True where the action is a delta (zeroed when padded)
+        delta_mask=(),  # per action dimension: True where it is a delta (zeroed when padded)
         val_fraction=0.0,  # share of episodes held out for open-loop validation
         workers=0,  # Grain worker processes; 0: threads in this process
         threads=4,  # read threads
@@ -67,7 +68,8 @@ def get_config(model="wan21_1_3b", **model_overrides):
 
     c.train = ml_collections.ConfigDict(dict(
         # Regular expressions on parameter paths; what matches learns, the rest is frozen.
-        trainable=(r"/lora_[ab]$", r"^dit/adapters_", r"^dit/head/", r"^expert/", r"^proprio_encoder/"),
+        trainable=(r"/lora_[ab]$", r"^dit/adapters_", r"^dit/head/", r"^expert/",
+                   r"^proprio_encoder/"),
         init="",  # checkpoint directory of base weights to start from; "": random
         steps=150_000,
         batch_size=64,  # samples per optimizer step, over all devices and micro-batches
@@ -89,7 +91,7 @@ def get_config(model="wan21_1_3b", **model_overrides):
         replan=10,  # executed steps per predicted chunk
         max_steps=400,
         workers=2,  # simulator processes
-        batch=8,  # episodes running at once = rows of the policy's batch, whatever the number of workers
+        batch=8,  # episodes at once = rows of the policy's batch, whatever the number of workers
         videos=4,  # episodes kept as MP4
     ))
 
@@ -98,6 +100,6 @@ def get_config(model="wan21_1_3b", **model_overrides):
         first_seed=0,
         workers=2,
         image_size=64,
-        action_noise=0.0,  # noise added to the expert's executed action while recording (labels stay clean)
+        action_noise=0.0,  # deviation of pushes while recording; the recorded actions stay clean
     ))
     return c

@@ -33,13 +33,15 @@ def get_config():
     c.data.action_horizon = 16
     c.data.val_fraction = 0.05
 
-    c.demo.episodes = 400
-    c.demo.action_noise = 0.3
+    c.demo.episodes = 600
+    c.demo.action_noise = 0.5
 
     c.loss.downsample = 2
-    c.loss.temporal_weighting = False
+    c.loss.lambda_video = 0.25  # from scratch, the actions must not wait for the video
+    c.loss.prefix_steps = 8  # what is executed before the policy plans anew
+    c.loss.tail_weight = 0.1
 
-    c.optimizer.lr = 1e-3
+    c.optimizer.lr = 2e-3
     c.optimizer.warmup_steps = 200
     c.optimizer.clip_norm = 1.0
     c.optimizer.weight_decay = 1e-2

@@ -54,11 +54,13 @@ def _parser():
     verify = commands.add_parser("verify", help="check parity against a directory of fixtures")
     verify.add_argument("directory")
     verify.set_defaults(run=_verify)
-    for name, text in (("lightwam", "a released Light-WAM .pt"), ("dit", "an official Wan transformer")):
+    kinds = {"lightwam": "a released Light-WAM .pt", "dit": "an official Wan transformer"}
+    for name, text in kinds.items():
         command = commands.add_parser(name, help=f"{text} -> checkpoint directory")
         command.add_argument("--in", required=True)
         command.add_argument("--out", required=True)
-        command.add_argument("--verify", action="store_true", help="read the result back and compare bytes")
+        command.add_argument("--verify", action="store_true",
+                             help="read the result back and compare bytes")
         told = command.add_argument_group("what a file does not tell (defaults: the release's)")
         told.add_argument("--head_dim", type=int)
         told.add_argument("--pool_heads", type=int)

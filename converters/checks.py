@@ -80,10 +80,12 @@ class Fixtures:
 
     def dit(self, name):
         """(WanDiT module, its params in memory layout, canonical flat params) of a_dit/<name>."""
-        tensors, told = self.tensors(f"a_dit/{name}.safetensors"), self.json(f"a_dit/{name}_config.json")
+        tensors = self.tensors(f"a_dit/{name}.safetensors")
+        told = self.json(f"a_dit/{name}_config.json")
         shapes = {key: tensor.shape for key, tensor in tensors.items()}
         fields = dict(wan_dit.model_fields(shapes, told["attn_head_dim"]), dtype="float32",
-                      lora_alpha=float(told["lora_alpha"]), adapter_scale=float(told["adapter_scale"]),
+                      lora_alpha=float(told["lora_alpha"]),
+                      adapter_scale=float(told["adapter_scale"]),
                       attention_mask=told["video_attention_mask_mode"], eps=told["eps"])
         config = lightwam.configs.ModelConfig(**variants.variant("tiny", **fields))
         flat = rules.to_params(wan_dit.RULES, tensors, name)

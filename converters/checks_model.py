@@ -119,11 +119,12 @@ def _blocks(name, module, flat, data):
 def _tables(fixtures):
     tables = fixtures.arrays("a_dit/tables.npz")
     positions = tables["positions"]
+    sinusoid = jax.jit(layers.sinusoid, static_argnums=1)
     for key in matching(tables, "sinusoid_dim*"):
         dim = int(key.removeprefix("sinusoid_dim"))
-        yield compare("a_dit", "tables", f"{key} (host)", layers.sinusoid_table(positions, dim), tables[key])
-        yield compare("a_dit", "tables", f"{key} (device)", jax.jit(
-            layers.sinusoid, static_argnums=1)(positions, dim), tables[key])
+        host, device = layers.sinusoid_table(positions, dim), sinusoid(positions, dim)
+        yield compare("a_dit", "tables", f"{key} (host)", host, tables[key])
+        yield compare("a_dit", "tables", f"{key} (device)", device, tables[key])
     for key in matching(tables, "rope*_f_cos"):
         head_dim = int(key.removeprefix("rope").removesuffix("_f_cos"))
         count = len(tables[key])
@@ -137,7 +138,8 @@ def _tables(fixtures):
                 name = f"rope{head_dim}_{letter}_{kind}"
                 yield compare("a_dit", "tables", name, part, tables[name])
     told = fixtures.json("a_dit/default_adapter_layers.json")
-    wrong = sum(list(adapters.default_adapter_layers(int(n))) != layers_ for n, layers_ in told.items())
+    wrong = sum(list(adapters.default_adapter_layers(int(n))) != chosen
+                for n, chosen in told.items())
     yield compare("a_dit", "tables", "default_adapter_layers", wrong, 0, tolerance=0.0)
 
 
@@ -149,10 +151,8 @@ def _masks(fixtures):
                              name.removeprefix("self_attention_masks_").split("_")[:2])
         for mode, mask in fixtures.arrays(f"a_dit/{name}").items():
             # One-hot values: the output of a query is its weights over keys.
-            q = jnp.zeros((1, tokens, 1, 2))
+            q = k = jnp.zeros((1, tokens, 1, tokens))
             v = jnp.eye(tokens)[None, :, None, :]
-            k = jnp.zeros((1, tokens, 1, tokens))
-            q = jnp.zeros((1, tokens, 1, tokens))
             seen = layers.frame_attention(q, k, v, tokens // per_frame, mode)[0, :, 0] > 0
             yield compare("a_dit", "masks", mode, seen, mask, tolerance=0.0)
 
@@ -164,7 +164,8 @@ def b_state_fusion(fixtures):
     """The action expert in every configuration of the directory."""
     states = fixtures.arrays("b_state_fusion/inputs.npz")
     count = len(matching(states, "adapted_*"))
-    states = [{s: states[f"{s}_{i}"] for s in ("backbone", "adapted", "delta")} for i in range(count)]
+    states = [{source: states[f"{source}_{i}"] for source in ("backbone", "adapted", "delta")}
+              for i in range(count)]
     for path in sorted((fixtures.root / "b_state_fusion").glob("*.json")):
         case, told = path.stem, json.loads(path.read_text())
         tensors = fixtures.tensors(f"b_state_fusion/{case}.safetensors")
@@ -172,30 +173,37 @@ def b_state_fusion(fixtures):
             {key: tensor.shape for key, tensor in tensors.items()}, told["video_hidden_dim"],
             told.get("token_pooling_num_heads"), told["resolved_layer_sources"])
         config = lightwam.configs.ModelConfig(**variants.variant(
-            "tiny", **fields, dtype="float32", adapter_layers=tuple(range(count)), num_layers=count))
+            "tiny", **fields, dtype="float32", adapter_layers=tuple(range(count)),
+            num_layers=count))
         expert = build.build_model(config).expert
         tree = params.unflatten(rules.to_params(lightwam.EXPERT, tensors, case))["expert"]
         run = jax.jit(lambda tree, expert=expert, n=told["action_horizon"]: expert.apply(
             {"params": tree}, states, n))
-        yield from _expert(fixtures, case, fixtures.arrays(f"b_state_fusion/{case}.npz"), *run(tree))
+        data = fixtures.arrays(f"b_state_fusion/{case}.npz")
+        yield from _expert(fixtures, case, data, *run(tree))
 
 
 def _expert(fixtures, case, data, action, taps):
     got = {"action": action, "fused_proj": taps["fused"], "step_pos": taps["step_pos"]}
-    got.update({key: value for key, value in taps.items() if key.startswith(("pooled", "compressed"))})
-    for key in matching(taps, "attention_*"):
-        name = key.removeprefix("attention_")
-        got.update(_attention(f"attn_{name}", taps[key], taps[f"query_importance_{name}"]))
+    got.update({key: tap for key, tap in taps.items() if key.startswith(("pooled", "compressed"))})
+    got.update(_attentions(taps))
     for tensor, value in got.items():
         if tensor in data:
             yield compare("b_state_fusion", case, tensor, value, data[tensor],
                           fixtures.noise(f"b_state_fusion/{case}.{tensor}"))
 
 
-def _attention(name, weights, importance):
-    return {f"{name}.per_query_attention": weights, f"{name}.query_importance": importance,
-            f"{name}.summary_attention": jnp.einsum("q,bqs->bs", importance, weights),
-            f"{name}.top_query_idx": jnp.argmax(importance)}
+def _attentions(taps):
+    """What the fixtures record of every pooler's attention."""
+    got = {}
+    for key in matching(taps, "attention_*"):
+        name = key.removeprefix("attention_")
+        weights, importance = taps[key], taps[f"query_importance_{name}"]
+        got.update({f"attn_{name}.per_query_attention": weights,
+                    f"attn_{name}.query_importance": importance,
+                    f"attn_{name}.summary_attention": jnp.einsum("q,bqs->bs", importance, weights),
+                    f"attn_{name}.top_query_idx": jnp.argmax(importance)})
+    return got
 
 
 # ---- c_scheduler -------------------------------------------------------------------------------
@@ -203,9 +211,13 @@ def _attention(name, weights, importance):
 
 def c_scheduler(fixtures):
     """The flow-matching schedule for every shift of the directory."""
-    data, told = fixtures.arrays("c_scheduler/scheduler.npz"), fixtures.json("c_scheduler/scheduler.json")
-    check = lambda tensor, got: compare("c_scheduler", tensor.split("_")[0], tensor, got, data[tensor],
-                                        noise=float(np.abs(data[tensor]).max()) * 1e-7)
+    data = fixtures.arrays("c_scheduler/scheduler.npz")
+    told = fixtures.json("c_scheduler/scheduler.json")
+
+    def check(tensor, got):
+        noise = float(np.abs(data[tensor]).max()) * 1e-7
+        return compare("c_scheduler", tensor.split("_")[0], tensor, got, data[tensor], noise)
+
     for name, constants in told.items():
         shift = float(name.removeprefix("shift"))
         low, mean = flow.weight_constants(shift)
@@ -237,12 +249,12 @@ def c_scheduler(fixtures):
 
 def e_infer(fixtures):
     """The policy and the imagined future, from given latents (the codec is not part of this)."""
-    model, tree, config = fixtures.lightwam()
+    model, tree, _ = fixtures.lightwam()
     data = fixtures.arrays("e_infer/infer_action.npz")
     yield from _act(model, tree, data)
-    factors = matching([p.name for p in (fixtures.root / "e_infer").iterdir()], "infer_joint_factor*.npz")
     context = _context(data)
-    for name in factors:
+    present = [path.name for path in (fixtures.root / "e_infer").iterdir()]
+    for name in matching(present, "infer_joint_factor*.npz"):
         factor = int(name.removeprefix("infer_joint_factor").removesuffix(".npz"))
         yield from _joint(model, tree, fixtures.arrays(f"e_infer/{name}"), context, factor)
     if fixtures.has("e_infer/lowres_rollout.npz"):
@@ -251,7 +263,8 @@ def e_infer(fixtures):
         first, noise = pool_latents(context[0], factor), channels_last(low["noise"])
         steps = fixtures.manifest.get("config", {}).get("infer_steps", 4)
         final = jax.jit(lambda tree: model.apply(
-            {"params": tree}, first, noise, *context[1:], steps=steps, method="predict_video"))(tree)
+            {"params": tree}, first, noise, *context[1:], steps=steps,
+            method="predict_video"))(tree)
         yield compare("e_infer", "lowres_rollout", "final_latents", channels_first(final),
                       low["final_latents"])
     if fixtures.has("e_infer/latent_resample.npz"):
@@ -275,7 +288,8 @@ def _act(model, tree, data):
         {"params": tree}, first, text, proprio, horizon, mask, method="act"), static_argnums=4)
     horizon = data["action"].shape[0]
     actions, taps = run(tree, first, proprio, mask, horizon)
-    got = {"action": actions[0], "action_without_proprio": run(tree, first, None, mask, horizon)[0][0]}
+    got = {"action": actions[0],
+           "action_without_proprio": run(tree, first, None, mask, horizon)[0][0]}
     for key in matching(data, "action_horizon*"):
         n = int(key.removeprefix("action_horizon"))
         got[key] = run(tree, first, proprio, mask, n)[0][0]
@@ -285,9 +299,7 @@ def _act(model, tree, data):
     for layer in model.dit.adapter_layers:
         for source, state in taps[f"state_{layer}"].items():
             got[f"state_{source}_{layer}"] = state
-    for key in matching(taps, "attention_*"):
-        name = key.removeprefix("attention_")
-        got.update(_attention(f"attn_{name}", taps[key], taps[f"query_importance_{name}"]))
+    got.update(_attentions(taps))
     # The released encoding shows attention the zeroed padding rows; this variant hides them.
     if "action_with_padding_masked" in data:
         real = jnp.asarray((data["context"] != 0).any(axis=-1))[None]

@@ -6,7 +6,8 @@ import numpy as np
 
 from converters import files, lightwam, rules
 from converters.checks import FACTOR, NotCovered, channels_first, channels_last, compare
-from lightwam_jax import build, config as configs, flow, params
+from lightwam_jax import build, flow, params
+from lightwam_jax import config as configs
 from lightwam_jax.training import losses, optimizer
 
 RECORDED = ("release", "plain", "residual")
@@ -75,8 +76,10 @@ def _losses(fixtures, name, data, config, ran):
 
 
 def _gradient_function(fixtures, config):
-    """(jitted (trainable, batch, noise) -> (losses, what the passes gave, gradients of what
-    learns), trainable, ModelConfig)."""
+    """Returns (jitted run, the parameters that learn, ModelConfig).
+
+    run(trainable, batch, noise) -> (losses, what the passes gave, gradients of what learns).
+    """
     model, tree, model_config = fixtures.lightwam()
     trainable, frozen = params.partition(tree, _trainable_patterns())
 
@@ -105,8 +108,8 @@ def _by_training_name(tree, model_config):
 
 def _gradients(fixtures, name, grads, told):
     expected = fixtures.tensors(f"d_train/{name}_grads.safetensors")
-    yield compare("d_train", f"{name} gradients", "names differing", len(set(grads) ^ set(expected)), 0,
-                  tolerance=0.0)
+    yield compare("d_train", f"{name} gradients", "names differing",
+                  len(set(grads) ^ set(expected)), 0, tolerance=0.0)
     for key in sorted(set(grads) & set(expected)):
         # float32 noise of a gradient scales with its tensor's largest entry; rounding of the
         # sums behind it leaves about 2e-8 where that is small (info.json: grad_noise_f32_vs_f64)
@@ -114,8 +117,12 @@ def _gradients(fixtures, name, grads, told):
         noise = max(5e-7 * scale, 2e-8)
         yield compare("d_train", f"{name} gradients", key, grads[key], expected[key],
                       tolerance=FACTOR * noise)
-    norm = np.sqrt(sum(np.square(g.astype(np.float64)).sum() for g in grads.values()))
-    yield compare("d_train", f"{name} gradients", "global norm", norm, told["grad_norm"])
+    yield compare("d_train", f"{name} gradients", "global norm", _norm(grads), told["grad_norm"])
+
+
+def _norm(arrays):
+    """Global norm of a dict of arrays, float64."""
+    return np.sqrt(sum(np.square(x.astype(np.float64)).sum() for x in arrays.values()))
 
 
 def _names(fixtures, info):
@@ -131,21 +138,20 @@ def _optimizer(fixtures, told, run, start, model_config):
     """AdamW from the checkpoint over the recorded batches, with and without clipping."""
     batches = [_batch(fixtures.arrays(f"d_train/opt_step{i}.npz")) for i in (1, 2)]
     for label, clip in ((f"clip{told['max_norm']}", told["max_norm"]), ("noclip", 0.0)):
+        b1, b2 = told["betas"]
         config = configs.OptimizerConfig(
-            lr=told["lr"], warmup_steps=0, final_lr_ratio=1.0, b1=told["betas"][0], b2=told["betas"][1],
-            eps=told["eps"], weight_decay=told["weight_decay"], clip_norm=clip, accum_steps=1,
-            ema_decay=0.0)
+            lr=told["lr"], warmup_steps=0, final_lr_ratio=1.0, b1=b1, b2=b2, eps=told["eps"],
+            weight_decay=told["weight_decay"], clip_norm=clip, accum_steps=1, ema_decay=0.0)
         tx = optimizer.make_optimizer(config, total_steps=10**9)
         trainable, state = start, tx.init(start)
-        smallest = None
+        smallest = None  # of each gradient over the steps so far
         for step, (batch, noise) in enumerate(batches, 1):
             _, _, grads = run(trainable, batch, noise)
             size = {k: np.abs(v) for k, v in _by_training_name(grads, model_config).items()}
-            norm = np.sqrt(sum(np.square(v.astype(np.float64)).sum() for v in size.values()))
             if clip:
-                yield compare("d_train", f"adamw {label}", f"gradient norm {step}", norm,
+                yield compare("d_train", f"adamw {label}", f"gradient norm {step}", _norm(size),
                               told["grad_norms_before_clip"][step - 1])
-            smallest = size if smallest is None else {k: np.minimum(smallest[k], size[k]) for k in size}
+            smallest = {k: np.minimum(v, (smallest or size)[k]) for k, v in size.items()}
             updates, state = jax.jit(tx.update)(grads, state, trainable)
             trainable = jax.tree.map(jnp.add, trainable, updates)
             path = f"d_train/params_after_step{step}_{label}.safetensors"
@@ -159,11 +165,11 @@ def _after_step(label, step, got, expected, gradient, lr):
     key third of every pooling bias, whose true gradient is zero) the step is noise up to lr."""
     for key in sorted(set(got) | set(expected)):
         error = np.abs(got[key].astype(np.float64) - expected[key])
-        noisy = gradient[key] < 1e-6
-        allowed = np.where(noisy, 2 * lr * step, FACTOR * 1.2e-7 * np.maximum(np.abs(expected[key]), 0.1))
+        rounding = FACTOR * 1.2e-7 * np.maximum(np.abs(expected[key]), 0.1)
+        allowed = np.where(gradient[key] < 1e-6, 2 * lr * step, rounding)
         worst = np.unravel_index(np.argmax(error / allowed), error.shape)
-        yield compare("d_train", f"adamw {label} step {step}", key, got[key][worst], expected[key][worst],
-                      tolerance=float(allowed[worst]))
+        yield compare("d_train", f"adamw {label} step {step}", key, got[key][worst],
+                      expected[key][worst], tolerance=float(allowed[worst]))
 
 
 def _learning_rates(name, table):
@@ -196,10 +202,11 @@ def ckpt(fixtures):
             build.init_params(m, key, c)), jax.random.key(0))
         own = {name: tuple(leaf.shape) for name, leaf in params.flatten(shapes).items()}
         read = {name: leaf.shape for name, leaf in flat.items()}
-        yield compare("ckpt", path.name, "parameters unlike the model's", len(own.items() ^ read.items()), 0,
-                      tolerance=0.0)
-        memory = params.canonical(params.segmented(params.unflatten(flat), config))
-        back = rules.from_params(lightwam.CHECKPOINT, params.flatten(memory), lightwam.stacked_layers(config))
+        yield compare("ckpt", path.name, "parameters unlike the model's",
+                      len(own.items() ^ read.items()), 0, tolerance=0.0)
+        memory = params.segmented(params.unflatten(flat), config)
+        back = rules.from_params(lightwam.CHECKPOINT, params.flatten(params.canonical(memory)),
+                                 lightwam.stacked_layers(config))
         differing = sum(key not in back or back[key].dtype != value.dtype
                         or back[key].tobytes() != value.tobytes() for key, value in tensors.items())
         yield compare("ckpt", path.name, "tensors changed by a round trip",
@@ -221,9 +228,11 @@ def _known_keys(fixtures, path, tensors):
 
 def _same_backbone(fixtures):
     """The float32 checkpoint holds the transformer of a_dit."""
-    tensors, _ = files.read_checkpoint(fixtures.checkpoint_files()[0])
+    path = fixtures.checkpoint_files()[0]
+    tensors, _ = files.read_checkpoint(path)
     expected = fixtures.tensors("a_dit/dit.safetensors")
     prefix = f"mot.{lightwam.MOT_PREFIX}"
-    for_all = sum(not np.array_equal(tensors.get(prefix + key), value) for key, value in expected.items())
-    yield compare("ckpt", fixtures.checkpoint_files()[0].name, "tensors unlike a_dit", for_all, 0, tolerance=0.0)
+    differing = sum(not np.array_equal(tensors.get(prefix + key), value)
+                    for key, value in expected.items())
+    yield compare("ckpt", path.name, "tensors unlike a_dit", differing, 0, tolerance=0.0)
 

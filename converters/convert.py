@@ -108,7 +108,7 @@ def _kind(policy):
 def _source_tensors(policy):
     """The tensors of a stored checkpoint under their file's names."""
     flat = {path: np.asarray(x) for path, x in params.flatten(policy.params).items()}
-    fields = dataclasses.asdict(policy.config.model) if policy.config else policy.meta["config"]["model"]
+    fields = policy.meta["config"]["model"]
     layers = {"block": range(fields["num_layers"]), "lora": sorted(fields["lora_layers"])}
     return rules.from_params(_TABLES[_kind(policy)], flat, layers)
 

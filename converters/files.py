@@ -80,7 +80,8 @@ def _existing(path):
 def _read_safetensors(path):
     try:
         with safe_open(path, framework="np") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}
+            keys = file.keys()
+            return {key: file.get_tensor(key) for key in keys}
     except SafetensorError as error:
         raise ValueError(f"{path} is truncated or no safetensors file: {error}") from error
 
@@ -90,10 +91,12 @@ def _read_torch(path):
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises pickle, zip, runtime and end-of-file errors here
-        raise ValueError(f"{path} is truncated, no PyTorch file, or holds more than tensors (refused: "
-                         f"loading it could run code): {str(error).splitlines()[0]}") from error
+        raise ValueError(f"{path} is truncated, no PyTorch file, or holds more than tensors "
+                         "(refused: loading it could run code): "
+                         f"{str(error).splitlines()[0]}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, expected a dictionary of tensors")
+        raise ValueError(f"{path} holds a {type(content).__name__}, "
+                         "expected a dictionary of tensors")
     return content
 
 

@@ -3,7 +3,7 @@
 import re
 
 from converters import wan_dit
-from converters.rules import KERNEL, Rule
+from converters.rules import KERNEL, Rule, linear_rows, norm_rows, some_of
 from lightwam_jax import config as configs
 from lightwam_jax.models import variants
 from lightwam_jax.models.action import SOURCES
@@ -11,18 +11,11 @@ from lightwam_jax.models.action import SOURCES
 MOT_PREFIX = "mixtures.video."
 
 
-def _linear(source, target):
-    return [Rule(f"{source}.weight", f"{target}/kernel", KERNEL), Rule(f"{source}.bias", f"{target}/bias")]
-
-
-def _norm(source, target):
-    return [Rule(f"{source}.weight", f"{target}/scale"), Rule(f"{source}.bias", f"{target}/bias")]
-
-
 def _norm_mlp(source, target, names=("norm", "fc1", "fc2")):
     norm, fc1, fc2 = names
-    return [*_norm(f"{source}{norm}", f"{target}/norm"), *_linear(f"{source}{fc1}", f"{target}/fc1"),
-            *_linear(f"{source}{fc2}", f"{target}/fc2")]
+    return [*norm_rows(f"{source}{norm}", f"{target}/norm"),
+            *linear_rows(f"{source}{fc1}", f"{target}/fc1"),
+            *linear_rows(f"{source}{fc2}", f"{target}/fc2")]
 
 
 _POOLER, _OURS = "layer_poolers.{i}.{source}", "expert/poolers_{i}_{source}"
@@ -30,21 +23,21 @@ EXPERT = (
     Rule(f"{_POOLER}.query_tokens", f"{_OURS}/query_tokens"),
     Rule(f"{_POOLER}.query_merge_logits", f"{_OURS}/query_merge_logits"),
     Rule(f"{_POOLER}.query_slot_merge_logits", f"{_OURS}/query_slot_merge_logits"),
-    *_norm(f"{_POOLER}.token_norm", f"{_OURS}/token_norm"),
-    *_norm(f"{_POOLER}.output_norm", f"{_OURS}/output_norm"),
+    *norm_rows(f"{_POOLER}.token_norm", f"{_OURS}/token_norm"),
+    *norm_rows(f"{_POOLER}.output_norm", f"{_OURS}/output_norm"),
     Rule(f"{_POOLER}.attn.in_proj_weight", f"{_OURS}/in_proj/kernel", KERNEL),
     Rule(f"{_POOLER}.attn.in_proj_bias", f"{_OURS}/in_proj/bias"),
-    *_linear(f"{_POOLER}.attn.out_proj", f"{_OURS}/out_proj"),
-    *_norm(f"{_POOLER}.query_merge_projector.0", f"{_OURS}/merge_norm"),
-    *_linear(f"{_POOLER}.query_merge_projector.1", f"{_OURS}/merge_proj"),
+    *linear_rows(f"{_POOLER}.attn.out_proj", f"{_OURS}/out_proj"),
+    *norm_rows(f"{_POOLER}.query_merge_projector.0", f"{_OURS}/merge_norm"),
+    *linear_rows(f"{_POOLER}.query_merge_projector.1", f"{_OURS}/merge_proj"),
     *_norm_mlp("layer_compressors.{i}.", "expert/compressors_{i}"),
-    *_norm("fused_norm", "expert/fused_norm"),
-    *_linear("fused_proj", "expert/fused_proj"),
+    *norm_rows("fused_norm", "expert/fused_norm"),
+    *linear_rows("fused_proj", "expert/fused_proj"),
     *_norm_mlp("trunk.{i}.", "expert/trunk_{i}"),
     *_norm_mlp("step_pos_proj.", "expert/step_pos", ("0", "1", "3")),
     *_norm_mlp("output", "expert/output", ("_norm", ".0", ".2")),
 )
-PROPRIO = tuple(_linear("proprio_encoder", "proprio_encoder"))
+PROPRIO = tuple(linear_rows("proprio_encoder", "proprio_encoder"))
 
 
 def _prefixed(rules, prefix):
@@ -76,7 +69,7 @@ def flatten_checkpoint(checkpoint):
     empty = [name for name, section in sections.items() if not section]
     if empty:
         raise ValueError(f"section {', '.join(empty)} is missing; top level has "
-                         f"{sorted(map(str, checkpoint))}: is this a Light-WAM checkpoint?")
+                         f"{some_of(map(str, checkpoint))}: is this a Light-WAM checkpoint?")
     flat = {f"{name}.{key}": value for name, section in sections.items()
             for key, value in section.items()}
     return flat, {key: value for key, value in checkpoint.items() if key not in (*sections, "dit")}
@@ -130,9 +123,10 @@ def model_config(shapes, *, head_dim=None, pool_heads=None, lora_alpha=None, ada
 
 def expert_fields(expert, dim, pool_heads=None, sources=()):
     """Fields of a `ModelConfig` that the action expert's keys and shapes tell."""
-    layers = sorted({int(m[1]) for key in expert if (m := re.match(r"layer_compressors\.(\d+)\.", key))})
+    layers = _numbers(expert, "layer_compressors")
     if not layers:
-        raise ValueError("key layer_compressors.0.norm.weight is missing; is this an action expert?")
+        raise ValueError("key layer_compressors.0.norm.weight is missing; "
+                         "is this an action expert?")
     pooled = {i: tuple(dict.fromkeys(
         m[1] for key in expert if (m := re.match(rf"layer_poolers\.{i}\.(\w+)\.", key))))
         for i in layers}
@@ -154,15 +148,19 @@ def expert_fields(expert, dim, pool_heads=None, sources=()):
     if first and dim % heads:
         raise ValueError(f"pooling width {dim} is not a multiple of {heads} heads; the file does "
                          "not tell the heads: pass --pool_heads")
-    trunk = {int(m[1]) for key in expert if (m := re.match(r"trunk\.(\d+)\.", key))}
     same = len(set(layer_sources)) == 1
     return dict(pooling="learned_query" if first else "mean", num_queries=queries, pool_heads=heads,
-                merge_dim=merge, merge_slots=slots, trunk_blocks=len(trunk),
+                merge_dim=merge, merge_slots=slots, trunk_blocks=len(_numbers(expert, "trunk")),
                 sources=layer_sources[0], layer_sources=() if same else layer_sources,
                 per_layer_dim=expert["layer_compressors.0.fc1.weight"][0],
                 trunk_dim=expert["fused_proj.weight"][0],
                 step_pos_dim=expert["step_pos_proj.0.weight"][0],
                 action_dim=expert["output.2.weight"][0])
+
+
+def _numbers(keys, prefix):
+    """The numbers n of keys `prefix.n.…`, ascending."""
+    return sorted({int(m[1]) for key in keys if (m := re.match(rf"{prefix}\.(\d+)\.", key))})
 
 
 def _given(sources, i):

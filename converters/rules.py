@@ -1,17 +1,21 @@
 """The two-way table engine: one row moves a tensor from a PyTorch file to our tree and back.
 
 A row is `Rule(source, target, transform)`. Source keys ("blocks.{block}.ffn.0.weight") and target
-paths ("dit/blocks/ffn/0/kernel") are templates; a field in braces stands for one name. A field of
-the source that the target lacks is a stacking index: its tensors become one array [n, ...] in
-ascending order. Both directions come from the same row, and every key must be claimed by exactly
-one row.
+paths ("dit/blocks/ffn/0/kernel") are templates; a field in braces stands for a number if it is one
+of `NUMBERS`, for any one name otherwise. A field of the source that the target lacks is a stacking
+index: its tensors become one array [n, ...] in ascending order. Both directions come from the same
+row, and every key must be claimed by exactly one row.
 """
 
 import re
-from typing import Callable, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import numpy as np
+
+NUMBERS = ("block", "lora", "layer", "i", "j")  # fields that stand for digits only
+_FIELD = re.compile(r"\{(\w+)\}")
 
 
 class Transform(NamedTuple):
@@ -26,9 +30,22 @@ KERNEL = Transform(lambda x: x.T, lambda x: x.T)  # torch [out, in] <-> [in, out
 
 
 class Rule(NamedTuple):
+    """A row of a table."""
+
     source: str
     target: str
     transform: Transform = SAME
+
+
+def linear_rows(source, target, transform=KERNEL):
+    """Rows of a layer with weight and bias; `transform` is its kernel's (of a convolution, say)."""
+    return [Rule(f"{source}.weight", f"{target}/kernel", transform),
+            Rule(f"{source}.bias", f"{target}/bias")]
+
+
+def norm_rows(source, target):
+    """Rows of a LayerNorm."""
+    return [Rule(f"{source}.weight", f"{target}/scale"), Rule(f"{source}.bias", f"{target}/bias")]
 
 
 class Match(NamedTuple):
@@ -43,25 +60,39 @@ def match_sources(rules, keys, what="file"):
     """Assigns every source key to its row -> {key: Match}.
 
     Raises:
-      ValueError: keys that no row claims, listed.
+      ValueError: keys that no row claims, listed, or a key that several claim.
     """
-    patterns = [(rule, *_pattern(rule.source)) for rule in rules]
-    found, unknown = {}, []
-    for key in keys:
-        hits = [(rule, m.groupdict()) for rule, pattern, _ in patterns if (m := pattern.match(key))]
-        if len(hits) > 1:
-            raise ValueError(f"{key} is claimed by {len(hits)} rows of the table: "
-                             f"{[rule.source for rule, _ in hits]}")
-        if not hits:
-            unknown.append(key)
-            continue
-        rule, fields = hits[0]
-        stacking = [name for name in fields if "{" + name + "}" not in rule.target]
-        index = int(fields[stacking[0]]) if stacking else None
-        found[key] = Match(rule, rule.target.format(**fields), index)
+    claimed, unknown = _claims(rules, keys, "source")
     if unknown:
         raise ValueError(f"{what} has {len(unknown)} keys this converter does not know: "
-                         f"{_some(unknown)}; is it a file of another model?")
+                         f"{some_of(unknown)}; is it a file of another model, or do its keys have "
+                         "a prefix?")
+    found = {}
+    for key, (rule, fields) in claimed.items():
+        stacking = _stacking_field(rule)
+        index = int(fields[stacking]) if stacking else None
+        found[key] = Match(rule, rule.target.format(**fields), index)
+    return found
+
+
+def match_targets(rules, paths, layers):
+    """Assigns every target path to its row -> {path: (row, its source keys, is it a stack)}.
+
+    Args:
+      layers: as for `from_params`.
+
+    Raises:
+      ValueError: paths that no row claims, listed, or a path that several claim.
+    """
+    claimed, unknown = _claims(rules, paths, "target")
+    if unknown:
+        raise ValueError(f"no row of the table writes {some_of(unknown)}")
+    found = {}
+    for path, (rule, fields) in claimed.items():
+        stacking = _stacking_field(rule)
+        places = [{stacking: index} for index in layers[stacking]] if stacking else [{}]
+        keys = [rule.source.format(**fields, **place) for place in places]
+        found[path] = rule, keys, stacking is not None
     return found
 
 
@@ -96,34 +127,19 @@ def from_params(rules, params, layers):
     Raises:
       ValueError: paths that no row claims, or a stack of another length than its indices.
     """
-    patterns = [(rule, *_pattern(rule.target)) for rule in rules]
-    tensors, unknown = {}, []
-    for path, array in params.items():
-        hit = next(((rule, m.groupdict()) for rule, pattern, _ in patterns
-                    if (m := pattern.match(path))), None)
-        if hit is None:
-            unknown.append(path)
-            continue
-        rule, fields = hit
-        stacking = [name for name in _pattern(rule.source)[1] if name not in fields]
-        if not stacking:
-            tensors[rule.source.format(**fields)] = np.ascontiguousarray(
-                rule.transform.inverse(array))
-            continue
-        indices = list(layers[stacking[0]])
-        if len(indices) != len(array):
-            raise ValueError(f"{path} stacks {len(array)} layers, expected {len(indices)}: "
-                             f"{indices}")
-        for index, part in zip(indices, array):
-            key = rule.source.format(**fields, **{stacking[0]: index})
+    tensors = {}
+    for path, (rule, keys, stacked) in match_targets(rules, params, layers).items():
+        parts = params[path] if stacked else [params[path]]
+        if len(parts) != len(keys):
+            raise ValueError(f"{path} stacks {len(parts)} layers, expected {len(keys)}: "
+                             f"{some_of(keys)}")
+        for key, part in zip(keys, parts):
             tensors[key] = np.ascontiguousarray(rule.transform.inverse(part))
-    if unknown:
-        raise ValueError(f"no row of the table writes {_some(unknown)}")
     return tensors
 
 
 def target_shapes(rules, shapes, what="file"):
-    """{source key: shape} -> {target path: shape} without any array, in both senses of a check."""
+    """{source key: shape} -> {target path: shape} without any array."""
     matches = match_sources(rules, shapes.keys(), what)
     out, stacked = {}, {}
     for key, match in matches.items():
@@ -141,17 +157,57 @@ def target_shapes(rules, shapes, what="file"):
 
 def source_shapes(rules, shapes, layers):
     """{target path: shape} -> {source key: shape}: the inverse of `target_shapes`."""
-    patterns = [(rule, *_pattern(rule.target)) for rule in rules]
     out = {}
-    for path, shape in shapes.items():
-        rule, fields = next((rule, m.groupdict()) for rule, pattern, _ in patterns
-                            if (m := pattern.match(path)))
-        stacking = [name for name in _pattern(rule.source)[1] if name not in fields]
-        for index in layers[stacking[0]] if stacking else [None]:
-            extra = {stacking[0]: index} if stacking else {}
-            part = tuple(shape[1:]) if stacking else tuple(shape)
-            out[rule.source.format(**fields, **extra)] = _shape_after(rule.transform.inverse, part)
+    for path, (rule, keys, stacked) in match_targets(rules, shapes, layers).items():
+        part = shapes[path][1:] if stacked else shapes[path]
+        out.update(dict.fromkeys(keys, _shape_after(rule.transform.inverse, part)))
     return out
+
+
+def some_of(names, most=8):
+    """The first names in order, for a message."""
+    names = sorted(names)
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _claims(rules, names, side):
+    """({name: (row, fields)}, [names of no row]) by one template of the rows.
+
+    Args:
+      side: "source" or "target".
+
+    Raises:
+      ValueError: a name that several rows claim.
+    """
+    patterns = [(rule, _pattern(getattr(rule, side))) for rule in rules]
+    claimed, unknown = {}, []
+    for name in names:
+        hits = [(rule, m.groupdict()) for rule, pattern in patterns
+                if (m := pattern.fullmatch(name))]
+        if len(hits) > 1:
+            raise ValueError(f"{name} is claimed by {len(hits)} rows of the table: "
+                             f"{[getattr(rule, side) for rule, _ in hits]}")
+        if hits:
+            claimed[name] = hits[0]
+        else:
+            unknown.append(name)
+    return claimed, unknown
+
+
+def _pattern(template):
+    """Template -> compiled regular expression with a group per field."""
+    literal, *rest = _FIELD.split(template)  # literal, field, literal, field, ...
+    pattern = re.escape(literal)
+    for name, literal in zip(rest[::2], rest[1::2]):
+        kind = r"\d+" if name in NUMBERS else r"[^./]+"
+        pattern += f"(?P<{name}>{kind}){re.escape(literal)}"
+    return re.compile(pattern)
+
+
+def _stacking_field(rule):
+    """The field that the source has and the target lacks, or None."""
+    kept = _FIELD.findall(rule.target)
+    return next((name for name in _FIELD.findall(rule.source) if name not in kept), None)
 
 
 def _stack(target, parts, tensors, what):
@@ -170,18 +226,3 @@ def _stack(target, parts, tensors, what):
 
 def _shape_after(function, shape):
     return tuple(jax.eval_shape(function, jax.ShapeDtypeStruct(tuple(shape), np.float32)).shape)
-
-
-def _pattern(template):
-    """Template -> (compiled regular expression, field names)."""
-    names = re.findall(r"\{(\w+)\}", template)
-    parts = re.split(r"\{\w+\}", template)
-    pattern = re.escape(parts[0])
-    for name, part in zip(names, parts[1:]):
-        pattern += rf"(?P<{name}>[^./]+)" + re.escape(part)
-    return re.compile(f"^{pattern}$"), names
-
-
-def _some(names, most=8):
-    names = sorted(names)
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

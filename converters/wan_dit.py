@@ -1,6 +1,6 @@
 """The Wan video transformer's table: official key <-> our path, LoRA and adapters included."""
 
-from converters.rules import KERNEL, SAME, Rule, Transform
+from converters.rules import KERNEL, Rule, Transform, linear_rows, norm_rows
 
 # Conv3d [D, C, 1, 2, 2] <-> linear over a flattened patch (row, column, channel) [4C, D].
 PATCH = Transform(lambda w: w[:, :, 0].transpose(2, 3, 1, 0).reshape(-1, w.shape[0]),
@@ -9,38 +9,33 @@ PATCH = Transform(lambda w: w[:, :, 0].transpose(2, 3, 1, 0).reshape(-1, w.shape
 _DENSE = ("text_embedding.0", "text_embedding.2", "time_embedding.0", "time_embedding.2")
 
 
-def _linear(source, target):
-    return [Rule(f"{source}.weight", f"{target}/kernel", KERNEL), Rule(f"{source}.bias", f"{target}/bias")]
-
-
 def _attention(name):
     """Rows of one attention; the projections q, k, v, o share a template."""
     base, ours = f"blocks.{{block}}.{name}", f"dit/blocks/{name}"
-    rows = [row for p in "qkvo" for row in _linear(f"{base}.{p}", f"{ours}/{p}")]
+    rows = [row for p in "qkvo" for row in linear_rows(f"{base}.{p}", f"{ours}/{p}")]
     rows += [Rule(f"{base}.norm_{p}.weight", f"{ours}/norm_{p}/scale") for p in "qk"]
     return rows
 
 
 def _lora(source, target):
     """LoRA rows: stacked over the layers that have LoRA, field `lora`."""
-    return [Rule(f"blocks.{{lora}}.{source}.down_proj.weight", f"dit/blocks/{target}/lora_a", KERNEL),
-            Rule(f"blocks.{{lora}}.{source}.up_proj.weight", f"dit/blocks/{target}/lora_b", KERNEL)]
+    base, ours = f"blocks.{{lora}}.{source}", f"dit/blocks/{target}"
+    return [Rule(f"{base}.down_proj.weight", f"{ours}/lora_a", KERNEL),
+            Rule(f"{base}.up_proj.weight", f"{ours}/lora_b", KERNEL)]
 
 
 BASE = (
-    Rule("patch_embedding.weight", "dit/patch_embedding/kernel", PATCH),
-    Rule("patch_embedding.bias", "dit/patch_embedding/bias"),
-    *(row for name in _DENSE for row in _linear(name, f"dit/{name.replace('.', '_')}")),
-    *_linear("time_projection.1", "dit/time_projection"),
-    Rule("blocks.{block}.modulation", "dit/blocks/modulation", SAME),
+    *linear_rows("patch_embedding", "dit/patch_embedding", PATCH),
+    *(row for name in _DENSE for row in linear_rows(name, f"dit/{name.replace('.', '_')}")),
+    *linear_rows("time_projection.1", "dit/time_projection"),
+    Rule("blocks.{block}.modulation", "dit/blocks/modulation"),
     *_attention("self_attn"),
     *_attention("cross_attn"),
-    Rule("blocks.{block}.norm3.weight", "dit/blocks/norm3/scale"),
-    Rule("blocks.{block}.norm3.bias", "dit/blocks/norm3/bias"),
-    *_linear("blocks.{block}.ffn.0", "dit/blocks/ffn/0"),
-    *_linear("blocks.{block}.ffn.2", "dit/blocks/ffn/2"),
+    *norm_rows("blocks.{block}.norm3", "dit/blocks/norm3"),
+    *linear_rows("blocks.{block}.ffn.0", "dit/blocks/ffn/0"),
+    *linear_rows("blocks.{block}.ffn.2", "dit/blocks/ffn/2"),
     Rule("head.modulation", "dit/head/modulation"),
-    *_linear("head.head", "dit/head/head"),
+    *linear_rows("head.head", "dit/head/head"),
 )
 
 PEFT = (
@@ -48,10 +43,9 @@ PEFT = (
       for row in _lora(f"{a}.lora_{p}", f"{a}/{p}")),
     *_lora("ffn_lora_in", "ffn/0"),
     *_lora("ffn_lora_out", "ffn/2"),
-    Rule("wam_adapters.{layer}.norm.weight", "dit/adapters_{layer}/norm/scale"),
-    Rule("wam_adapters.{layer}.norm.bias", "dit/adapters_{layer}/norm/bias"),
-    *_linear("wam_adapters.{layer}.down_proj", "dit/adapters_{layer}/down"),
-    *_linear("wam_adapters.{layer}.up_proj", "dit/adapters_{layer}/up"),
+    *norm_rows("wam_adapters.{layer}.norm", "dit/adapters_{layer}/norm"),
+    *linear_rows("wam_adapters.{layer}.down_proj", "dit/adapters_{layer}/down"),
+    *linear_rows("wam_adapters.{layer}.up_proj", "dit/adapters_{layer}/up"),
 )
 
 RULES = BASE + PEFT
@@ -90,7 +84,9 @@ def model_fields(shapes, head_dim=None):
 def _peft_fields(shapes):
     """LoRA and adapter fields; the scales alpha and adapter_scale are not in the shapes."""
     loras = {}  # target -> {layer: rank}
-    for rule in PEFT[0:20:2]:
+    for rule in PEFT:
+        if not rule.target.endswith("/lora_a"):
+            continue
         prefix, suffix = rule.source.split("{lora}")
         target = rule.target.removeprefix("dit/blocks/").removesuffix("/lora_a").replace("/", ".")
         for key, shape in shapes.items():
@@ -101,8 +97,9 @@ def _peft_fields(shapes):
     ranks = {rank for layers in loras.values() for rank in layers.values()}
     layer_sets = {tuple(sorted(layers)) for layers in loras.values()}
     if len(ranks) > 1 or len(layer_sets) > 1 or len(set(adapters.values())) > 1:
-        raise ValueError(f"LoRA ranks {sorted(ranks)} over layers {sorted(layer_sets)} and adapter widths "
-                         f"{sorted(set(adapters.values()))} are mixed; expected one of each")
+        raise ValueError(f"LoRA ranks {sorted(ranks)} over layers {sorted(layer_sets)} and adapter "
+                         f"widths {sorted(set(adapters.values()))} are mixed; expected one of each")
     return dict(lora_rank=ranks.pop() if ranks else 0, lora_targets=tuple(loras),
                 lora_layers=layer_sets.pop() if layer_sets else (),
-                adapter_layers=tuple(sorted(adapters)), adapter_dim=next(iter(adapters.values()), 0))
+                adapter_layers=tuple(sorted(adapters)),
+                adapter_dim=next(iter(adapters.values()), 0))

@@ -194,11 +194,13 @@ def _section(cls, tree, path):
     for key in tree:
         if key not in hints:
             near = difflib.get_close_matches(key, hints, n=1)
-            advice = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(sorted(hints))}"
+            known = f"known keys: {', '.join(sorted(hints))}"
+            advice = f"did you mean {near[0]!r}?" if near else known
             raise ValueError(f"{path}.{key} is not a config key; {advice}")
     missing = sorted(set(hints) - set(tree))
     if missing:
-        raise ValueError(f"{path} lacks {', '.join(missing)}; configs/base.py has every key with its default")
+        raise ValueError(f"{path} lacks {', '.join(missing)}; "
+                         "configs/base.py has every key with its default")
     return cls(**{key: _value(kind, tree[key], f"{path}.{key}") for key, kind in hints.items()})
 
 
@@ -231,17 +233,19 @@ def _check(c):
     d = c.data
     if (d.num_frames - 1) % d.frame_stride or (d.video_frames - 1) % 4:
         raise ValueError(
-            f"config.data.num_frames={d.num_frames} with frame_stride={d.frame_stride} gives {d.video_frames} video "
-            "frames; expected 1 + a multiple of 4 (the video codec packs four frames into one latent frame)")
+            f"config.data.num_frames={d.num_frames} with frame_stride={d.frame_stride} gives "
+            f"{d.video_frames} video frames; expected 1 + a multiple of 4 (the video codec packs "
+            "four frames into one latent frame)")
     if d.video_frames > 1 and d.action_horizon % (d.video_frames - 1):
         raise ValueError(f"config.data.action_horizon={d.action_horizon} must be a multiple of the "
                          f"{d.video_frames - 1} future video frames")
     if d.delta_mask and len(d.delta_mask) != c.model.action_dim:
-        raise ValueError(f"config.data.delta_mask has {len(d.delta_mask)} entries, config.model.action_dim is "
-                         f"{c.model.action_dim}; give one per action dimension or ()")
+        raise ValueError(f"config.data.delta_mask has {len(d.delta_mask)} entries, "
+                         f"config.model.action_dim is {c.model.action_dim}; give one per action "
+                         "dimension or ()")
     if c.train.batch_size % c.optimizer.accum_steps:
         raise ValueError(f"config.train.batch_size={c.train.batch_size} must be a multiple of "
                          f"config.optimizer.accum_steps={c.optimizer.accum_steps}")
     if c.evaluation.replan > d.action_horizon:
-        raise ValueError(f"config.evaluation.replan={c.evaluation.replan} executes more steps than the chunk of "
-                         f"config.data.action_horizon={d.action_horizon} has")
+        raise ValueError(f"config.evaluation.replan={c.evaluation.replan} executes more steps than "
+                         f"the chunk of config.data.action_horizon={d.action_horizon} has")

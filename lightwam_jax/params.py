@@ -87,12 +87,12 @@ def check_same_structure(got, expected, what):
     Raises:
       ValueError: lists the missing (-), unexpected (+) and misshapen (~) paths.
     """
-    got, expected = flatten(got), flatten(expected)
-    lines = [f"  - {path} {tuple(expected[path].shape)}" for path in sorted(set(expected) - set(got))]
-    lines += [f"  + {path} {tuple(got[path].shape)}" for path in sorted(set(got) - set(expected))]
-    lines += [f"  ~ {path}: {tuple(got[path].shape)}, expected {tuple(expected[path].shape)}"
-              for path in sorted(set(got) & set(expected))
-              if tuple(got[path].shape) != tuple(expected[path].shape)]
+    got, expected = ({path: tuple(leaf.shape) for path, leaf in flatten(tree).items()}
+                     for tree in (got, expected))
+    lines = [f"  - {path} {expected[path]}" for path in sorted(set(expected) - set(got))]
+    lines += [f"  + {path} {got[path]}" for path in sorted(set(got) - set(expected))]
+    lines += [f"  ~ {path}: {got[path]}, expected {expected[path]}"
+              for path in sorted(set(got) & set(expected)) if got[path] != expected[path]]
     if lines:
         more = f"\n  ... and {len(lines) - 20} more" if len(lines) > 20 else ""
         raise ValueError(f"{what} holds another model's parameters (- missing, + unexpected, "
@@ -161,4 +161,4 @@ def count_table(params, trainable):
         rows[group][0] += size
         rows[group][1] += size * any(re.search(p, path) for p in trainable)
     table = [(name, *counts) for name, counts in rows.items() if counts[0]]
-    return table + [("total", *(sum(row[i] for row in table) for i in (1, 2)))]
+    return [*table, ("total", *(sum(row[i] for row in table) for i in (1, 2)))]

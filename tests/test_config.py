@@ -11,7 +11,8 @@ from lightwam_jax.models import variants
 
 
 @pytest.mark.parametrize("make", [
-    demo.get_config, robotwin.get_config, *(lambda s=s: libero.get_config(s) for s in libero.SUITES)])
+    demo.get_config, robotwin.get_config,
+    *(lambda suite=suite: libero.get_config(suite) for suite in libero.SUITES)])
 def test_configs_resolve_and_survive_json(make):
     config = configs.from_config_dict(make())
     assert configs.from_json(configs.to_json(config)) == config
@@ -21,8 +22,8 @@ def test_the_released_recipe():
     """SPEC sections 0 and 6, value by value."""
     c = configs.from_config_dict(libero.get_config("spatial"))
     o = c.optimizer
-    assert (o.lr, o.warmup_steps, o.final_lr_ratio, o.b1, o.b2, o.eps, o.weight_decay, o.clip_norm) == (
-        1e-4, 1000, 0.01, 0.9, 0.95, 1e-8, 1e-2, 0.0)
+    assert (o.lr, o.warmup_steps, o.final_lr_ratio) == (1e-4, 1000, 0.01)
+    assert (o.b1, o.b2, o.eps, o.weight_decay, o.clip_norm) == (0.9, 0.95, 1e-8, 1e-2, 0.0)
     assert (c.train.steps, c.train.batch_size) == (150_000, 64)
     assert (c.loss.downsample, c.loss.prefix_steps, c.loss.prefix_weight, c.loss.tail_weight,
             c.loss.shift, c.loss.residual_target) == (2, 8, 1.0, 0.0, 5.0, False)
@@ -68,7 +69,7 @@ def test_mistakes_are_named(section, key, value, words):
 def test_missing_keys_are_named():
     tree = _broken("mesh", "data", 1)
     del tree["mesh"]["fsdp"]
-    with pytest.raises(ValueError, match="config.mesh lacks fsdp"):
+    with pytest.raises(ValueError, match=r"config\.mesh lacks fsdp"):
         configs.from_config_dict(tree)
 
 

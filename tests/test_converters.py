@@ -60,16 +60,18 @@ def test_command_line_round_trip_is_exact(released, tmp_path, capsys):
     assert main(["lightwam", "--in", str(released), "--out", str(tmp_path / "w"), "--verify",
                  *TOLD]) == 0
     assert "byte for byte" in capsys.readouterr().out
-    assert main(["export", "--in", str(tmp_path / "w"), "--out", str(tmp_path / "b.safetensors")]) == 0
-    assert (tmp_path / "b.safetensors").read_bytes() == released.read_bytes()
+    back = tmp_path / "b.safetensors"
+    assert main(["export", "--in", str(tmp_path / "w"), "--out", str(back)]) == 0
+    assert back.read_bytes() == released.read_bytes()
 
 
 def test_dit_round_trip_is_exact(golden, tmp_path):
     source = golden / "a_dit" / "dit.safetensors"
     assert main(["dit", "--in", str(source), "--out", str(tmp_path / "w"), "--head_dim", "20",
                  "--verify"]) == 0
-    assert main(["export", "--in", str(tmp_path / "w"), "--out", str(tmp_path / "b.safetensors")]) == 0
-    before, after = files.read_tensors(source), files.read_tensors(tmp_path / "b.safetensors")
+    back = tmp_path / "b.safetensors"
+    assert main(["export", "--in", str(tmp_path / "w"), "--out", str(back)]) == 0
+    before, after = files.read_tensors(source), files.read_tensors(back)
     assert before.keys() == after.keys()
     assert all(before[k].tobytes() == after[k].tobytes() for k in before)
 
@@ -112,15 +114,18 @@ def _changed(released, tmp_path, change):
     return path
 
 
+VIDEO = "mot.mixtures.video."
+
+
 @pytest.mark.parametrize("change, words", [
     (lambda t: t.pop("proprio_encoder.weight"), "proprio_encoder.weight"),
-    (lambda t: t.pop("mot.mixtures.video.head.modulation"), "dit/head/modulation"),
-    (lambda t: t.update({"mot.mixtures.video.extra.weight": np.zeros(2, np.float32)}), "extra.weight"),
-    (lambda t: t.update({"mot.mixtures.video.head.modulation": np.zeros((1, 2, 3), np.float32)}),
+    (lambda t: t.pop(f"{VIDEO}head.modulation"), "dit/head/modulation"),
+    (lambda t: t.update({f"{VIDEO}extra.weight": np.zeros(2, np.float32)}), "extra.weight"),
+    (lambda t: t.update({f"{VIDEO}head.modulation": np.zeros((1, 2, 3), np.float32)}),
      "dit/head/modulation"),
-    (lambda t: t.update({"mot.mixtures.video.blocks.1.ffn.0.bias": np.zeros(96, np.float16)}),
+    (lambda t: t.update({f"{VIDEO}blocks.1.ffn.0.bias": np.zeros(96, np.float16)}),
      "blocks.1.ffn.0.bias"),
-    (lambda t: t.pop("mot.mixtures.video.blocks.1.ffn.0.bias"), "dit/blocks/ffn/0/bias"),
+    (lambda t: t.pop(f"{VIDEO}blocks.1.ffn.0.bias"), "dit/blocks/ffn/0/bias"),
 ], ids=["no proprio", "missing", "unexpected", "shape", "dtype", "gap in a stack"])
 def test_bad_files_are_refused_by_key_and_leave_nothing(released, tmp_path, capsys, change, words):
     path = _changed(released, tmp_path, change)

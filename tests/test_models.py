@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from configs import base
-from lightwam_jax import build, config as configs, flow, params
+from lightwam_jax import build, flow, params
+from lightwam_jax import config as configs
 from lightwam_jax.models import adapters, dit, layers, lora
 from lightwam_jax.models.lightwam import pool_latents
 
@@ -42,7 +43,7 @@ def inputs():
 
 @pytest.fixture(scope="module")
 def act(tiny):
-    config, model, tree = tiny
+    _, model, _ = tiny
     return jax.jit(lambda tree, x, text, proprio: model.apply(
         {"params": tree}, x, text, proprio, 8, method="act"))
 
@@ -79,7 +80,8 @@ def test_the_action_pass_stops_at_the_last_tap(tiny, act, inputs):
     grads = jax.jit(jax.grad(lambda tree: act(
         tree, inputs["latents"][:, :1], inputs["text"], inputs["proprio"])[0].sum()))(tree)
     dead = [path for path, g in params.flatten(grads).items() if not np.any(g)]
-    assert all(path.startswith((f"dit/{later}/", "dit/head/")) for path in dead if "bias" not in path)
+    assert all(path.startswith((f"dit/{later}/", "dit/head/"))
+               for path in dead if "bias" not in path)
     assert any(path.startswith(f"dit/{later}/") for path in dead)
     text = jax.jit(act).lower(tree, inputs["latents"][:, :1], inputs["text"],
                               inputs["proprio"]).as_text()
@@ -104,7 +106,7 @@ def test_lora_on_some_layers_cuts_segments_and_round_trips():
 
 def test_another_adapter_set_needs_no_other_checkpoint(tiny):
     """The same weights on disk load into a model cut elsewhere."""
-    config, _, tree = tiny
+    _, _, tree = tiny
     other, model, _ = make(adapter_layers=(0, 2))
     disk = {path: x for path, x in params.flatten(params.canonical(tree)).items()
             if not path.startswith(("dit/adapters_1", "expert/"))}
@@ -159,7 +161,7 @@ def test_predicted_video_keeps_the_frame_it_started_from(tiny, inputs):
 @pytest.mark.parametrize("variation", [
     dict(remat="full"), dict(remat="dots"), dict(scan_unroll=8)], ids=str)
 def test_execution_switches_change_no_number(tiny, inputs, variation):
-    config, model, tree = tiny
+    _, model, tree = tiny
     _, other, _ = make(**variation)
     run = lambda m: jax.jit(jax.grad(lambda tree: m.apply(
         {"params": tree}, inputs["latents"], inputs["t"], inputs["text"], inputs["proprio"],

@@ -17,6 +17,7 @@ import numpy as np
 STRIDE = 8  # pixels per latent cell
 GROUP = 4  # video frames per latent frame, after the first
 _CHUNK_BYTES = 1 << 20  # pixels encoded at once: four times as fast as chunks beyond the cache
+PLACES = 4  # latent channels that tell a cell's place on the canvas
 _CHROMA = 2.0  # weight of colour differences against brightness when components are chosen
 
 
@@ -66,17 +67,21 @@ class PcaCodec:
     channel (1.0) would spend most of the video loss on the least visible components and amplify
     their noise; one factor for all (0.0) would bury the small ones, which hold the edges that
     localise objects, in the flow's unit noise.
+
+    Place: the latents of a convolutional codec know where they are, because its zero padding leaks
+    in from the borders, and the backbone's rotary positions are relative. Patchwise components know
+    nothing, so the last `PLACES` channels carry each cell's row and column; decoding ignores them.
     """
 
     stride = STRIDE
 
     def __init__(self, arrays):
         self.arrays = arrays
-        self.latent_channels = arrays["first_encode"].shape[1]
+        self.latent_channels = arrays["first_encode"].shape[1] + PLACES
 
     @functools.cached_property
     def id(self):
-        digest = hashlib.sha256()
+        digest = hashlib.sha256(_places(8, 16).tobytes())
         for name in sorted(self.arrays):
             digest.update(name.encode() + np.ascontiguousarray(self.arrays[name]).tobytes())
         return f"pca-{digest.hexdigest()[:16]}"
@@ -87,19 +92,21 @@ class PcaCodec:
 
         Args:
           videos: the clips; a few hundred are plenty.
-          channels: C, at most 192.
+          channels: C, of which `PLACES` are places; at most 192 are components.
           whitening: see the class.
         """
         _check_video(videos)
-        if videos.shape[1] < 1 + GROUP or not 0 < channels <= 3 * STRIDE**2:
+        components = channels - PLACES
+        if videos.shape[1] < 1 + GROUP or not 0 < components <= 3 * STRIDE**2:
             raise ValueError(
                 f"PCA codec of {channels} channels on clips of {videos.shape[1]} frames; expected "
-                f"1 to {3 * STRIDE**2} channels and at least {1 + GROUP} frames")
+                f"{1 + PLACES} to {3 * STRIDE**2 + PLACES} channels and at least {1 + GROUP} "
+                "frames")
         singles = einops.rearrange(videos[:, ::GROUP], "n t h w c -> (n t) h w c")
         arrays = {}
         patches = {"first": _first_patches(singles), "later": _later_patches(videos)}
         for kind, values in patches.items():
-            for name, array in _fit_basis(values, channels, whitening).items():
+            for name, array in _fit_basis(values, components, whitening).items():
                 arrays[f"{kind}_{name}"] = array
         return cls(arrays)
 
@@ -112,12 +119,15 @@ class PcaCodec:
             if video.shape[1] > 1:
                 later = _later_patches(video).astype(np.float32)
                 latents.append(later @ arrays["later_encode"] + arrays["later_bias"])
-        return _namespace(video).concatenate(latents, axis=1)
+        latents = _namespace(video).concatenate(latents, axis=1)
+        shape = (*latents.shape[:-1], PLACES)
+        places = _namespace(video).broadcast_to(_places(*latents.shape[2:4]), shape)
+        return _namespace(video).concatenate([latents, places], axis=-1)
 
     @staticmethod
     def decode_with(arrays, latents):
         """[B, F, h, w, C] -> f32 [B, 4F - 3, 8h, 8w, 3], in 0..255 but for overshoot."""
-        latents = latents.astype(np.float32)
+        latents = latents[..., :-PLACES].astype(np.float32)
         with jax.default_matmul_precision("highest"):
             first = latents[:, :1] @ arrays["first_decode"] + arrays["first_mean"]
             later = latents[:, 1:] @ arrays["later_decode"] + arrays["later_mean"]
@@ -202,6 +212,14 @@ def _check_video(video):
 
 def _namespace(x):
     return np if isinstance(x, np.ndarray) else jax.numpy
+
+
+def _places(height, width):
+    """[h, w, PLACES] f32: row and column in -1..1, and the column at twice the pace."""
+    rows, columns = np.meshgrid((np.arange(height) * 2 + 1) / height - 1,
+                                (np.arange(width) * 2 + 1) / width - 1, indexing="ij")
+    turn = 2 * np.pi * columns
+    return np.stack([rows, columns, np.sin(turn), np.cos(turn)], axis=-1).astype(np.float32)
 
 
 def _first_patches(frames):

@@ -92,7 +92,7 @@ def sample_scene(seed, difficulty):
 class TabletopEnv:
     """One simulated table. The same seed and actions give the same bits in any process."""
 
-    def __init__(self, image_size=64, difficulty=None, smooth=True):
+    def __init__(self, image_size=64, difficulty=None, smooth=False):
         """Makes a table that `reset` lays.
 
         Args:

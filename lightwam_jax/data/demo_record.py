@@ -14,7 +14,8 @@ import numpy as np
 
 from lightwam_jax.data import demo_env, demo_expert
 
-_MEMORY = 0.7  # of the noise, per step: pushes that last, not a tremble
+_PUSH = 0.04  # chance per step that a push begins: rare, so that most futures are undisturbed
+_PUSH_STEPS = 6
 _FUMBLE = 0.004  # chance per step that the gripper does the opposite for _FUMBLE_STEPS steps
 _FUMBLE_STEPS = 3
 
@@ -22,10 +23,10 @@ _FUMBLE_STEPS = 3
 def demonstrate(env, seed, action_noise):
     """Lets the expert play one episode, disturbed, and returns what a learner needs.
 
-    The executed velocity is the expert's plus noise of standard deviation `action_noise`, and now
-    and then the gripper fumbles; the recorded action is the clean one for the state really reached.
-    So the demonstrations show how to recover (as in DART, Laskey et al. 2017). Without noise
-    nothing is disturbed.
+    Now and then a push of standard deviation `action_noise` is added to the executed velocity for
+    some steps, and more rarely the gripper fumbles; the recorded action is the clean one for the
+    state really reached. So the demonstrations show how to recover (as in DART, Laskey et al.
+    2017). Without noise nothing is disturbed.
 
     Args:
       env: `TabletopEnv`.
@@ -36,7 +37,7 @@ def demonstrate(env, seed, action_noise):
       success (bool), {"state" [n, P] f32, "action" [n, A] f32, one uint8 [n, S, S, 3] per camera}.
     """
     rng = np.random.default_rng([demo_env.TASK_VERSION, seed, 1])
-    observation, noise, fumble = env.reset(seed), np.zeros(3), 0
+    observation, push, pushed, fumble = env.reset(seed), np.zeros(3), 0, 0
     rows = {"state": [], "action": [], **{camera: [] for camera in demo_env.CAMERAS}}
     success = done = False
     while not done:
@@ -47,8 +48,10 @@ def demonstrate(env, seed, action_noise):
             rows[camera].append(observation["images"][camera])
         executed = action.copy()
         if action_noise > 0:
-            noise = _MEMORY * noise + rng.normal(0, action_noise, 3) * np.sqrt(1 - _MEMORY**2)
-            executed[:3] += noise
+            pushed = max(pushed - 1, 0) or _PUSH_STEPS * bool(rng.random() < _PUSH)
+            if pushed == _PUSH_STEPS:
+                push = rng.normal(0, action_noise, 3)
+            executed[:3] += push * bool(pushed)
             fumble = max(fumble - 1, 0) or _FUMBLE_STEPS * bool(rng.random() < _FUMBLE)
             executed[3] *= -1 if fumble else 1
         success, done = env.step(executed)

@@ -23,7 +23,8 @@ def evaluate(policy, batches):
     Raises:
       ValueError: no batch, or nothing but padding in them.
     """
-    errors = jax.jit(lambda params, batch: losses.open_loop_errors(policy.model, params, batch))
+    errors = jax.jit(lambda params, batch: losses.open_loop_errors(
+        policy.model, params, batch, policy.config.loss))
     total, samples = {}, 0
     for batch in batches:
         arrays = {name: x for name, x in batch.items() if name != "index"}

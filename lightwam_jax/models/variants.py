@@ -20,7 +20,7 @@ _SHARED = dict(
     merge_dim=0,  # width of the merged query slots; 0: one softmax-weighted sum over queries
     merge_slots=2,
     sources=("adapted",),  # of "backbone", "adapted", "delta"
-    layer_sources=(),  # per adapter layer, e.g. (("adapted",), ("delta", "adapted")); (): `sources` for all
+    layer_sources=(),  # one such tuple per adapter layer; (): `sources` for all
     trunk_blocks=1,
     action_dim=7,
     proprio_dim=8,
@@ -34,14 +34,16 @@ _SHARED = dict(
 VARIANTS = {
     # Wan2.1-T2V-1.3B with the released LoRA, adapters and action expert (SPEC section 0).
     "wan21_1_3b": dict(
-        _SHARED, dim=1536, num_heads=12, head_dim=128, ffn_dim=8960, num_layers=30, text_dim=4096, freq_dim=256,
+        _SHARED, dim=1536, num_heads=12, head_dim=128, ffn_dim=8960, num_layers=30,
+        text_dim=4096, freq_dim=256,
         lora_rank=64, lora_alpha=128.0, lora_layers=tuple(range(30)),
         adapter_layers=(8, 16, 24), adapter_dim=256,
         num_queries=16, pool_heads=8, per_layer_dim=4608, trunk_dim=6144, step_pos_dim=256,
     ),
     # Smallest model with every part in it: tests and dry runs.
     "tiny": dict(
-        _SHARED, dim=48, num_heads=2, head_dim=24, ffn_dim=96, num_layers=4, text_dim=32, freq_dim=32,
+        _SHARED, dim=48, num_heads=2, head_dim=24, ffn_dim=96, num_layers=4,
+        text_dim=32, freq_dim=32,
         lora_rank=4, lora_alpha=8.0, lora_layers=tuple(range(4)),
         adapter_layers=(0, 1, 2), adapter_dim=16,
         num_queries=4, pool_heads=2, per_layer_dim=32, trunk_dim=48, step_pos_dim=16,
@@ -60,5 +62,6 @@ def variant(name, **overrides):
     table = dict(VARIANTS[name])
     unknown = sorted(set(overrides) - set(table))
     if unknown:
-        raise KeyError(f"model override {unknown} is not a field of variant {name!r}; fields: {sorted(table)}")
+        raise KeyError(f"model override {unknown} is not a field of variant {name!r}; "
+                       f"fields: {sorted(table)}")
     return {"variant": name, **table, **overrides}

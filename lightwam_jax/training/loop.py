@@ -180,6 +180,16 @@ def run(r):
     return Outcome(step, stop.signal)
 
 
+def jit_step(r):
+    """Returns the jitted training step of a `Run`: (state, batch) -> (state, metrics)."""
+    return step_lib.jit_train_step(
+        step_lib.make_train_step(r.model, r.config, r.optimizer),
+        r.shardings,
+        sharding.batch_sharding(r.mesh),
+        sharding.replicated(r.mesh),
+    )
+
+
 # ---- the parts of a run ------------------------------------------------------------------------
 
 
@@ -209,13 +219,8 @@ def _begin(r, state, batch):
     if r.step == 0:
         workdir_lib.write_assets(r.config, r.workdir, batch)
     start = time.perf_counter()
-    train_step = step_lib.jit_train_step(
-        step_lib.make_train_step(r.model, r.config, r.optimizer),
-        r.shardings,
-        sharding.batch_sharding(r.mesh),
-        sharding.replicated(r.mesh),
-    )
-    compiled = train_step.lower(state, sharding.put_batch(_device_part(batch), r.mesh)).compile()
+    batch = sharding.put_batch(_device_part(batch), r.mesh)
+    compiled = jit_step(r).lower(state, batch).compile()
     _say(f"Compiled the training step in {time.perf_counter() - start:.1f} s")
     return compiled
 
@@ -223,7 +228,9 @@ def _begin(r, state, batch):
 def _validator(r):
     """Returns validate(state) -> action errors over the validation batches, per dimension."""
     errors = jax.jit(
-        lambda state, batch: losses.open_loop_errors(r.model, step_lib.eval_params(state), batch)
+        lambda state, batch: losses.open_loop_errors(
+            r.model, step_lib.eval_params(state), batch, r.config.loss
+        )
     )
 
     def validate(state):
@@ -238,7 +245,7 @@ def _validator(r):
             "mse": mse,
             "l1_mean": l1.mean(),
             "mse_mean": mse.mean(),
-            "l1_step": total["l1_step"] / total["count_step"],
+            "l1_step": total["l1_step"] / np.maximum(total["count_step"], 1),
             "steps": total["count"],
         }
 

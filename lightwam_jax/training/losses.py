@@ -70,12 +70,16 @@ def forward(model, params, batch, noise, config):
     # The clean frame shown is pooled from the latents themselves, also with residual targets.
     first = pool_latents(latents[:, :1], config.downsample)
     noisy = flow.add_noise(clean, noise.noise, noise.t).at[:, :1].set(first)
-    mask = batch["context_mask"] if config.mask_text_padding else None
     velocity, actions = model.apply(
         {"params": params}, noisy, noise.t, latents[:, :1], batch["context"], batch["proprio"],
-        batch["actions"].shape[1], mask)
+        batch["actions"].shape[1], _text_mask(batch, config))
     return {"velocity": velocity.astype(jnp.float32), "actions": actions, "noisy": noisy,
             "target": flow.target(clean, noise.noise)}
+
+
+def _text_mask(batch, config):
+    """[B,L] of the text rows that attention may see, or None for all: padding rows too."""
+    return batch["context_mask"] if config.mask_text_padding else None
 
 
 def video_loss(velocity, target, t, image_is_pad, config):
@@ -110,15 +114,20 @@ def weighted_mean(values, weights, floor=1e-6):
     return (values * weights).sum(axis=1) / jnp.maximum(weights.sum(axis=1), floor)
 
 
-def open_loop_errors(model, params, batch):
+def open_loop_errors(model, params, batch, config):
     """Action errors of the policy on recorded observations, as sums to add up over batches.
+
+    Args:
+      model: `LightWAM`. params: its parameters, in-memory layout.
+      batch: see `data/spec.py`. config: `LossConfig`.
 
     Returns {"l1": [A], "mse": [A], "l1_step": [T], "count": [], "count_step": [T]} in normalised
     units over the steps that are not padded; rows with batch["valid"] False count for nothing.
     """
     latents = batch["latents"][:, :1].astype(jnp.float32)
-    actions, _ = model.apply({"params": params}, latents, batch["context"], batch["proprio"],
-                             batch["actions"].shape[1], method="act")
+    actions, _ = model.apply(
+        {"params": params}, latents, batch["context"], batch["proprio"],
+        batch["actions"].shape[1], _text_mask(batch, config), method="act")
     valid = ~batch["action_is_pad"] & batch.get("valid", jnp.ones(len(latents), bool))[:, None]
     weight = valid.astype(jnp.float32)
     error = (actions - batch["actions"].astype(jnp.float32)) * weight[..., None]

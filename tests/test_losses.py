@@ -1,0 +1,41 @@
+"""Validation errors: what the policy is shown, and what counts."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import synthetic
+
+from lightwam_jax.data import spec
+from lightwam_jax.training import losses
+
+CONFIG = synthetic.make_config()
+
+
+class Still:
+    """Stands in for the model: acts with zeros and keeps the text mask it was given."""
+
+    def apply(self, variables, latents, context, proprio, horizon, text_mask, method):
+        assert method == "act" and latents.shape[1] == 1
+        self.text_mask = text_mask
+        return jnp.zeros((len(latents), horizon, CONFIG.model.action_dim)), {}
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_validation_shows_the_text_rows_that_training_shows(masked):
+    config = dataclasses.replace(CONFIG.loss, mask_text_padding=masked)
+    batch, model = spec.fake_batch(CONFIG, 2), Still()
+    losses.open_loop_errors(model, {}, batch, config)
+    assert model.text_mask is (batch["context_mask"] if masked else None)
+
+
+def test_padded_steps_and_repeated_rows_count_for_nothing():
+    batch = spec.fake_batch(CONFIG, 4) | {"valid": np.array([True, True, True, False])}
+    errors = losses.open_loop_errors(Still(), {}, batch, CONFIG.loss)
+    steps = ~batch["action_is_pad"] & batch["valid"][:, None]
+    assert 0 < steps.sum() < steps[:3].size
+    np.testing.assert_allclose(errors["l1"], np.abs(batch["actions"][steps]).sum(0), rtol=1e-5)
+    np.testing.assert_allclose(errors["mse"], np.square(batch["actions"][steps]).sum(0), rtol=1e-5)
+    np.testing.assert_array_equal(errors["count_step"], steps.sum(0))
+    assert errors["count"] == steps.sum()
