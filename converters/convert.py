@@ -71,6 +71,8 @@ def _read_lightwam(source, told):
     tensors, rest = files.read_checkpoint(source)
     try:
         config = lightwam.model_config({k: v.shape for k, v in tensors.items()}, **told)
+    except KeyError as error:
+        raise ValueError(f"{source}: key {error} is missing") from error
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
     return tensors, {"config": {"model": dataclasses.asdict(config)}, "checkpoint": rest,

@@ -94,7 +94,8 @@ def model_config(shapes, *, head_dim=None, pool_heads=None, lora_alpha=None, ada
     """The `ModelConfig` of a Light-WAM checkpoint, read from its keys and shapes.
 
     Args:
-      shapes: {flat key: shape}, in file order (it tells the order of pooled sources).
+      shapes: {flat key: shape}, in file order, which tells the order of pooled
+        sources; safetensors files keep none, so give `sources` where a layer pools several.
       head_dim, pool_heads, lora_alpha, adapter_scale, attention_mask, sources: what shapes cannot
         tell; None takes the release's value (128, 8, twice the rank). `sources` (per layer, or
         one for all) is needed for mean pooling only.

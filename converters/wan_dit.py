@@ -1,6 +1,6 @@
 """The Wan video transformer's table: official key <-> our path, LoRA and adapters included."""
 
-from converters.rules import KERNEL, Rule, Transform, linear_rows, norm_rows
+from converters.rules import KERNEL, Rule, Transform, linear_rows, norm_rows, some_of
 
 # Conv3d [D, C, 1, 2, 2] <-> linear over a flattened patch (row, column, channel) [4C, D].
 PATCH = Transform(lambda w: w[:, :, 0].transpose(2, 3, 1, 0).reshape(-1, w.shape[0]),
@@ -68,6 +68,10 @@ def model_fields(shapes, head_dim=None):
     blocks = sorted({int(key.split(".")[1]) for key in shapes if key.startswith("blocks.")})
     if blocks != list(range(len(blocks))):
         raise ValueError(f"blocks {blocks} have gaps; the file is incomplete")
+    missing = [key for rule in BASE for block in blocks
+               if (key := rule.source.format(block=block)) not in shapes]
+    if missing:
+        raise ValueError(f"missing keys: {some_of(set(missing))}")
     dim, channels = shape("patch_embedding.weight")[:2]
     width = shape("blocks.0.self_attn.q.weight")[0]
     head_dim = head_dim or 128

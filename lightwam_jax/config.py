@@ -230,6 +230,12 @@ def _check(c):
     _one_of("config.model.remat", c.model.remat, ("none", "full", "dots"))
     _one_of("config.loss.downsample", c.loss.downsample, (1, 2, 4))
     _one_of("config.data.normalization", c.data.normalization, ("min_max", "z_score"))
+    _one_of("config.data.layout", c.data.layout, ("single", "horizontal", "robotwin"))
+    _one_of("config.data.codec", c.data.codec, ("wan21", "pca"))
+    _one_of("config.data.text_encoder", c.data.text_encoder, ("umt5", "hashed"))
+    if c.model.attention == "cudnn" and c.model.dtype != "bfloat16":
+        raise ValueError(f"config.model.attention='cudnn' computes in bfloat16 only, "
+                         f"config.model.dtype is {c.model.dtype!r}; use 'xla'")
     d = c.data
     if (d.num_frames - 1) % d.frame_stride or (d.video_frames - 1) % 4:
         raise ValueError(

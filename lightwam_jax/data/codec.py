@@ -18,7 +18,7 @@ STRIDE = 8  # pixels per latent cell
 GROUP = 4  # video frames per latent frame, after the first
 _CHUNK_BYTES = 1 << 20  # pixels encoded at once: four times as fast as chunks beyond the cache
 PLACES = 4  # latent channels that tell a cell's place on the canvas
-_CHROMA = 2.0  # weight of colour differences against brightness when components are chosen
+_CHROMA = 3.0  # weight of colour differences against brightness when components are chosen
 
 
 class Codec(typing.Protocol):

@@ -22,7 +22,7 @@ MAX_STEPS = 120
 FPS = 20
 SPEED = 0.25  # m/s
 _SUBSTEPS = 10
-TASK_VERSION = 1  # raise when recorded demonstrations no longer fit the task
+TASK_VERSION = 3  # raise when recorded demonstrations no longer fit the task
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,13 +42,13 @@ class Difficulty:
     objects: int = 3
     colours: tuple = ("red", "green", "blue", "yellow")
     shapes: tuple = ("cube", "cylinder")
-    object_x: tuple = (-0.14, 0.05)
-    object_y: tuple = (-0.10, 0.10)
-    spacing: float = 0.09
+    object_x: tuple = (-0.12, 0.03)
+    object_y: tuple = (-0.09, 0.09)
+    spacing: float = 0.08
     yaw: float = 0.15
     tray_x: tuple = (0.165, 0.165)
-    tray_y: tuple = (-0.05, 0.05)
-    hand: tuple = (0.04, 0.04, 0.02)
+    tray_y: tuple = (-0.04, 0.04)
+    hand: tuple = (0.03, 0.03, 0.015)
 
 
 def sample_scene(seed, difficulty):

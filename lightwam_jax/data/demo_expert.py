@@ -45,12 +45,13 @@ def _grasp(env, place):
     hand = env.hand
     error = place[:2] - hand[:2]
     off = np.linalg.norm(error)
-    height = _GRASP + np.clip((off - 0.008) * 4, 0, _HOVER - _GRASP)
+    # Wide at the bottom: the fingers forgive two centimetres, so the pictures need not be read
+    # to the millimetre to know how high to be and when to close.
+    height = _GRASP + np.clip((off - 0.015) * 2.5, 0, _HOVER - _GRASP)
     sideways = np.clip(1 - (height - hand[2] - 0.01) / 0.03, 0, 1)
     # Once the fingers move, small disturbances must not make them hesitate.
     closing = env.gap < demo_scene.OPENING - 0.006
-    reach = 0.018 if closing else 0.012
-    near = max(off / reach, (hand[2] - _GRASP) / reach)
+    near = max(off / (0.026 if closing else 0.02), (hand[2] - _GRASP) / (0.018 if closing else 0.012))
     grip = np.clip((1 - near) * 4, -1, 1)
     return np.array([*_towards(error, height - hand[2], sideways), grip], np.float32)
 
@@ -59,8 +60,8 @@ def _deliver(env):
     hand = env.hand
     error = np.asarray(env.scene.tray) - hand[:2]
     off = np.linalg.norm(error)
-    height = _RELEASE + np.clip((off - 0.02) * 3, 0, _HOVER - _RELEASE)
+    height = _RELEASE + np.clip((off - 0.028) * 2.5, 0, _HOVER - _RELEASE)
     sideways = np.clip((hand[2] - _GRASP - 0.012) / 0.04, 0, 1)
-    near = max(off / 0.025, (hand[2] - _RELEASE) / 0.012)
+    near = max(off / 0.035, (hand[2] - _RELEASE) / 0.012)
     grip = np.clip((near - 1) * 4, -1, 1)
     return np.array([*_towards(error, height - hand[2], sideways), grip], np.float32)

@@ -16,7 +16,7 @@ from lightwam_jax.data import demo_env, demo_expert
 
 _PUSH = 0.04  # chance per step that a push begins: rare, so that most futures are undisturbed
 _PUSH_STEPS = 6
-_FUMBLE = 0.004  # chance per step that the gripper does the opposite for _FUMBLE_STEPS steps
+_FUMBLE = 0.002  # chance per step that the gripper does the opposite for _FUMBLE_STEPS steps
 _FUMBLE_STEPS = 3
 
 

@@ -33,7 +33,16 @@ class Linear(nn.Module):
         init = nn.initializers.zeros if self.zero_init else torch_uniform(x.shape[-1])
         kernel = self.param("kernel", init, (x.shape[-1], self.features))
         bias = self.param("bias", init, (self.features,))
-        return x.astype(self.dtype) @ kernel.astype(self.dtype) + bias.astype(self.dtype)
+        return dot(x.astype(self.dtype), kernel.astype(self.dtype)) + bias.astype(self.dtype)
+
+
+def dot(x, kernel):
+    """x @ kernel over the last axis, with all other axes as one.
+
+    The gradient of the kernel is then a plain matrix product: on CPU 1.5 times as fast as the
+    contraction over two axes that [B,S,in] would give (benchmarks/train_step.py).
+    """
+    return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], kernel.shape[-1])
 
 
 def layer_norm(eps, affine=True, name=None):
