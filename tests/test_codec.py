@@ -48,9 +48,9 @@ def test_all_components_lose_nothing(videos):
 
 @pytest.mark.parametrize("whitening", [0.0, 0.5, 1.0])
 def test_mean_variance_is_one(videos, whitening):
-    fitted = codec.PcaCodec.fit(videos, channels=8, whitening=whitening)
+    fitted = codec.PcaCodec.fit(videos, channels=8 + codec.PLACES, whitening=whitening)
     latents = fitted.encode(videos)
-    later = latents[:, 1:].reshape(-1, 8)
+    later = latents[:, 1:, ..., :-codec.PLACES].reshape(-1, 8)
     np.testing.assert_allclose(later.mean(0), 0, atol=1e-2)
     variance = later.var(0)
     np.testing.assert_allclose(variance.mean(), 1, atol=0.02)
@@ -101,3 +101,14 @@ def test_wrong_inputs_are_refused(fitted, videos):
         fitted.decode(np.zeros((1, 1, 4, 4, 8), np.float32))
     with pytest.raises(ValueError, match="PCA codec of 200 channels"):
         codec.PcaCodec.fit(videos, channels=200)
+
+
+def test_latents_tell_their_place_and_pictures_ignore_it(fitted, videos):
+    latents = fitted.encode(videos[:2])
+    places = latents[..., -codec.PLACES:]
+    assert (places == places[:1, :1]).all()  # the same whatever is shown
+    cells = places[0, 0].reshape(-1, codec.PLACES)
+    assert len(np.unique(cells, axis=0)) == len(cells)
+    moved = latents.copy()
+    moved[..., -codec.PLACES:] = 0
+    np.testing.assert_array_equal(fitted.decode(latents), fitted.decode(moved))

@@ -15,7 +15,8 @@ from lightwam_jax.models.lightwam import pool_latents
 
 
 def make(**overrides):
-    c = base.get_config("tiny", dtype="float32", frozen_dtype="float32", **overrides)
+    exact = {"dtype": "float32", "frozen_dtype": "float32"}
+    c = base.get_config("tiny", **{**exact, **overrides})
     c.data.update(num_frames=9, frame_stride=1, action_horizon=8)
     c.evaluation.replan = 4
     config = configs.from_config_dict(c)

@@ -51,7 +51,8 @@ def _grasp(env, place):
     sideways = np.clip(1 - (height - hand[2] - 0.01) / 0.03, 0, 1)
     # Once the fingers move, small disturbances must not make them hesitate.
     closing = env.gap < demo_scene.OPENING - 0.006
-    near = max(off / (0.026 if closing else 0.02), (hand[2] - _GRASP) / (0.018 if closing else 0.012))
+    reach, depth = (0.026, 0.018) if closing else (0.02, 0.012)
+    near = max(off / reach, (hand[2] - _GRASP) / depth)
     grip = np.clip((1 - near) * 4, -1, 1)
     return np.array([*_towards(error, height - hand[2], sideways), grip], np.float32)
 
