@@ -70,10 +70,11 @@ def test_models_import_only_models():
         assert inner <= {"models", "flow"}, f"{path.name}: {inner}"
 
 
-def test_training_from_a_cache_loads_no_guest():
-    code = ("import sys, lightwam_jax.training.loop, lightwam_jax.data.loader;"
-            "heavy = {'torch', 'tensorflow', 'mujoco', 'av', 'matplotlib'} & set(sys.modules);"
-            "assert not heavy, heavy")
+def test_training_from_a_cache_needs_no_guest():
+    """Where they are not installed, that is: some packages import PyTorch when they find it."""
+    code = ("import sys; absent = ('torch', 'tensorflow', 'mujoco', 'av', 'matplotlib');"
+            "sys.modules.update(dict.fromkeys(absent));"
+            "import lightwam_jax.training.loop, lightwam_jax.data.loader")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
