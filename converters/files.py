@@ -16,7 +16,7 @@ from converters import lightwam
 
 
 def read_tensors(path):
-    """{key: array} of a flat weight file, a "model_state" wrapper is opened.
+    """{key: array} of a flat weight file; a "model_state" wrapper is opened.
 
     Keys come in the order of a PyTorch file; safetensors files keep none and give them sorted.
 
