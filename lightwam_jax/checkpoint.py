@@ -61,12 +61,21 @@ class Checkpoints:
         self.config = config
         self.assets = assets
         self._frozen_files = self._frozen_account = None  # known after the first save or restore
+        self._remove_unfinished()
         self._manager = ocp.CheckpointManager(
             self.directory,
-            options=ocp.CheckpointManagerOptions(
-                max_to_keep=config.train.keep_last or None, cleanup_tmp_directories=True
-            ),
+            options=ocp.CheckpointManagerOptions(max_to_keep=config.train.keep_last or None),
         )
+
+    def _remove_unfinished(self):
+        """Removes what killed saves left.
+
+        Orbax's `cleanup_tmp_directories` does so in a thread that only the next save waits for:
+        where the program ends before one, that thread fails loudly while Python shuts down.
+        """
+        if jax.process_index() == 0:
+            for path in self.directory.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"):
+                shutil.rmtree(path)
 
     def latest_step(self):
         """Returns the newest saved step, or None."""

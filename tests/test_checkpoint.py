@@ -8,6 +8,7 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 import synthetic
 
@@ -136,6 +137,15 @@ def test_frozen_parameters_are_on_disk_once(saved):
     files = [next((saved / "checkpoints" / str(step) / "frozen" / "d").iterdir())
              for step in (1, 2, 3)]
     assert len({file.stat().st_ino for file in files}) == 1
+
+
+def test_what_a_killed_save_left_is_removed_at_once(tmp_path):
+    left = tmp_path / "checkpoints" / f"4{ocp.utils.TMP_DIR_SUFFIX}"
+    (left / "params").mkdir(parents=True)
+    (left / "params" / "manifest.ocdbt").touch()
+    checkpoints = checkpoint.Checkpoints(tmp_path, CONFIG)
+    assert not list((tmp_path / "checkpoints").iterdir())
+    checkpoints.close()
 
 
 def _truncate(directory):

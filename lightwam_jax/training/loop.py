@@ -101,13 +101,17 @@ def prepare(config, workdir):
     # ---- restore or initialise -----------------------------------------------------------------
     workdir_lib.write_reports(config, workdir, table)
     checkpoints = checkpoint.Checkpoints(workdir, config, assets=workdir / "assets")
-    state, meta = _restore(checkpoints, config, mesh, shapes, shardings)
-    if state is None:
-        given = {}
-        if config.train.init:
-            given = checkpoint.load_params(config.train.init, mesh).params
-        state = jax.jit(init, out_shardings=shardings, compiler_options=_run_once_options())(given)
-        _say(f"Parameters from {config.train.init or f'random values, seed {config.seed}'}")
+    with contextlib.ExitStack() as on_error:
+        on_error.callback(checkpoints.close)
+        state, meta = _restore(checkpoints, config, mesh, shapes, shardings)
+        if state is None:
+            given = {}
+            if config.train.init:
+                given = checkpoint.load_params(config.train.init, mesh).params
+            start = jax.jit(init, out_shardings=shardings, compiler_options=_run_once_options())
+            state = start(given)
+            _say(f"Parameters from {config.train.init or f'random values, seed {config.seed}'}")
+        on_error.pop_all()
     return Run(config, workdir, mesh, model, optimizer, state, shardings, checkpoints, validation,
                step=meta["step"], window=meta["window"])  # fmt: skip
 
