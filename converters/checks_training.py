@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from converters import files, lightwam, rules
+from converters import files, lightwam, rules, wan_dit
 from converters.checks import FACTOR, NotCovered, channels_first, channels_last, compare
 from lightwam_jax import build, flow, params
 from lightwam_jax import config as configs
@@ -103,7 +103,8 @@ def _trainable_patterns():
 def _by_training_name(tree, model_config):
     """In-memory tree -> {named_parameters() name: array in torch layout}."""
     flat = {path: np.asarray(leaf) for path, leaf in params.flatten(params.canonical(tree)).items()}
-    return rules.from_params(lightwam.TRAINING, flat, lightwam.stacked_layers(model_config))
+    layers = wan_dit.stacked_layers(model_config.num_layers, model_config.lora_layers)
+    return rules.from_params(lightwam.TRAINING, flat, layers)
 
 
 def _gradients(fixtures, name, grads, told):
@@ -206,7 +207,7 @@ def ckpt(fixtures):
                       len(own.items() ^ read.items()), 0, tolerance=0.0)
         memory = params.segmented(params.unflatten(flat), config)
         back = rules.from_params(lightwam.CHECKPOINT, params.flatten(params.canonical(memory)),
-                                 lightwam.stacked_layers(config))
+                                 wan_dit.stacked_layers(config.num_layers, config.lora_layers))
         differing = sum(key not in back or back[key].dtype != value.dtype
                         or back[key].tobytes() != value.tobytes() for key, value in tensors.items())
         yield compare("ckpt", path.name, "tensors changed by a round trip",

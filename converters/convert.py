@@ -111,7 +111,7 @@ def _source_tensors(policy):
     """The tensors of a stored checkpoint under their file's names."""
     flat = {path: np.asarray(x) for path, x in params.flatten(policy.params).items()}
     fields = policy.meta["config"]["model"]
-    layers = {"block": range(fields["num_layers"]), "lora": sorted(fields["lora_layers"])}
+    layers = wan_dit.stacked_layers(fields["num_layers"], fields["lora_layers"])
     return rules.from_params(_TABLES[_kind(policy)], flat, layers)
 
 

@@ -84,11 +84,6 @@ def unflatten_checkpoint(flat, rest):
     return {**checkpoint, **rest}
 
 
-def stacked_layers(config):
-    """The indices that stacked arrays run over, for `rules.from_params`."""
-    return {"block": range(config.num_layers), "lora": sorted(config.lora_layers)}
-
-
 def model_config(shapes, *, head_dim=None, pool_heads=None, lora_alpha=None, adapter_scale=1.0,
                  attention_mask="first_frame_causal", sources=(), dtype="float32"):
     """The `ModelConfig` of a Light-WAM checkpoint, read from its keys and shapes.

@@ -51,6 +51,11 @@ PEFT = (
 RULES = BASE + PEFT
 
 
+def stacked_layers(num_layers, lora_layers):
+    """The indices that the arrays of `RULES` are stacked over, for `rules.from_params`."""
+    return {"block": range(num_layers), "lora": sorted(lora_layers)}
+
+
 def model_fields(shapes, head_dim=None):
     """Fields of a `ModelConfig` that the keys and shapes of a DiT file tell.
 

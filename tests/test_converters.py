@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from converters import files, lightwam, rules
+from converters import files, lightwam, rules, wan_dit
 from converters.__main__ import main
 from lightwam_jax import build, checkpoint, params
 
@@ -37,8 +37,8 @@ def test_full_size_keys_map_one_to_one_in_both_directions(full_size, golden, sui
                          jax.random.key(0))
     own_shapes = {path: tuple(leaf.shape) for path, leaf in params.flatten(own).items()}
     assert targets == own_shapes
-    assert rules.source_shapes(lightwam.CHECKPOINT, targets,
-                               lightwam.stacked_layers(config)) == shapes
+    layers = wan_dit.stacked_layers(config.num_layers, config.lora_layers)
+    assert rules.source_shapes(lightwam.CHECKPOINT, targets, layers) == shapes
 
 
 @pytest.mark.parametrize("suite", ["libero", "robotwin"])
@@ -50,8 +50,8 @@ def test_full_size_trainable_names(full_size, suite):
     own = params.unflatten(rules.target_shapes(lightwam.CHECKPOINT, shapes))
     trainable, _ = params.partition(own, config.train.trainable)
     model_config = lightwam.model_config({key: tuple(s) for key, s in shapes.items()})
-    names = rules.source_shapes(lightwam.TRAINING, params.flatten(trainable),
-                                lightwam.stacked_layers(model_config))
+    layers = wan_dit.stacked_layers(model_config.num_layers, model_config.lora_layers)
+    names = rules.source_shapes(lightwam.TRAINING, params.flatten(trainable), layers)
     told = full_size[suite]["trainable"]
     assert set(names) == set(told)
 
