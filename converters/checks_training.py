@@ -5,7 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from converters import files, lightwam, rules, wan_dit
-from converters.checks import FACTOR, NotCovered, channels_first, channels_last, compare
+from converters.checks import (
+    FACTOR,
+    RELATIVE_NOISE,
+    NotCovered,
+    channels_first,
+    channels_last,
+    compare,
+)
 from lightwam_jax import build, flow, params
 from lightwam_jax import config as configs
 from lightwam_jax.training import losses, optimizer
@@ -21,12 +28,15 @@ def d_train(fixtures):
         config = _loss_config(told["options"])
         run, trainable, model_config = _gradient_function(fixtures, config)
         batch, noise = _batch(data)
+        recorded = info.get("grad_noise_f32_vs_f64", {}).get(name, {})
         parts, out, grads = run(trainable, batch, noise)
         yield from _losses(fixtures, name, data, config, (batch, noise, parts, out))
         if fixtures.has(f"d_train/{name}_grads.safetensors"):
-            yield from _gradients(fixtures, name, _by_training_name(grads, model_config), told)
+            yield from _gradients(fixtures, name, _by_training_name(grads, model_config), told,
+                                  recorded)
         if name == "release":  # the optimizer's steps were recorded with the same options
-            yield from _optimizer(fixtures, info["optimizer"], run, trainable, model_config)
+            yield from _optimizer(fixtures, info["optimizer"], run, trainable, model_config,
+                                  recorded)
     yield from _names(fixtures, info)
     for name, table in info.items():
         if name.startswith("lr_schedule_base_"):
@@ -107,15 +117,26 @@ def _by_training_name(tree, model_config):
     return rules.from_params(lightwam.TRAINING, flat, layers)
 
 
-def _gradients(fixtures, name, grads, told):
+def _relative_noise(recorded, name):
+    """The reference's float32 noise of a gradient tensor, relative to its largest entry.
+
+    Args:
+      recorded: info.json's grad_noise_f32_vs_f64 of a batch; it lists the tensors where this is
+        greatest, so that any other has at most the least of the list.
+    """
+    listed = {key: told["max_abs_diff"] / told["tensor_max"]
+              for key, told in recorded.get("worst_relative_to_tensor_max", {}).items()
+              if told["tensor_max"]}
+    return listed.get(name, min(listed.values(), default=RELATIVE_NOISE))
+
+
+def _gradients(fixtures, name, grads, told, recorded):
     expected = fixtures.tensors(f"d_train/{name}_grads.safetensors")
     yield compare("d_train", f"{name} gradients", "names differing",
                   len(set(grads) ^ set(expected)), 0, tolerance=0.0)
     for key in sorted(set(grads) & set(expected)):
-        # float32 noise of a gradient scales with its tensor's largest entry; rounding of the
-        # sums behind it leaves about 2e-8 where that is small (info.json: grad_noise_f32_vs_f64)
-        scale = float(np.abs(expected[key]).max(initial=0.0))
-        noise = max(5e-7 * scale, 2e-8)
+        size = float(np.abs(expected[key]).max(initial=0.0))
+        noise = min(_relative_noise(recorded, key) * size, recorded.get("max_abs_diff", np.inf))
         yield compare("d_train", f"{name} gradients", key, grads[key], expected[key],
                       tolerance=FACTOR * noise)
     yield compare("d_train", f"{name} gradients", "global norm", _norm(grads), told["grad_norm"])
@@ -135,7 +156,7 @@ def _names(fixtures, info):
     yield compare("d_train", "trainable", "names differing", len(ours ^ theirs), 0, tolerance=0.0)
 
 
-def _optimizer(fixtures, told, run, start, model_config):
+def _optimizer(fixtures, told, run, start, model_config, recorded):
     """AdamW from the checkpoint over the recorded batches, with and without clipping."""
     batches = [_batch(fixtures.arrays(f"d_train/opt_step{i}.npz")) for i in (1, 2)]
     for label, clip in ((f"clip{told['max_norm']}", told["max_norm"]), ("noclip", 0.0)):
@@ -145,29 +166,39 @@ def _optimizer(fixtures, told, run, start, model_config):
             weight_decay=told["weight_decay"], clip_norm=clip, accum_steps=1, ema_decay=0.0)
         tx = optimizer.make_optimizer(config, total_steps=10**9)
         trainable, state = start, tx.init(start)
-        smallest = None  # of each gradient over the steps so far
+        relative = {}  # noise of each gradient relative to its size, the most of the steps so far
         for step, (batch, noise) in enumerate(batches, 1):
             _, _, grads = run(trainable, batch, noise)
             size = {k: np.abs(v) for k, v in _by_training_name(grads, model_config).items()}
             if clip:
                 yield compare("d_train", f"adamw {label}", f"gradient norm {step}", _norm(size),
                               told["grad_norms_before_clip"][step - 1])
-            smallest = {k: np.minimum(v, (smallest or size)[k]) for k, v in size.items()}
+            for k, v in size.items():
+                floor = _relative_noise(recorded, k) * v.max(initial=0.0)
+                relative[k] = np.maximum(floor / np.maximum(v, 1e-30), relative.get(k, 0.0))
             updates, state = jax.jit(tx.update)(grads, state, trainable)
             trainable = jax.tree.map(jnp.add, trainable, updates)
             path = f"d_train/params_after_step{step}_{label}.safetensors"
             if fixtures.has(path):
                 yield from _after_step(label, step, _by_training_name(trainable, model_config),
-                                       fixtures.tensors(path), smallest, told["lr"])
+                                       fixtures.tensors(path), relative, told["lr"])
 
 
-def _after_step(label, step, got, expected, gradient, lr):
-    """Adam divides a gradient by its own size: where it is rounding noise (|g| < 1e-6, and the
-    key third of every pooling bias, whose true gradient is zero) the step is noise up to lr."""
+def _after_step(label, step, got, expected, noise, lr):
+    """The parameters after a step, up to rounding and what noise the gradients have.
+
+    Args:
+      noise: of the reference's gradients, relative to every element.
+
+    Adam divides a gradient by its own size: an element with relative error r moves a step by up to
+    2 r lr, and by up to 2 lr where all of it is noise (the key third of every pooling bias, whose
+    true gradient is zero).
+    """
     for key in sorted(set(got) | set(expected)):
         error = np.abs(got[key].astype(np.float64) - expected[key])
-        rounding = FACTOR * 1.2e-7 * np.maximum(np.abs(expected[key]), 0.1)
-        allowed = np.where(gradient[key] < 1e-6, 2 * lr * step, rounding)
+        size = np.maximum(np.abs(expected[key]), lr)
+        rounding = FACTOR * np.finfo(np.float32).eps * size
+        allowed = rounding + 2 * lr * step * np.minimum(noise[key], 1.0)
         worst = np.unravel_index(np.argmax(error / allowed), error.shape)
         yield compare("d_train", f"adamw {label} step {step}", key, got[key][worst],
                       expected[key][worst], tolerance=float(allowed[worst]))
