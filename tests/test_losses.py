@@ -39,3 +39,16 @@ def test_padded_steps_and_repeated_rows_count_for_nothing():
     np.testing.assert_allclose(errors["mse"], np.square(batch["actions"][steps]).sum(0), rtol=1e-5)
     np.testing.assert_array_equal(errors["count_step"], steps.sum(0))
     assert errors["count"] == steps.sum()
+
+
+def test_means_are_those_of_all_batches_together():
+    both = spec.fake_batch(CONFIG, 4)
+    parts = [{name: x[rows] for name, x in both.items()} for rows in (slice(1), slice(1, 4))]
+    means = losses.mean_errors(
+        [losses.open_loop_errors(Still(), {}, part, CONFIG.loss) for part in parts])
+    steps = ~both["action_is_pad"]
+    assert means["steps"] == steps.sum() and means["l1"].dtype == np.float64
+    np.testing.assert_allclose(means["l1"], np.abs(both["actions"][steps]).mean(0), rtol=1e-6)
+    np.testing.assert_allclose(means["mse"], np.square(both["actions"][steps]).mean(0), rtol=1e-6)
+    first = np.abs(both["actions"][:, 0]).mean()
+    np.testing.assert_allclose(means["l1_step"][0], first, rtol=1e-6)

@@ -18,27 +18,26 @@ def evaluate(policy, batches):
       batches: of `data.loader.val_batches`.
 
     Returns:
-      {"l1", "mse": [A], "l1_step": [T]} in normalised units, "l1_physical" [A], "samples" int.
+      {"l1", "mse": [A], "l1_step": [T]} in normalised units over "steps" steps, "l1_physical" [A],
+      "samples" int.
 
     Raises:
       ValueError: no batch, or nothing but padding in them.
     """
     errors = jax.jit(lambda params, batch: losses.open_loop_errors(
         policy.model, params, batch, policy.config.loss))
-    total, samples = {}, 0
+    sums, samples = [], 0
     for batch in batches:
         arrays = {name: x for name, x in batch.items() if name != "index"}
-        for name, value in jax.device_get(errors(policy.params, arrays)).items():
-            total[name] = total.get(name, 0) + np.asarray(value, np.float64)
+        sums.append(jax.device_get(errors(policy.params, arrays)))
         samples += int(batch["valid"].sum())
-    if not total or not total["count"]:
+    means = losses.mean_errors(sums) if sums else {"steps": 0}
+    if not means["steps"]:
         raise ValueError(
             "the validation split is empty, so there is nothing to evaluate: set "
             "config.data.val_fraction, precompute --what latents again, and train")
-    l1 = total["l1"] / total["count"]
-    return {"l1": l1, "mse": total["mse"] / total["count"],
-            "l1_step": total["l1_step"] / np.maximum(total["count_step"], 1),
-            "l1_physical": l1 / np.abs(policy.assets.action.scale), "samples": samples}
+    physical = means["l1"] / np.abs(policy.assets.action.scale)
+    return {**means, "l1_physical": physical, "samples": samples}
 
 
 def write(directory, errors):

@@ -238,20 +238,9 @@ def _validator(r):
     )
 
     def validate(state):
-        total = None
-        for batch in r.validation:
-            part = errors(state, sharding.put_batch(_device_part(batch), r.mesh))
-            total = part if total is None else jax.tree.map(jnp.add, total, part)
-        total = jax.device_get(total)
-        l1, mse = total["l1"] / total["count"], total["mse"] / total["count"]
-        return {
-            "l1": l1,
-            "mse": mse,
-            "l1_mean": l1.mean(),
-            "mse_mean": mse.mean(),
-            "l1_step": total["l1_step"] / np.maximum(total["count_step"], 1),
-            "steps": total["count"],
-        }
+        batches = (sharding.put_batch(_device_part(batch), r.mesh) for batch in r.validation)
+        means = losses.mean_errors([errors(state, batch) for batch in batches])
+        return means | {"l1_mean": means["l1"].mean(), "mse_mean": means["mse"].mean()}
 
     return validate
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lightwam_jax import flow
 from lightwam_jax.models.lightwam import pool_latents
@@ -134,3 +135,16 @@ def open_loop_errors(model, params, batch, config):
     return {"l1": jnp.abs(error).sum(axis=(0, 1)), "mse": jnp.square(error).sum(axis=(0, 1)),
             "l1_step": jnp.abs(error).mean(axis=-1).sum(axis=0), "count": weight.sum(),
             "count_step": weight.sum(axis=0)}
+
+
+def mean_errors(sums):
+    """Averages what `open_loop_errors` returned for one or more batches.
+
+    Returns {"l1": [A], "mse": [A], "l1_step": [T], "steps": []}, numpy; `steps` is how many there
+    were, and where there were none the means are 0.
+    """
+    total = jax.tree.map(lambda *x: np.sum(x, axis=0, dtype=np.float64), *jax.device_get(sums))
+    count = np.maximum(total["count"], 1)
+    return {"l1": total["l1"] / count, "mse": total["mse"] / count,
+            "l1_step": total["l1_step"] / np.maximum(total["count_step"], 1),
+            "steps": total["count"]}
