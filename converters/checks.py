@@ -32,6 +32,12 @@ class Check(NamedTuple):
     def ok(self):
         return bool(self.error <= self.tolerance)  # a NaN error is not ok
 
+    def row(self):
+        """Its line of the table that `verify` prints."""
+        tensor = self.tensor if len(self.tensor) <= 58 else "..." + self.tensor[-55:]
+        return (f"{self.group:<15} {self.component:<22} {tensor:<58} {self.error:9.2e} "
+                f"{self.relative:9.2e} {self.tolerance:9.2e}  {'ok' if self.ok else 'FAIL'}")
+
 
 class NotCovered(NamedTuple):
     """Something in the directory that no check reads yet."""

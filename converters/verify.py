@@ -56,9 +56,9 @@ def verify(directory, out=print):
                     uncovered.append(check.group)
                     continue
                 done += 1
-                out(_line(check))
+                out(check.row())
                 if not check.ok:
-                    failed.append(_line(check))
+                    failed.append(check.row())
         except (ValueError, FileNotFoundError, ModuleNotFoundError, KeyError) as error:
             failed.append(f"{folder}: could not be checked: {error}")
     for name in uncovered:
@@ -67,9 +67,3 @@ def verify(directory, out=print):
     for line in failed:
         out(f"FAILED {line}")
     return bool(done) and not failed
-
-
-def _line(check):
-    tensor = check.tensor if len(check.tensor) <= 58 else "..." + check.tensor[-55:]
-    return (f"{check.group:<15} {check.component:<22} {tensor:<58} {check.error:9.2e} "
-            f"{check.relative:9.2e} {check.tolerance:9.2e}  {'ok' if check.ok else 'FAIL'}")

@@ -1,5 +1,8 @@
 """Parity with the PyTorch reference on the golden fixtures, through our converters."""
 
+import json
+
+import numpy as np
 import pytest
 
 from converters import checks, verify
@@ -15,9 +18,21 @@ def fixtures(golden):
 def test_parity(fixtures, group):
     results = list(verify.run_group(fixtures, group))
     done = [check for check in results if isinstance(check, checks.Check)]
-    failed = [verify._line(check) for check in done if not check.ok]
+    failed = [check.row() for check in done if not check.ok]
     assert len(done) > 3
     assert not failed, "\n".join(failed)
+
+
+def test_manifest_lists_what_is_there(golden):
+    manifest = json.loads((golden / "manifest.json").read_text())
+    there = {str(path.relative_to(golden)): path for path in golden.rglob("*") if path.is_file()}
+    del there["manifest.json"]
+    assert set(manifest["files"]) == set(there)
+    for name in [name for name in there if name.endswith(".npz")]:
+        with np.load(there[name]) as arrays:
+            found = {key: [str(x.dtype), list(x.shape)] for key, x in arrays.items()}
+        assert manifest["files"][name] == found, name
+    assert sum(path.stat().st_size for path in there.values()) < 8e6
 
 
 def test_every_recorded_tensor_is_compared(fixtures):
