@@ -24,6 +24,7 @@ class ModelConfig:
     latent_channels: int
     eps: float
     attention_mask: str
+    gate_init: float
     lora_rank: int
     lora_alpha: float
     lora_layers: tuple
@@ -33,6 +34,7 @@ class ModelConfig:
     adapter_scale: float
     pooling: str
     num_queries: int
+    query_init: float
     pool_heads: int
     merge_dim: int
     merge_slots: int

@@ -69,7 +69,7 @@ def test_expert_solves_the_task():
     env = demo_env.TabletopEnv(32)
     results = [_play(env, seed, demo_expert.act) for seed in range(20)]
     assert all(success for success, _, _ in results)
-    assert 25 < np.mean([steps for _, steps, _ in results]) < 60
+    assert 15 < np.mean([steps for _, steps, _ in results]) < 35
 
 
 def test_harder_tables_are_solved_too():
@@ -142,7 +142,7 @@ def test_proprioception_feels_the_grasp():
     _play(env, 0, lambda e: (states.append(e.state), demo_expert.act(e))[1])
     states = np.array(states)
     held = states[:, 4] == 1
-    assert not held[0] and held.sum() > 8
+    assert not held[0] and held.sum() > 4
     assert abs(states[0, 3] - demo_scene.OPENING) < 1e-3
     assert (states[held, 3] < 0.06).all()  # an object is 4.4 cm wide
 
@@ -151,8 +151,9 @@ def test_named_object_can_be_located_in_the_scene_picture():
     """The colour's centroid, mapped linearly, tells where the object is to better than 1 cm."""
     rows, places = [], []
     env = demo_env.TabletopEnv(64)
-    hand = dataclasses.replace(demo_env.Difficulty(), hand=(0, 0, 0))
-    env.difficulty = dataclasses.replace(hand, object_y=(-0.10, 0.0))  # clear of the hand's picture
+    env.difficulty = demo_env.Difficulty(  # clear of the hand's picture
+        object_y=(-0.10, 0.0), hand_x=(0, 0), hand_y=(0, 0), hand_z=(0.14, 0.14)
+    )
     for seed in range(24):
         picture = env.reset(seed)["images"]["scene"] / 255.0
         colour = np.array(demo_scene.COLOURS[env.scene.objects[env.scene.target][0]])
@@ -216,8 +217,9 @@ def test_renderer_refuses_what_it_cannot_draw():
 
 def test_noise_disturbs_the_motion_and_not_the_labels():
     env = demo_env.TabletopEnv(16)
-    success, clean = demo_record.demonstrate(env, 0, 0.0)
-    noisy_success, noisy = demo_record.demonstrate(env, 0, 0.3)
+    seed = 1  # pushes are rare: this episode has one
+    success, clean = demo_record.demonstrate(env, seed, 0.0)
+    noisy_success, noisy = demo_record.demonstrate(env, seed, 0.3)
     assert success and noisy_success
     np.testing.assert_array_equal(clean["action"][0], noisy["action"][0])
     shared = min(len(clean["state"]), len(noisy["state"]))
@@ -225,7 +227,7 @@ def test_noise_disturbs_the_motion_and_not_the_labels():
     for arrays in (clean, noisy):
         assert {len(a) for a in arrays.values()} == {len(arrays["action"])}
         assert np.abs(arrays["action"]).max() <= 1
-    _, again = demo_record.demonstrate(env, 0, 0.3)
+    _, again = demo_record.demonstrate(env, seed, 0.3)
     for name in noisy:
         np.testing.assert_array_equal(noisy[name], again[name])
 

@@ -18,11 +18,11 @@ from lightwam_jax.data import demo_render, demo_scene
 ACTION_DIM = 4  # velocity x, y, z of the hand as a share of SPEED; gripper: > 0 closes
 PROPRIO_DIM = 5  # hand x, y, z (m); gap between the pads (m); 1 when both pads touch an object
 CAMERAS = ("scene", "wrist")
-MAX_STEPS = 120
-FPS = 20
+MAX_STEPS = 60
+FPS = 10
 SPEED = 0.25  # m/s
-_SUBSTEPS = 10
-TASK_VERSION = 3  # raise when recorded demonstrations no longer fit the task
+_SUBSTEPS = 20
+TASK_VERSION = 5  # raise when recorded demonstrations no longer fit the task
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +36,8 @@ class Difficulty:
       spacing: least distance between two middles, metres.
       yaw: largest turn of an object, radians (the hand itself cannot turn).
       tray_x, tray_y: range of the middle of the tray, metres.
-      hand: half widths of the box in which the hand starts, metres.
+      hand_x, hand_y, hand_z: where the hand starts, metres: over the whole table, so that its
+        place says nothing about the object that is meant.
     """
 
     objects: int = 3
@@ -44,11 +45,13 @@ class Difficulty:
     shapes: tuple = ("cube", "cylinder")
     object_x: tuple = (-0.12, 0.03)
     object_y: tuple = (-0.09, 0.09)
-    spacing: float = 0.08
+    spacing: float = 0.085
     yaw: float = 0.15
     tray_x: tuple = (0.165, 0.165)
     tray_y: tuple = (-0.04, 0.04)
-    hand: tuple = (0.03, 0.03, 0.015)
+    hand_x: tuple = (-0.16, 0.10)
+    hand_y: tuple = (-0.11, 0.11)
+    hand_z: tuple = (0.085, 0.155)
 
 
 def sample_scene(seed, difficulty):
@@ -83,7 +86,7 @@ def sample_scene(seed, difficulty):
         for c, s, (x, y), yaw in zip(colours, shapes, places, yaws)
     )
     tray = (float(rng.uniform(*d.tray_x)), float(rng.uniform(*d.tray_y)))
-    hand = np.array([0.0, 0.0, 0.14]) + rng.uniform(-1, 1, 3) * d.hand
+    hand = rng.uniform(*np.array([d.hand_x, d.hand_y, d.hand_z]).T)
     return demo_scene.Scene(
         objects, int(rng.integers(d.objects)), tray, tuple(float(v) for v in hand)
     )

@@ -14,10 +14,10 @@ import numpy as np
 
 from lightwam_jax.data import demo_env, demo_expert
 
-_PUSH = 0.04  # chance per step that a push begins: rare, so that most futures are undisturbed
-_PUSH_STEPS = 6
-_FUMBLE = 0.002  # chance per step that the gripper does the opposite for _FUMBLE_STEPS steps
-_FUMBLE_STEPS = 3
+_PUSH = 0.08  # chance per step that a push begins: rare, so that most futures are undisturbed
+_PUSH_STEPS = 3
+_FUMBLE = 0.004  # chance per step that the gripper does the opposite for _FUMBLE_STEPS steps
+_FUMBLE_STEPS = 2
 
 
 def demonstrate(env, seed, action_noise):

@@ -41,14 +41,16 @@ class HashedTextEncoder:
     """Fixed random vectors per word: deterministic, nothing to download or to fit.
 
     Row i is the vector of word i plus a weaker one of position i (without it "the red cube in the
-    blue bowl" and "the blue cube in the red bowl" would be the same set of rows), unit variance.
+    blue bowl" and "the blue cube in the red bowl" would be the same set of rows), of
+    deviation `_AMPLITUDE`.
     """
 
+    _AMPLITUDE = 4.0  # a backbone trained from scratch hears louder words sooner
     _POSITION = 0.35  # amplitude of the position vector: it tells order, it does not hide the word
 
     def __init__(self, dim):
         self.dim = dim
-        self.id = f"hashed-v1-{dim}"
+        self.id = f"hashed-v2-{dim}"
 
     def encode(self, prompts, text_len):
         """Returns (context f32 [n, L, dim], mask bool [n, L]).
@@ -66,7 +68,8 @@ class HashedTextEncoder:
             for i, word in enumerate(words):
                 place = _gaussian(f"position {i}", self.dim)
                 vector = _gaussian(word, self.dim) + self._POSITION * place
-                context[row, i] = vector / np.sqrt(1 + self._POSITION ** 2)
+                scale = self._AMPLITUDE / np.sqrt(1 + self._POSITION ** 2)
+                context[row, i] = scale * vector
             mask[row, :len(words)] = True
         return context, mask
 

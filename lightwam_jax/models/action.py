@@ -26,6 +26,7 @@ class QueryPooler(nn.Module):
 
     num_queries: int
     num_heads: int
+    query_init: float = 0.02
     merge_dim: int = 0
     merge_slots: int = 2
     dtype: jnp.dtype = jnp.float32
@@ -34,7 +35,8 @@ class QueryPooler(nn.Module):
     def __call__(self, tokens):
         dim = tokens.shape[-1]
         kv = layer_norm(EPS, name="token_norm")(tokens).astype(self.dtype)
-        queries = self.param("query_tokens", nn.initializers.normal(0.02), (self.num_queries, dim))
+        queries = self.param("query_tokens", nn.initializers.normal(self.query_init),
+                             (self.num_queries, dim))
         in_proj = FusedProjection(name="in_proj")
         # queries carry no batch: [Q,D] -> [1,Q,N,K]; tokens [B,S,D] -> [B,S,N,K]
         q = self._heads(in_proj(queries[None].astype(self.dtype), 0, dim))
@@ -104,6 +106,7 @@ class StateFusionActionExpert(nn.Module):
     pooling: str
     num_queries: int
     pool_heads: int
+    query_init: float
     merge_dim: int
     merge_slots: int
     per_layer_dim: int
@@ -151,8 +154,9 @@ class StateFusionActionExpert(nn.Module):
         if self.pooling == "mean":
             pooled = tokens.mean(axis=1)
         else:
-            pooler = QueryPooler(self.num_queries, self.pool_heads, self.merge_dim,
-                                 self.merge_slots, self.dtype, name=f"poolers_{name}")
+            pooler = QueryPooler(self.num_queries, self.pool_heads, self.query_init,
+                                 self.merge_dim, self.merge_slots, self.dtype,
+                                 name=f"poolers_{name}")
             pooled, attention = pooler(tokens)
             taps[f"attention_{name}"], taps[f"query_importance_{name}"] = attention
         taps[f"pooled_{name}"] = pooled

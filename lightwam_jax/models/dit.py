@@ -139,6 +139,7 @@ class Block(nn.Module):
     alpha: float
     eps: float
     mode: str
+    gate_init: float
     implementation: str
     dtype: jnp.dtype
 
@@ -146,7 +147,7 @@ class Block(nn.Module):
         shared = dict(ranks=self.ranks, alpha=self.alpha, dtype=self.dtype)
         heads = dict(num_heads=self.num_heads, head_dim=self.head_dim, eps=self.eps,
                      implementation=self.implementation)
-        self.modulation = self.param("modulation", nn.initializers.normal(self.dim ** -0.5),
+        self.modulation = self.param("modulation", _modulation_init(self.gate_init),
                                      (1, 6, self.dim))
         self.norm1 = layer_norm(self.eps, affine=False)
         self.norm2 = layer_norm(self.eps, affine=False)
@@ -195,6 +196,7 @@ class WanDiT(nn.Module):
     latent_channels: int
     eps: float
     attention_mask: str
+    gate_init: float
     lora_rank: int
     lora_alpha: float
     lora_layers: tuple
@@ -227,7 +229,8 @@ class WanDiT(nn.Module):
         return dict(dim=self.dim, num_heads=self.num_heads, head_dim=self.head_dim,
                     ffn_dim=self.ffn_dim, alpha=self.lora_alpha, eps=self.eps,
                     ranks={t: self.lora_rank for t in self.lora_targets} if lora else {},
-                    mode=self.attention_mask, implementation=self.attention, dtype=self.dtype)
+                    mode=self.attention_mask, gate_init=self.gate_init,
+                    implementation=self.attention, dtype=self.dtype)
 
     def _scanned_blocks(self, segment):
         """One module for a run of blocks: parameters stacked [n,...], executed by lax.scan."""
@@ -332,6 +335,14 @@ class Head(nn.Module):
                                          x.shape[1]) for i in range(2))
         h = layer_norm(self.eps, affine=False, name="norm")(x) * (1 + scale) + shift
         return Linear(4 * self.channels, name="head")(h)
+
+
+def _modulation_init(gate):
+    """Initialiser of a block's six rows: N(0, 1/D), as Wan's; rows 2 and 5, the gates, + `gate`."""
+    def init(key, shape, dtype=jnp.float32):
+        table = nn.initializers.normal(shape[-1] ** -0.5)(key, shape, dtype)
+        return table.at[..., [2, 5], :].add(gate)
+    return init
 
 
 def _heads(x, n):
