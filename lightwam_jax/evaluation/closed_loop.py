@@ -9,7 +9,7 @@ from lightwam_jax import params, visualize
 from lightwam_jax.data import episodes as episodes_lib
 from lightwam_jax.evaluation import page, report, rollout, worker
 
-FILM_EVERY = 2  # steps between two frames of a video
+FILM_EVERY = 1  # steps between two frames of a video
 FILM_SIZE = 192  # edge of a camera, pixels
 FILM_FPS = 10  # with the demo's 10 steps per second: real time
 
