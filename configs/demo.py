@@ -18,8 +18,7 @@ def get_config():
         num_queries=8, pool_heads=4, per_layer_dim=256, trunk_dim=384, step_pos_dim=64,
         query_init=1.0,  # at the release's 0.02, queries from scratch look everywhere for long
         gate_init=1.0,  # ... and at 0 the blocks' own contribution takes hundreds of steps to grow
-        action_dim=4, proprio_dim=5, dtype="float32", frozen_dtype="float32",
-        scan_unroll=2)  # on CPU, unrolled blocks run 1.5 times as fast as a loop
+        action_dim=4, proprio_dim=5, dtype="float32", frozen_dtype="float32")
     c.name = "demo"
 
     c.data.source = "demo"

@@ -14,15 +14,19 @@ from lightwam_jax.models import adapters, dit, layers, lora
 from lightwam_jax.models.lightwam import pool_latents
 
 
-def make(**overrides):
+def make_initial(**overrides):
     exact = {"dtype": "float32", "frozen_dtype": "float32"}
     c = base.get_config("tiny", **{**exact, **overrides})
     c.data.update(num_frames=9, frame_stride=1, action_horizon=8)
     c.evaluation.replan = 4
     config = configs.from_config_dict(c)
     model = build.build_model(config.model)
-    tree = build.init_params(model, jax.random.key(0), config.model)
-    # Zero-initialised parts would hide their own mistakes.
+    return config, model, build.init_params(model, jax.random.key(0), config.model)
+
+
+def make(**overrides):
+    """Noise on every leaf: zero-initialised parts would hide their own mistakes."""
+    config, model, tree = make_initial(**overrides)
     leaves, structure = jax.tree.flatten(tree)
     keys = jax.random.split(jax.random.key(1), len(leaves))
     noisy = [x + 0.05 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys)]
@@ -72,6 +76,24 @@ def test_full_size_parameter_counts(golden, suite, dims):
     assert params.count(vae) == told["vae"]
     assert rows["total"][0] + params.count(vae) == told["total"]
     assert rows["backbone"][0] + params.count(vae) == told["frozen"]
+
+
+def test_initial_values_for_training_from_scratch():
+    """Only the gates (rows 2 and 5 of six) and the queries start elsewhere."""
+    usual = params.flatten(make_initial()[2])
+    scratch = params.flatten(make_initial(gate_init=1.0, query_init=0.2)[2])
+    assert usual.keys() == scratch.keys()
+    changed = set()
+    for path, value in scratch.items():
+        expected = usual[path]
+        if path.endswith("/query_tokens"):
+            expected = 10 * expected
+            changed.add("queries")
+        elif "/blocks_" in path and path.endswith("/modulation"):
+            expected = expected + np.array([0, 0, 1, 0, 0, 1])[:, None]
+            changed.add("gates")
+        np.testing.assert_allclose(value, expected, rtol=1e-5, atol=1e-6, err_msg=path)
+    assert changed == {"queries", "gates"}
 
 
 def test_the_action_pass_stops_at_the_last_tap(tiny, act, inputs):

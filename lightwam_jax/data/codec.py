@@ -58,9 +58,9 @@ class PcaCodec:
 
     Fitted on the data in seconds, so that a demo needs no pretrained weights.
 
-    Metric: components are chosen with colour differences counted twice as much as brightness;
-    otherwise a small object keeps its outline and loses its colour, which is what an instruction
-    names it by.
+    Metric: components are chosen with colour differences counted `_CHROMA` times as much as
+    brightness; otherwise a small object keeps its outline and loses its colour, which is what an
+    instruction names it by.
 
     Scaling: component i, of standard deviation s_i, becomes a latent of deviation ~ sqrt(s_i), the
     mean variance over channels being 1 per frame kind (`whitening` = 0.5). Unit variance for every

@@ -45,7 +45,7 @@ class HashedTextEncoder:
     deviation `_AMPLITUDE`.
     """
 
-    _AMPLITUDE = 4.0  # a backbone trained from scratch hears louder words sooner
+    _AMPLITUDE = 4.0  # the demo's backbone, trained from scratch, learned words sooner than at 1
     _POSITION = 0.35  # amplitude of the position vector: it tells order, it does not hide the word
 
     def __init__(self, dim):

@@ -9,9 +9,8 @@ from lightwam_jax import params, visualize
 from lightwam_jax.data import episodes as episodes_lib
 from lightwam_jax.evaluation import page, report, rollout, worker
 
-FILM_EVERY = 1  # steps between two frames of a video
 FILM_SIZE = 192  # edge of a camera, pixels
-FILM_FPS = 10  # with the demo's 10 steps per second: real time
+FILM_FPS = 10  # a frame per step of the demo: real time
 
 
 def evaluate(policy, workdir, began):
@@ -124,7 +123,7 @@ def _sections(policy, workdir, env, runs, rates):
     replan, size = config.evaluation.replan, config.demo.image_size
 
     shown = choose(runs["trained"], config.evaluation.videos)
-    films = rollout.replay(env, shown, FILM_EVERY, FILM_SIZE, replan)
+    films = rollout.replay(env, shown, 1, FILM_SIZE, replan)
     videos = [_video(directory, config, *each) for each in zip(shown, films)]
     visualize.save_png(directory / "demo.png", visualize.film_strip(policy, shown[0], films[0]))
     report.success_chart(directory / "success.png", {
