@@ -35,7 +35,8 @@ def get_config():
     c.data.action_horizon = 8
     c.data.val_fraction = 0.05
 
-    c.demo.episodes = 1200
+    c.demo.episodes = 700
+    c.demo.starts = 2500  # cheap to record: new scenes teach which object is meant
     c.demo.action_noise = 0.5
 
     c.loss.downsample = 2
@@ -51,12 +52,12 @@ def get_config():
 
     # Nothing is pretrained here, so everything learns.
     c.train.trainable = (".*",)
-    c.train.steps = 4000
+    c.train.steps = 3000
     c.train.batch_size = 32
     c.train.log_every = 50
     c.train.eval_every = 1000
     c.train.eval_batches = 4
-    c.train.checkpoint_every = 2000
+    c.train.checkpoint_every = 1500
 
     c.evaluation.replan = 4
     c.evaluation.max_steps = 60

@@ -241,8 +241,8 @@ def _config(path, **changes):
 
 @pytest.fixture(scope="module")
 def recording(tmp_path_factory):
-    """(config, metadata) of four recorded episodes."""
-    config = _config(tmp_path_factory.mktemp("demo"))
+    """(config, metadata) of four recorded episodes and the starts of two more."""
+    config = _config(tmp_path_factory.mktemp("demo"), starts=2, start_steps=3)
     return config, demo.record(config)
 
 
@@ -250,7 +250,8 @@ def test_recorded_episodes_follow_the_protocol(recording):
     config, meta = recording
     found = demo.episodes(config.data.path)
     episodes.validate(found, config)
-    assert len(found) == 4 and meta["seeds"] == [0, 1, 2, 3] and meta["expert_success_rate"] == 1
+    assert meta["seeds"] == [0, 1, 2, 3, 500_000, 500_001] and meta["expert_success_rate"] == 1
+    assert len(found) == 6 and [episode.length for episode in found[4:]] == [3, 3]
     for episode in found:
         assert episode.fps == demo_env.FPS and episode.task in meta["tasks"]
         assert episode.state.shape == (episode.length, demo_env.PROPRIO_DIM)
@@ -262,6 +263,9 @@ def test_recorded_episodes_follow_the_protocol(recording):
     _, direct = demo_record.demonstrate(demo_env.TabletopEnv(16), 2, 0.3)
     np.testing.assert_array_equal(direct["action"], found[2].action)
     np.testing.assert_array_equal(direct["scene"][3:5], found[2].frames("scene", [3, 4]))
+    _, whole = demo_record.demonstrate(demo_env.TabletopEnv(16), 500_001, 0.3)
+    np.testing.assert_array_equal(whole["action"][:3], found[5].action)
+    np.testing.assert_array_equal(whole["wrist"][:3], found[5].frames("wrist", [0, 1, 2]))
 
 
 def test_recording_continues_and_keeps_what_is_there(recording, tmp_path):
@@ -275,7 +279,7 @@ def test_recording_continues_and_keeps_what_is_there(recording, tmp_path):
         demo.episodes(path)
     again = demo.record(config)
     assert again["seeds"] == meta["seeds"] and kept.stat().st_mtime_ns == stamp
-    assert len(demo.episodes(path)) == 4
+    assert len(demo.episodes(path)) == 6
 
 
 def test_recording_with_other_settings_is_refused(recording):
@@ -288,7 +292,7 @@ def test_recording_with_other_settings_is_refused(recording):
 def test_failed_seeds_are_replaced(tmp_path, monkeypatch):
     """With half of the seeds failing, the next ones are tried until enough succeed."""
 
-    def outcome(path, seeds, settings, bar):
+    def outcome(path, seeds, settings, bar, most_steps=None):
         for seed in seeds:
             if seed % 2:
                 arrays = {"state": np.zeros((3, 5)), "action": np.zeros((3, 4))}

@@ -19,6 +19,7 @@ import tqdm
 
 from lightwam_jax.data import demo_env, demo_record
 
+_FIRST_START = 500_000  # added to first_seed: more episodes never reach the seeds of the starts
 _ONE_THREAD = {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
 
 
@@ -82,11 +83,12 @@ def _read(file):
 
 
 def record(config):
-    """Records `config.demo.episodes` successful demonstrations into `config.data.path`.
+    """Records demonstrations into `config.data.path`.
 
-    The episodes are the first successful ones of the seeds from `config.demo.first_seed` on,
-    whatever the number of workers and however often the recording was interrupted: running it again
-    continues.
+    They are `config.demo.episodes` whole ones, the first successful ones of the seeds from
+    `config.demo.first_seed` on, and the first `config.demo.start_steps` steps of the
+    `config.demo.starts` seeds from half a million further on. The same ones come whatever the
+    number of workers and however often the recording was interrupted: running it again continues.
 
     Args:
       config: `lightwam_jax.config.Config`.
@@ -104,11 +106,13 @@ def record(config):
         "first_seed": demo.first_seed,
         "image_size": demo.image_size,
         "action_noise": demo.action_noise,
+        "start_steps": demo.start_steps,
         "difficulty": dataclasses.asdict(demo_env.Difficulty()),
     }
     settings = json.loads(json.dumps(settings))  # tuples become lists, as they will when read back
     _claim(path, settings)
-    if (path / "metadata.json").exists() and len(metadata(path)["seeds"]) == demo.episodes:
+    wanted = {"episodes": demo.episodes, "starts": demo.starts}
+    if (path / "metadata.json").exists() and metadata(path)["wanted"] == wanted:
         return metadata(path)
 
     start, outcomes, following = time.monotonic(), {}, demo.first_seed
@@ -123,14 +127,19 @@ def record(config):
             seeds = range(following, following + missing)
             following += missing
             outcomes.update(_round(path, seeds, demo, bar))
+    solved = sorted(seed for seed, success in outcomes.items() if success)
+    with tqdm.tqdm(total=demo.starts, desc="starts", unit="episode") as bar:
+        first = demo.first_seed + _FIRST_START
+        starts = _round(path, range(first, first + demo.starts), demo, bar, demo.start_steps)
 
-    seeds = sorted(seed for seed, success in outcomes.items() if success)
+    seeds = [*solved, *sorted(starts)]
     found = [_read(demo_record.episode_file(path, seed)) for seed in seeds]
     result = {
         "settings": settings,
+        "wanted": wanted,
         "seeds": seeds,
-        "expert_success_rate": len(seeds) / len(outcomes),
-        "failed_seeds": sorted(set(outcomes) - set(seeds)),
+        "expert_success_rate": len(solved) / len(outcomes),
+        "failed_seeds": sorted(set(outcomes) - set(solved)),
         "fps": demo_env.FPS,
         "cameras": list(demo_env.CAMERAS),
         "tasks": sorted({episode.task for episode in found}),
@@ -172,7 +181,7 @@ def _write(file, content):
     os.replace(partial, file)
 
 
-def _round(path, seeds, demo, bar):
+def _round(path, seeds, demo, bar, most_steps=None):
     """Records the seeds that have no file yet; returns {seed: success} for all of them."""
     outcomes = {seed: True for seed in seeds if demo_record.episode_file(path, seed).exists()}
     bar.update(len(outcomes))
@@ -186,6 +195,7 @@ def _round(path, seeds, demo, bar):
             "path": str(path),
             "image_size": demo.image_size,
             "action_noise": demo.action_noise,
+            "most_steps": most_steps,
         }
         for i in range(workers)
     ]

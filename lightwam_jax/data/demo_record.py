@@ -1,8 +1,8 @@
 """Records demonstrations of the demo task: the program of one worker process of `demo.record`.
 
 `python -m lightwam_jax.data.demo_record JOB` takes a JSON object (seeds, path, image_size,
-action_noise) and prints one JSON line per episode. It is a program of its own because spawned
-`multiprocessing` workers would import the parent's main module, and with it jax.
+action_noise, most_steps) and prints one JSON line per episode. It is a program of its own because
+spawned `multiprocessing` workers would import the parent's main module, and with it jax.
 """
 
 import json
@@ -20,7 +20,7 @@ _FUMBLE = 0.004  # chance per step that the gripper does the opposite for _FUMBL
 _FUMBLE_STEPS = 2
 
 
-def demonstrate(env, seed, action_noise):
+def demonstrate(env, seed, action_noise, most_steps=None):
     """Lets the expert play one episode, disturbed, and returns what a learner needs.
 
     Now and then a push of standard deviation `action_noise` is added to the executed velocity for
@@ -32,9 +32,11 @@ def demonstrate(env, seed, action_noise):
       env: `TabletopEnv`.
       seed: of the episode; it also fixes the disturbances.
       action_noise: standard deviation, in units of the action (1 is full speed).
+      most_steps: the recording stops there, whether or not the task is solved; None: at the end.
 
     Returns:
-      success (bool), {"state" [n, P] f32, "action" [n, A] f32, one uint8 [n, S, S, 3] per camera}.
+      success (bool; true for a recording that was stopped), {"state" [n, P] f32, "action" [n, A]
+      f32, one uint8 [n, S, S, 3] per camera}.
     """
     rng = np.random.default_rng([demo_env.TASK_VERSION, seed, 1])
     observation, push, pushed, fumble = env.reset(seed), np.zeros(3), 0, 0
@@ -55,6 +57,8 @@ def demonstrate(env, seed, action_noise):
             fumble = max(fumble - 1, 0) or _FUMBLE_STEPS * bool(rng.random() < _FUMBLE)
             executed[3] *= -1 if fumble else 1
         success, done = env.step(executed)
+        if env.steps == most_steps:
+            success = done = True
         if not done:
             observation = env.observe()
     return success, {name: np.stack(row) for name, row in rows.items()}
@@ -69,7 +73,7 @@ def main(job):
     """Records the episodes of `job` (see the module docstring); failed ones leave no file."""
     env = demo_env.TabletopEnv(job["image_size"])
     for seed in job["seeds"]:
-        success, arrays = demonstrate(env, seed, job["action_noise"])
+        success, arrays = demonstrate(env, seed, job["action_noise"], job["most_steps"])
         if success:
             final = episode_file(job["path"], seed)
             partial = final.with_suffix(".partial")
