@@ -21,9 +21,9 @@ $(VENV)/.core: requirements.txt requirements-test.txt
 	$(PIP) install --no-compile -r requirements.txt -r requirements-test.txt
 	@touch $@
 
-$(VENV)/.torch: $(VENV)/.core requirements-torch.txt
+$(VENV)/.torch: $(VENV)/.core requirements-torch.txt requirements-parity.txt
 	$(PIP) install --no-compile "$(TORCH)"
-	$(PIP) install --no-compile -r requirements-torch.txt
+	$(PIP) install --no-compile -r requirements-torch.txt -r requirements-parity.txt
 	@touch $@
 
 demo: setup

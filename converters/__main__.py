@@ -1,9 +1,14 @@
 """Command line of the converters.
 
     python -m converters lightwam --in step_150000.pt --out weights/libero [--verify]
-    python -m converters dit --in diffusion_pytorch_model.safetensors --out weights/wan21
-    python -m converters export --in weights/libero --out step_150000.pt
+    python -m converters dit|vae|t5 --in FILE_OR_FOLDER --out DIR [--verify]
+    python -m converters export --in DIR --out FILE [--layout official|diffusers|huggingface]
+    python -m converters policy --weights DIR --config configs/libero.py:all --vae DIR --text DIR
+                                --out DIR
+    python -m converters inspect FILE_OR_DIR
     python -m converters verify FIXTURE_DIR
+
+`--in` is a weight file, an index of shards, a folder of Wan or of diffusers, or hf:owner/name.
 """
 
 import argparse
@@ -16,13 +21,16 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 "
                                    "--xla_llvm_disable_expensive_passes=true")
 
+KINDS = {"lightwam": "a released Light-WAM .pt", "dit": "a Wan video transformer",
+         "vae": "a Wan 2.1 or 2.2 VAE", "t5": "the umT5 text encoder"}
+
 
 def main(argv=None):
     """Runs one command; returns the exit code."""
     args = _parser().parse_args(argv)
     try:
         return args.run(args)
-    except (ValueError, FileNotFoundError, FileExistsError, ModuleNotFoundError) as error:
+    except (ValueError, ModuleNotFoundError, OSError) as error:  # OSError: files, disk, network
         print(f"error: {error}", file=sys.stderr)
         return 2
 
@@ -34,16 +42,35 @@ def _verify(args):
 
 def _convert(args):
     from converters import convert
-    convert.convert(args.command, getattr(args, "in"), args.out, verify=args.verify, told=dict(
-        head_dim=args.head_dim, pool_heads=args.pool_heads, lora_alpha=args.lora_alpha,
-        adapter_scale=args.adapter_scale, attention_mask=args.attention_mask,
-        sources=tuple(args.sources.split(",")) if args.sources else ()))
+    told = {}
+    if args.command in ("lightwam", "dit"):
+        told = dict(head_dim=args.head_dim, variant=args.variant)
+    if args.command == "lightwam":
+        told.update(pool_heads=args.pool_heads, lora_alpha=args.lora_alpha,
+                    adapter_scale=args.adapter_scale, attention_mask=args.attention_mask,
+                    sources=tuple(args.sources.split(",")) if args.sources else ())
+    convert.convert(args.command, getattr(args, "in"), args.out, told, verify=args.verify,
+                    beside=[args.beside] if args.beside else [])
     return 0
 
 
 def _export(args):
     from converters import convert
-    convert.export(getattr(args, "in"), args.out)
+    convert.export(getattr(args, "in"), args.out, args.layout)
+    return 0
+
+
+def _policy(args):
+    from converters import policy
+    policy.assemble(args.weights, args.config, args.vae, args.text, args.out, args.stats,
+                    args.prompts)
+    return 0
+
+
+def _inspect(args):
+    from converters import inspect
+    told = {"head_dim": args.head_dim, "pool_heads": args.pool_heads}
+    inspect.inspect(args.path, {key: value for key, value in told.items() if value})
     return 0
 
 
@@ -54,26 +81,50 @@ def _parser():
     verify = commands.add_parser("verify", help="check parity against a directory of fixtures")
     verify.add_argument("directory")
     verify.set_defaults(run=_verify)
-    kinds = {"lightwam": "a released Light-WAM .pt", "dit": "an official Wan transformer"}
-    for name, text in kinds.items():
-        command = commands.add_parser(name, help=f"{text} -> checkpoint directory")
-        command.add_argument("--in", required=True)
-        command.add_argument("--out", required=True)
-        command.add_argument("--verify", action="store_true",
-                             help="read the result back and compare bytes")
-        told = command.add_argument_group("what a file does not tell (defaults: the release's)")
-        told.add_argument("--head_dim", type=int)
+    for name, text in KINDS.items():
+        _add_conversion(commands, name, text)
+    export = commands.add_parser("export", help="checkpoint directory -> weight file")
+    export.add_argument("--in", required=True)
+    export.add_argument("--out", required=True, help=".safetensors, .pt or .pth")
+    export.add_argument("--layout", help="default: the one it came in")
+    export.set_defaults(run=_export)
+    policy = commands.add_parser("policy", help="converted weights + config -> a policy that acts")
+    for name, text in (("weights", "what `lightwam` wrote"), ("config", "configs/libero.py:all"),
+                       ("vae", "what `vae` wrote"), ("text", "what `t5` wrote"), ("out", "DIR")):
+        policy.add_argument(f"--{name}", required=True, help=text)
+    policy.add_argument("--stats", help="dataset_stats.json; default: the one kept with --weights")
+    policy.add_argument("--prompts", help="file of instructions to encode now, one per line")
+    policy.set_defaults(run=_policy)
+    inspect = commands.add_parser("inspect", help="what a weight file or a checkpoint is")
+    inspect.add_argument("path")
+    inspect.add_argument("--head_dim", type=int, help="default: 128")
+    inspect.add_argument("--pool_heads", type=int, help="default: 8")
+    inspect.set_defaults(run=_inspect)
+    return parser
+
+
+def _add_conversion(commands, name, text):
+    command = commands.add_parser(name, help=f"{text} -> checkpoint directory")
+    command.add_argument("--in", required=True)
+    command.add_argument("--out", required=True)
+    command.add_argument("--verify", action="store_true",
+                         help="read the result back and print each module's error")
+    beside = {"lightwam": ("--stats", "dataset_stats.json of the release"),
+              "t5": ("--tokenizer", "tokenizer.json (google/umt5-xxl)")}.get(name)
+    if beside:
+        command.add_argument(beside[0], dest="beside", help=f"{beside[1]}; default: beside --in")
+    command.set_defaults(run=_convert, beside=None)
+    if name not in ("lightwam", "dit"):
+        return
+    told = command.add_argument_group("what a file does not tell (defaults: the release's)")
+    told.add_argument("--variant", help="refuse a backbone of another size (models/variants.py)")
+    told.add_argument("--head_dim", type=int)
+    if name == "lightwam":
         told.add_argument("--pool_heads", type=int)
         told.add_argument("--lora_alpha", type=float)
         told.add_argument("--adapter_scale", type=float, default=1.0)
         told.add_argument("--attention_mask", default="first_frame_causal")
         told.add_argument("--sources", help="comma-separated, for mean pooling only")
-        command.set_defaults(run=_convert)
-    export = commands.add_parser("export", help="checkpoint directory -> Light-WAM .pt")
-    export.add_argument("--in", required=True)
-    export.add_argument("--out", required=True)
-    export.set_defaults(run=_export)
-    return parser
 
 
 if __name__ == "__main__":

@@ -1,127 +1,263 @@
-"""Weight files to checkpoint directories and back."""
+"""Weight files to checkpoint directories and back, a part at a time."""
 
-import dataclasses
 import hashlib
 import shutil
+import tempfile
 from pathlib import Path
 
-import jax
+import ml_dtypes
 import numpy as np
+import tqdm
 
-from converters import files, lightwam, rules, wan_dit
-from lightwam_jax import build, checkpoint, params
+from converters import files, layouts, locate, rules, umt5
+from lightwam_jax import checkpoint, params, storage, streams
+from lightwam_jax.data import normalize
+
+FLOATS = ("float32", "bfloat16", "float16")  # what weights may be stored in
 
 
-def convert(kind, source, out, told, verify=False, say=print):
+def convert(kind, place, out, told, beside=(), verify=False, say=print):
     """Converts a weight file into a checkpoint directory.
 
+    Tensors are read, moved and written one part at a time: memory holds a few hundred MB whatever
+    the size of the file.
+
     Args:
-      kind: "lightwam" (a released `.pt`) or "dit" (an official Wan transformer).
-      source, out: file and directory; `out` must not exist.
-      told: what the file does not tell; arguments of `lightwam.model_config`.
-      verify: read the directory back and compare every tensor with the file, byte for byte.
+      kind: "lightwam", "dit", "vae" or "t5": what the file has to be.
+      place: file, folder or `hf:` repository (`locate.locate`).
+      out: directory; must not exist.
+      told: what the file does not tell; arguments of `lightwam.model_config`, and "variant".
+      beside: files to keep with the weights: dataset_stats.json, tokenizer.json.
+      verify: read the directory back and print what became of each module.
 
     Raises:
       FileExistsError: `out` exists. ValueError: the file is not what `kind` says.
     """
-    source, out = Path(source), Path(out)
+    out = Path(out)
     if out.exists():
         raise FileExistsError(f"{out} exists; remove it or choose another --out")
-    tensors, meta = _READERS[kind](source, told)
-    table = _TABLES[kind]
-    flat = rules.to_params(table, tensors, str(source))
-    if kind == "lightwam":
-        _check_complete(flat, meta["config"]["model"], source)
-    meta["source"] = {"file": source.name, "sha256": _sha256(source), "kind": kind}
-    checkpoint.save_params(out, params.unflatten(flat), meta)
-    total = sum(array.size for array in flat.values())
-    say(f"{source}: {len(tensors)} tensors, {total:,} values -> {out}")
+    path, revision = locate.locate(place, kind)
+    source, layout, meta = read(path, kind, told)
+    meta["source"].update(sha256=_sha256(path), revision=revision)
+    beside = [*map(Path, beside), *_beside(path, kind)]
+    check_beside(beside, meta["config"])
+
+    total = sum(_bytes(entry) for entry in source.entries.values())
+    with (tqdm.tqdm(total=total, unit="B", unit_scale=True, desc=path.name) as bar,
+          tempfile.TemporaryDirectory() as assets):
+        tree = rules.to_streams(layout.table, source, bar.update)
+        for file in beside:
+            shutil.copyfile(file, Path(assets, file.name))
+        checkpoint.save_params(out, params.unflatten(tree), meta, assets if beside else None)
+    size = sum(stream.size for stream in tree.values())
+    say(f"{path}: {len(source.entries)} tensors, {size:,} values -> {out}")
     if verify:
-        changed = _differences(tensors, _source_tensors(checkpoint.load_params(out)))
-        if changed:
-            shutil.rmtree(out)
-            raise ValueError(f"{len(changed)} tensors changed on the way, {out} was removed: "
-                             f"{', '.join(changed[:5])}")
-        say(f"read back: all {len(tensors)} tensors identical, byte for byte")
+        _read_back(out, source, layout, say)
 
 
-def export(source, out, say=print):
-    """Writes a checkpoint directory back as the file it came from: the way back of `convert`.
+def read(path, kind, told):
+    """Opens a weight file and finds out what it is, without reading a tensor.
+
+    Returns:
+      (tensors to read, `Layout`, meta with "config", "source" and, for Light-WAM, "checkpoint").
+
+    Raises:
+      ValueError: not this kind; a missing or unexpected key, a wrong shape or dtype.
+    """
+    if kind == "lightwam":
+        source, rest = files.open_checkpoint(path)
+    else:
+        source, rest = files.open_tensors(path), {}
+    source, prefix = _without_prefix(source)
+    layout = layouts.detect(source.entries, source.name)
+    if layout.kind != kind:
+        raise ValueError(f"{path} is a {layout.kind} file ({layout.name} names), not {kind}; run: "
+                         f"python -m converters {layout.kind} --in {path} ...")
+    _drop_tied(source)
+    odd = [key for key, entry in source.entries.items() if str(entry.dtype) not in FLOATS]
+    if odd:
+        raise ValueError(f"{path}: {odd[0]} is {source.entries[odd[0]].dtype}; expected weights "
+                         f"in {', '.join(FLOATS)}")
+    config = read_config(source, layout, told)
+    meta = {"config": config, "source": {
+        "file": path.name, "kind": kind, "layout": layout.name, "version": layout.version,
+        "prefix": prefix}}
+    if kind == "lightwam":
+        meta.update(checkpoint=rest, step=rest.get("step", 0))
+    return source, layout, meta
+
+
+def read_config(source, layout, told):
+    """The config of a file, and the proof that the file is complete."""
+    told = dict(told)
+    variant = told.pop("variant", None)
+    shapes = {key: entry.shape for key, entry in source.entries.items()}
+    rules.match_sources(layout.table, shapes, source.name)  # an unknown key is the clearer error
+    try:
+        config = layout.read_config(shapes, told)
+    except KeyError as error:
+        raise ValueError(f"{source.name}: key {error} is missing: incomplete") from error
+    except ValueError as error:
+        raise ValueError(f"{source.name}: {error}") from error
+    if variant:
+        config = layouts.of_variant(config, variant)
+    _check_complete(source.name, shapes, layouts.expected_shapes(layout, config))
+    return config
+
+
+def check_beside(beside, config):
+    """Whether the files that go with the weights can be read and fit them."""
+    for path in beside:
+        if path.name == "dataset_stats.json":
+            fields = config["model"]
+            normalize.read_statistics(path, fields["proprio_dim"], fields["action_dim"])
+        elif path.name != "tokenizer.json":
+            raise ValueError(f"{path}: expected dataset_stats.json or tokenizer.json")
+        else:
+            files.read_json(path)
+
+
+def export(place, out, layout=None, say=print):
+    """Writes a checkpoint directory as a PyTorch-side file: the way back of `convert`.
 
     A run of `train.py` is written as a Light-WAM `.pt`.
 
+    Args:
+      layout: "official", "diffusers" or "huggingface"; None: the one it came in.
+
     Raises:
-      FileExistsError: `out` exists. FileNotFoundError: no checkpoint at `source`.
+      FileExistsError: `out` exists. FileNotFoundError: no checkpoint at `place`.
     """
     out = Path(out)
     if out.exists():
         raise FileExistsError(f"{out} exists; remove it or choose another --out")
-    policy = checkpoint.load_params(source)
-    tensors = _source_tensors(policy)
-    if _kind(policy) == "lightwam":
-        rest = policy.meta.get("checkpoint") or {
-            "step": policy.meta["step"], "torch_dtype": "torch.float32"}
+    stored = checkpoint.load_params(place)
+    origin = stored.meta.get("source", {"kind": "lightwam", "version": "", "layout": "official"})
+    layout = layouts.find(origin["kind"], origin["version"], layout or origin["layout"])
+    flat = {path: np.asarray(x) for path, x in params.flatten(stored.params).items()}
+    tensors = rules.from_params(layout.table, flat, layouts.stacking(stored.meta["config"]))
+    if layout.name == origin["layout"] and origin.get("prefix"):
+        tensors = {origin["prefix"] + key: x for key, x in tensors.items()}
+    if origin["kind"] == "lightwam":
+        rest = stored.meta.get("checkpoint") or {
+            "step": stored.meta["step"], "torch_dtype": "torch.float32"}
         files.write_checkpoint(out, tensors, rest)
     else:
         files.write_tensors(out, tensors)
-    say(f"{policy.path} -> {out}: {len(tensors)} tensors")
+    say(f"{stored.path} -> {out}: {len(tensors)} tensors")
 
 
-def _read_lightwam(source, told):
-    tensors, rest = files.read_checkpoint(source)
-    try:
-        config = lightwam.model_config({k: v.shape for k, v in tensors.items()}, **told)
-    except KeyError as error:
-        raise ValueError(f"{source}: key {error} is missing") from error
-    except ValueError as error:
-        raise ValueError(f"{source}: {error}") from error
-    return tensors, {"config": {"model": dataclasses.asdict(config)}, "checkpoint": rest,
-                     "step": rest.get("step", 0)}
+# ---- parts of it ---------------------------------------------------------------------------------
 
 
-def _read_dit(source, told):
-    tensors = files.read_tensors(source)
-    prefixed = all(key.startswith("model.") for key in tensors)
-    tensors = {key.removeprefix("model.") if prefixed else key: x for key, x in tensors.items()}
-    try:
-        fields = wan_dit.model_fields({k: v.shape for k, v in tensors.items()}, told["head_dim"])
-    except ValueError as error:
-        raise ValueError(f"{source}: {error}") from error
-    return tensors, {"config": {"model": fields}}
+def _without_prefix(source):
+    """Some files put "model." before every key; (the same tensors without it, the prefix)."""
+    prefix = "model."
+    if not all(key.startswith(prefix) for key in source.entries):
+        return source, ""
+    return rules.Renamed(source, prefix), prefix
 
 
-_READERS = {"lightwam": _read_lightwam, "dit": _read_dit}
-_TABLES = {"lightwam": lightwam.CHECKPOINT, "dit": wan_dit.RULES}
+def _drop_tied(source):
+    """Leaves out the second copy of umT5's token table, if there is one and it is a copy."""
+    first, second = (source.entries.get(key) for key in umt5.TIED)
+    if not (first and second):
+        return
+    rows = streams.rows_per_part(*first)
+    copies = first == second and all(
+        np.array_equal(*(source.read(key, i, min(i + rows, first.shape[0])) for key in umt5.TIED))
+        for i in range(0, first.shape[0], rows))
+    if not copies:
+        raise ValueError(f"{source.name}: {umt5.TIED[1]} is not equal to {umt5.TIED[0]}; expected "
+                         "one token table")
+    del source.entries[umt5.TIED[1]]
 
 
-def _check_complete(flat, fields, source):
-    """Nothing missing, nothing extra, every shape as the model has it."""
-    config = lightwam.configs.ModelConfig(**fields)
-    model = build.build_model(config)
-    shapes = jax.eval_shape(
-        lambda key: params.canonical(build.init_params(model, key, config)), jax.random.key(0))
-    params.check_same_structure(params.unflatten(flat), shapes, str(source))
+def _check_complete(name, shapes, expected):
+    """Nothing missing, nothing extra, every shape as the model has it.
+
+    Raises:
+      ValueError: names the file and the keys.
+    """
+    lines = [f"  {key} is {list(shapes[key])}, expected {list(expected[key])}"
+             for key in shapes if key in expected and tuple(shapes[key]) != tuple(expected[key])]
+    lines += [f"  missing {key} {list(expected[key])}" for key in expected if key not in shapes]
+    lines += [f"  unexpected {key} {list(shapes[key])}" for key in shapes if key not in expected]
+    if lines:
+        more = f"\n  and {len(lines) - 10} more" if len(lines) > 10 else ""
+        raise ValueError(f"{name} is not the complete model its sizes describe:\n"
+                         + "\n".join(lines[:10]) + more)
 
 
-def _kind(policy):
-    return policy.meta.get("source", {}).get("kind", "lightwam")
+def _beside(path, kind):
+    """Files that belong to the weights and lie with them."""
+    if kind == "t5":
+        found = locate.tokenizer(path)
+        return [found] if found else []
+    statistics = path.with_name("dataset_stats.json")
+    return [statistics] if kind == "lightwam" and statistics.is_file() else []
 
 
-def _source_tensors(policy):
-    """The tensors of a stored checkpoint under their file's names."""
-    flat = {path: np.asarray(x) for path, x in params.flatten(policy.params).items()}
-    fields = policy.meta["config"]["model"]
-    layers = wan_dit.stacked_layers(fields["num_layers"], fields["lora_layers"])
-    return rules.from_params(_TABLES[_kind(policy)], flat, layers)
+def _read_back(out, source, layout, say):
+    """Compares the written arrays with the file, module by module, and prints the table.
+
+    Per module: tensors, values, the largest weight, the error of the stored weights in float32
+    (they have to be the file's bytes) and after rounding to bfloat16, relative to the largest.
+
+    Raises:
+      ValueError: bytes changed on the way; `out` is removed.
+    """
+    meta, changed, rows = storage.read_meta(out), [], {}
+    for path, stream in rules.to_streams(layout.table, source).items():
+        stored, start = storage.read_array(out, "params", path, meta), 0
+        for part in stream.parts():
+            got = stored[start:start + len(part)]
+            start += len(part)
+            if part.dtype != got.dtype or part.tobytes() != got.tobytes():
+                changed.append(path)
+            _add(rows.setdefault(_module(path), np.zeros(5)), part, got, start == len(part))
+    if changed:
+        shutil.rmtree(out)
+        raise ValueError(f"{len(set(changed))} arrays changed on the way, {out} was removed: "
+                         f"{rules.some_of(set(changed))}")
+    say(f"{'module':<28} {'arrays':>7} {'values':>15} {'largest':>10} {'float32':>9} "
+        f"{'bfloat16':>9}")
+    for name, (arrays, values, largest, exact, rounded) in rows.items():
+        scale = largest or 1.0
+        say(f"{name:<28} {int(arrays):>7} {int(values):>15,} {largest:10.3e} "
+            f"{exact / scale:9.1e} {rounded / scale:9.1e}")
+    say(f"read back: all {len(source.entries)} tensors identical, byte for byte")
 
 
-def _differences(expected, got):
-    """Keys whose tensor is absent on one side or differs in dtype, shape or any byte."""
-    same = lambda a, b: (a.dtype, a.shape) == (b.dtype, b.shape) and a.tobytes() == b.tobytes()
-    return sorted(key for key in set(expected) | set(got)
-                  if key not in expected or key not in got or not same(expected[key], got[key]))
+def _add(row, part, got, first):
+    """Adds a part to [arrays, values, largest, error in float32, error in bfloat16]."""
+    true, half = part.astype(np.float32), got.astype(ml_dtypes.bfloat16)
+    row += (first, part.size, 0, 0, 0)
+    found = (np.abs(true).max(), np.abs(got.astype(np.float32) - true).max(),
+             np.abs(half.astype(np.float32) - true).max())
+    row[2:] = np.maximum(row[2:], found)
+
+
+def _module(path):
+    """The first parts of a path that name a module of the model."""
+    parts = path.split("/")
+    depth = 3 if parts[:2] == ["dit", "blocks"] else 2 if len(parts) > 2 else 1
+    return "/".join(parts[:depth])
+
+
+def _bytes(entry):
+    return int(np.prod(entry.shape, dtype=np.int64)) * entry.dtype.itemsize
 
 
 def _sha256(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """Digest of the file; of an index, of its shards one after the other."""
+    paths = [path]
+    if path.name.endswith(".index.json"):
+        names = sorted(set(files.read_json(path)["weight_map"].values()))
+        paths = [path.parent / name for name in names]
+    digest = hashlib.sha256()
+    for each in paths:
+        with open(each, "rb") as file:
+            while block := file.read(1 << 22):
+                digest.update(block)
+    return digest.hexdigest()

@@ -1,10 +1,11 @@
-"""Reading and writing weight files as numpy arrays, bit for bit.
+"""Reading and writing weight files as numpy arrays, bit for bit, a tensor at a time.
 
 `.safetensors` needs nothing else. `.pt` and `.pth` need PyTorch (its CPU build is enough) and are
 read with `weights_only=True`, which refuses anything but tensors and plain containers.
 """
 
 import json
+import os
 from pathlib import Path
 
 import ml_dtypes
@@ -13,26 +14,86 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from converters import lightwam
+from converters.rules import Entry
+
+_NUMPY = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
+          "I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8, "U8": np.uint8,
+          "BOOL": np.bool_}
+_REOPEN_BYTES = 256 << 20  # pages of a mapped file count as memory until it is closed
 
 
-def read_tensors(path):
-    """{key: array} of a flat weight file; a "model_state" wrapper is opened.
+class SafetensorsFiles:
+    """One `.safetensors` file, or the shards of one model."""
+
+    def __init__(self, paths, name):
+        self.name, self.entries, self._path = name, {}, {}
+        for path in paths:
+            with _open_safetensors(path) as file:
+                for key in file.keys():  # noqa: SIM118 (no dictionary)
+                    if key in self._path:
+                        raise ValueError(f"{path.name} and {self._path[key].name} of {name} both "
+                                         f"hold {key}; delete the one that does not belong")
+                    part = file.get_slice(key)
+                    self.entries[key] = Entry(tuple(part.get_shape()),
+                                              _dtype(part.get_dtype(), key, path))
+                    self._path[key] = path
+
+    def read(self, key, start=None, stop=None):
+        """As `InMemory.read`. The file is open only here, so that its pages are given back."""
+        with _open_safetensors(self._path[key]) as file:
+            return file.get_slice(key)[start:stop] if start is not None else file.get_tensor(key)
+
+
+class TorchFile:
+    """A `.pt` or `.pth` file, mapped into memory.
+
+    Attributes: as `InMemory`; rest: what `flatten` found beside the tensors.
+    """
+
+    def __init__(self, path, flatten):
+        self.name, self._path, self._flatten = str(path), path, flatten
+        self._reload()
+        self.entries = {}
+        for key, tensor in self._tensors.items():
+            if not hasattr(tensor, "detach"):
+                raise ValueError(f"{path}: {key} is a {type(tensor).__name__}, expected a tensor")
+            kind = str(tensor.dtype).removeprefix("torch.")
+            kind = ml_dtypes.bfloat16 if kind == "bfloat16" else kind
+            self.entries[key] = Entry(tuple(tensor.shape), np.dtype(kind))
+
+    def _reload(self):
+        self._tensors, self._touched = None, 0
+        self._tensors, self.rest = self._flatten(_read_torch(self._path))
+
+    def read(self, key, start=None, stop=None):
+        """As `InMemory.read`."""
+        if self._touched > _REOPEN_BYTES:
+            self._reload()
+        tensor = self._tensors[key]
+        tensor = tensor[start:stop] if start is not None else tensor
+        self._touched += tensor.numel() * tensor.element_size()
+        return _to_numpy(tensor)
+
+
+def open_tensors(path):
+    """A flat weight file (or an index of shards) as tensors to read; "model_state" is opened.
 
     Keys come in the order of a PyTorch file; safetensors files keep none and give them sorted.
 
     Raises:
-      FileNotFoundError: no such file. ValueError: truncated, or not a weight file.
+      FileNotFoundError: no such file, or a shard that an index names is absent.
+      ValueError: truncated, or not a weight file.
     """
-    path = _existing(path)
+    path = existing(path)
+    if path.name.endswith(".index.json"):
+        return _open_index(path)
     if path.suffix == ".safetensors":
-        return _read_safetensors(path)
-    content = _read_torch(path)
-    content = content.get("model_state", content)
-    return {key: _to_numpy(value, f"{path}: {key}") for key, value in content.items()}
+        return SafetensorsFiles([path], str(path))
+    return TorchFile(path, lambda content: (content.get("model_state", content), {}))
 
 
-def read_checkpoint(path):
-    """A Light-WAM checkpoint -> ({flat key: array}, {"step", "torch_dtype", ...}).
+def open_checkpoint(path):
+    """A Light-WAM checkpoint -> (tensors to read, {"step", "torch_dtype", ...}).
 
     Flat keys are section.key: `mot.mixtures.video.head.modulation`. A `.safetensors` file holds
     them as they are.
@@ -40,15 +101,28 @@ def read_checkpoint(path):
     Raises:
       FileNotFoundError: no such file. ValueError: truncated, foreign, or a section is missing.
     """
-    path = _existing(path)
+    path = existing(path)
     if path.suffix == ".safetensors":
-        return _read_safetensors(path), {}
+        return SafetensorsFiles([path], str(path)), {}
     try:
-        flat, rest = lightwam.flatten_checkpoint(_read_torch(path))
+        source = TorchFile(path, lightwam.flatten_checkpoint)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    rest.pop("optimizer", None)  # belongs to another optimizer
-    return {key: _to_numpy(value, f"{path}: {key}") for key, value in flat.items()}, rest
+        message = str(error)
+        raise ValueError(message if str(path) in message else f"{path}: {message}") from error
+    rest = {key: value for key, value in source.rest.items() if key != "optimizer"}
+    return source, rest  # the optimizer's state belongs to another optimizer
+
+
+def read_tensors(path):
+    """{key: array} of a flat weight file, all of it; see `open_tensors`."""
+    source = open_tensors(path)
+    return {key: source.read(key) for key in source.entries}
+
+
+def read_checkpoint(path):
+    """A Light-WAM checkpoint -> ({flat key: array}, the rest); see `open_checkpoint`."""
+    source, rest = open_checkpoint(path)
+    return {key: source.read(key) for key in source.entries}, rest
 
 
 def write_checkpoint(path, flat, rest):
@@ -59,39 +133,95 @@ def write_checkpoint(path, flat, rest):
         return
     torch = _torch(path)
     tensors = {key: _to_torch(torch, value) for key, value in flat.items()}
-    torch.save(lightwam.unflatten_checkpoint(tensors, rest), path)
+    content = lightwam.unflatten_checkpoint(tensors, rest)
+    _write(path, lambda partial: torch.save(content, partial))
 
 
 def write_tensors(path, tensors):
     """Writes a flat weight file: `.safetensors`, or `.pt`/`.pth` with PyTorch."""
     path = Path(path)
     if path.suffix == ".safetensors":
-        save_file(tensors, path)
-        return
-    torch = _torch(path)
-    torch.save({key: _to_torch(torch, value) for key, value in tensors.items()}, path)
+        whole = {key: np.ascontiguousarray(array) for key, array in tensors.items()}
+        _write(path, lambda partial: save_file(whole, partial))
+    elif path.suffix in (".pt", ".pth"):
+        torch = _torch(path)
+        content = {key: _to_torch(torch, value) for key, value in tensors.items()}
+        _write(path, lambda partial: torch.save(content, partial))
+    else:
+        raise ValueError(f"{path}: expected a name that ends in .safetensors, .pt or .pth")
 
 
-def _existing(path):
+def read_json(path):
+    """The content of a JSON file."""
+    path = existing(path)
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON file: {error}") from error
+
+
+def _write(path, save):
+    """Writes beside the place and moves in when complete: what fails leaves nothing."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        save(partial)
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def existing(path):
+    """The path of a file that is there.
+
+    Raises:
+      FileNotFoundError: it is not.
+    """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     return path
 
 
-def _read_safetensors(path):
+def _open_index(path):
+    place_of = read_json(path).get("weight_map")
+    if not isinstance(place_of, dict) or not place_of:
+        raise ValueError(f"{path} has no weight_map; expected an index of safetensors shards")
+    shards = {name: path.parent / name for name in sorted(set(place_of.values()))}
+    for name, shard in shards.items():
+        if Path(name).name != name:
+            raise ValueError(f"{path} names the shard {name!r}; expected a file beside the index")
+        if not shard.is_file():
+            keys = [key for key, place in place_of.items() if place == name]
+            raise FileNotFoundError(f"{path} names {name} for {len(keys)} tensors (such as "
+                                    f"{keys[0]}), and there is no {shard}; get the missing shard")
+    source = SafetensorsFiles(shards.values(), str(path))
+    absent = sorted(set(place_of) - set(source.entries))
+    if absent:
+        raise ValueError(f"{path} lists {absent[0]}, and {place_of[absent[0]]} does not hold it")
+    return source
+
+
+def _open_safetensors(path):
     try:
-        with safe_open(path, framework="np") as file:
-            keys = file.keys()
-            return {key: file.get_tensor(key) for key in keys}
+        return safe_open(path, framework="np")
     except SafetensorError as error:
         raise ValueError(f"{path} is truncated or no safetensors file: {error}") from error
 
 
+def _dtype(name, key, path):
+    if name not in _NUMPY:
+        raise ValueError(f"{path}: {key} is {name}; expected one of {', '.join(_NUMPY)}")
+    return np.dtype(_NUMPY[name])
+
+
 def _read_torch(path):
     torch = _torch(path)
+    options = dict(map_location="cpu", weights_only=True)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with open(path, "rb") as file:  # only files in the newer zip format can be mapped
+            mapped = file.read(2) == b"PK"
+        content = torch.load(path, mmap=mapped, **options)
     except Exception as error:  # torch raises pickle, zip, runtime and end-of-file errors here
         raise ValueError(f"{path} is truncated, no PyTorch file, or holds more than tensors "
                          "(refused: loading it could run code): "
@@ -112,12 +242,11 @@ def _torch(path):
     return torch
 
 
-def _to_numpy(tensor, what):
-    if not hasattr(tensor, "detach"):
-        raise ValueError(f"{what} is a {type(tensor).__name__}, expected a tensor")
+def _to_numpy(tensor):
     tensor = tensor.detach().contiguous()
     if str(tensor.dtype) == "torch.bfloat16":  # numpy has no bfloat16: move the bits
-        return tensor.view(_torch(Path(what)).uint16).numpy().view(ml_dtypes.bfloat16)
+        import torch
+        return tensor.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
     return tensor.numpy()
 
 
@@ -126,8 +255,3 @@ def _to_torch(torch, array):
     if array.dtype == ml_dtypes.bfloat16:
         return torch.from_numpy(array.view(np.uint16).copy()).view(torch.bfloat16)
     return torch.from_numpy(array.copy())
-
-
-def read_json(path):
-    """The content of a JSON file."""
-    return json.loads(_existing(path).read_text())

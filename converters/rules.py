@@ -14,6 +14,8 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from lightwam_jax.streams import StreamedArray, rows_per_part
+
 NUMBERS = ("block", "lora", "layer", "i", "j")  # fields that stand for digits only
 _FIELD = re.compile(r"\{(\w+)\}")
 
@@ -35,6 +37,40 @@ class Rule(NamedTuple):
     source: str
     target: str
     transform: Transform = SAME
+
+
+class Entry(NamedTuple):
+    """What is known of a tensor before it is read."""
+    shape: tuple
+    dtype: np.dtype
+
+
+class InMemory:
+    """Tensors that are there already, behind the interface of the file readers.
+
+    Attributes:
+      name: for messages. entries: {key: Entry} in file order.
+    """
+
+    def __init__(self, tensors, name="file"):
+        self._tensors, self.name = tensors, name
+        self.entries = {key: Entry(x.shape, x.dtype) for key, x in tensors.items()}
+
+    def read(self, key, start=None, stop=None):
+        """The tensor, or its rows start..stop-1, as a numpy array."""
+        return self._tensors[key][start:stop] if start is not None else self._tensors[key]
+
+
+class Renamed:
+    """Tensors whose keys all start with a prefix, without it; else as `InMemory`."""
+
+    def __init__(self, source, prefix):
+        self.name, self._source, self._prefix = source.name, source, prefix
+        self.entries = {key.removeprefix(prefix): x for key, x in source.entries.items()}
+
+    def read(self, key, start=None, stop=None):
+        """As `InMemory.read`."""
+        return self._source.read(self._prefix + key, start, stop)
 
 
 def linear_rows(source, target, transform=KERNEL):
@@ -96,25 +132,31 @@ def match_targets(rules, paths, layers):
     return found
 
 
-def to_params(rules, tensors, what="file"):
-    """Source tensors -> {target path: array}, stacked where the table stacks.
+def to_streams(rules, source, advance=lambda count: None):
+    """Source tensors -> {target path: `StreamedArray`}, stacked where the table stacks.
 
     Args:
-      tensors: mapping of source key to array; every key is used.
+      source: tensors to read (`files.InMemory` or a file's reader); every key is used.
+      advance: called with the number of bytes of each part that was read.
 
     Raises:
-      ValueError: unknown keys, or a stack whose parts differ in shape.
+      ValueError: unknown keys, or a stack whose parts differ in shape or dtype.
     """
-    matches = match_sources(rules, tensors.keys(), what)
-    stacks, params = {}, {}
-    for key, match in matches.items():
+    stacks, out = {}, {}
+    for key, match in match_sources(rules, source.entries, source.name).items():
         if match.index is None:
-            params[match.target] = np.ascontiguousarray(match.rule.transform.forward(tensors[key]))
+            out[match.target] = _single(source, key, match.rule.transform, advance)
         else:
-            stacks.setdefault(match.target, []).append((match.index, key, match.rule))
+            stacks.setdefault(match.target, []).append((match.index, key, match.rule.transform))
     for target, parts in stacks.items():
-        params[target] = _stack(target, sorted(parts), tensors, what)
-    return params
+        out[target] = _stack(source, target, sorted(parts, key=lambda part: part[0]), advance)
+    return out
+
+
+def to_params(rules, tensors, what="file"):
+    """{source key: array} -> {target path: array}: `to_streams` in memory."""
+    streams = to_streams(rules, InMemory(tensors, what))
+    return {path: stream.whole() for path, stream in streams.items()}
 
 
 def from_params(rules, params, layers):
@@ -210,18 +252,44 @@ def _stacking_field(rule):
     return next((name for name in _FIELD.findall(rule.source) if name not in kept), None)
 
 
-def _stack(target, parts, tensors, what):
-    """One preallocated array filled part by part: never two copies of the whole stack."""
-    _, first_key, rule = parts[0]
-    first = rule.transform.forward(tensors[first_key])
-    out = np.empty((len(parts), *first.shape), first.dtype)
-    for place, (_, key, rule) in enumerate(parts):
-        part = rule.transform.forward(tensors[key])
-        if part.shape != first.shape or part.dtype != first.dtype:
-            raise ValueError(f"{what}: {key} is {part.dtype}{part.shape}, but {first_key}, which "
-                             f"stacks into the same {target}, is {first.dtype}{first.shape}")
-        out[place] = part
-    return out
+def _single(source, key, transform, advance):
+    """A tensor that goes into no stack; one that keeps its layout is read in pieces."""
+    shape, dtype = source.entries[key]
+    target = _shape_after(transform.forward, shape)
+    rows = rows_per_part(target, dtype) if transform is SAME else target[0]
+
+    def parts():
+        for start in range(0, target[0], rows):
+            part = (source.read(key, start, min(start + rows, target[0])) if transform is SAME
+                    else transform.forward(source.read(key)))
+            advance(part.nbytes)
+            yield part
+
+    return StreamedArray(target, dtype, rows, parts)
+
+
+def _stack(source, target, layers, advance):
+    """Tensors [...] of several layers, in order, as one array [n, ...]."""
+    _, first, transform = layers[0]
+    for _, key, _ in layers:
+        if source.entries[key] != source.entries[first]:
+            (shape, dtype), (shape0, dtype0) = source.entries[key], source.entries[first]
+            raise ValueError(f"{source.name}: {key} is {dtype}{list(shape)}, but {first}, which "
+                             f"stacks into the same {target}, is {dtype0}{list(shape0)}")
+    shape, dtype = source.entries[first]
+    shape = (len(layers), *_shape_after(transform.forward, shape))
+    rows = rows_per_part(shape, dtype)
+
+    def parts():
+        for start in range(0, len(layers), rows):
+            some = layers[start:start + rows]
+            part = np.empty((len(some), *shape[1:]), dtype)
+            for place, (_, key, change) in enumerate(some):
+                part[place] = change.forward(source.read(key))
+            advance(part.nbytes)
+            yield part
+
+    return StreamedArray(shape, dtype, rows, parts)
 
 
 def _shape_after(function, shape):

@@ -1,20 +1,68 @@
-"""The Wan video transformer's table: official key <-> our path, LoRA and adapters included."""
+"""The Wan video transformer's table: keys of a file <-> our paths, LoRA and adapters included."""
 
 from converters.rules import KERNEL, Rule, Transform, linear_rows, norm_rows, some_of
 
 # Conv3d [D, C, 1, 2, 2] <-> linear over a flattened patch (row, column, channel) [4C, D].
 PATCH = Transform(lambda w: w[:, :, 0].transpose(2, 3, 1, 0).reshape(-1, w.shape[0]),
                   lambda k: k.reshape(2, 2, -1, k.shape[-1]).transpose(3, 2, 0, 1)[:, :, None])
-# The official time_projection is Sequential(SiLU, Linear); text and time embeddings hold 0 and 2.
-_DENSE = ("text_embedding.0", "text_embedding.2", "time_embedding.0", "time_embedding.2")
+# Our name (official dots as underscores) -> theirs, in the Wan files and in diffusers' folders. The
+# official time_projection is Sequential(SiLU, Linear); text and time embeddings hold 0 and 2.
+_OFFICIAL = {
+    "patch_embedding": "patch_embedding",
+    "text_embedding_0": "text_embedding.0",
+    "text_embedding_2": "text_embedding.2",
+    "time_embedding_0": "time_embedding.0",
+    "time_embedding_2": "time_embedding.2",
+    "time_projection": "time_projection.1",
+    "head/modulation": "head.modulation",
+    "head/head": "head.head",
+    "modulation": "modulation",  # from here on: of a block
+    "self_attn": "self_attn",
+    "cross_attn": "cross_attn",
+    "q": "q", "k": "k", "v": "v", "o": "o",
+    "norm3": "norm3",
+    "ffn/0": "ffn.0",
+    "ffn/2": "ffn.2",
+}
+_DIFFUSERS = {
+    "patch_embedding": "patch_embedding",
+    "text_embedding_0": "condition_embedder.text_embedder.linear_1",
+    "text_embedding_2": "condition_embedder.text_embedder.linear_2",
+    "time_embedding_0": "condition_embedder.time_embedder.linear_1",
+    "time_embedding_2": "condition_embedder.time_embedder.linear_2",
+    "time_projection": "condition_embedder.time_proj",
+    "head/modulation": "scale_shift_table",
+    "head/head": "proj_out",
+    "modulation": "scale_shift_table",
+    "self_attn": "attn1",
+    "cross_attn": "attn2",
+    "q": "to_q", "k": "to_k", "v": "to_v", "o": "to_out.0",
+    "norm3": "norm2",
+    "ffn/0": "ffn.net.0.proj",
+    "ffn/2": "ffn.net.2",
+}
 
 
-def _attention(name):
-    """Rows of one attention; the projections q, k, v, o share a template."""
-    base, ours = f"blocks.{{block}}.{name}", f"dit/blocks/{name}"
-    rows = [row for p in "qkvo" for row in linear_rows(f"{base}.{p}", f"{ours}/{p}")]
-    rows += [Rule(f"{base}.norm_{p}.weight", f"{ours}/norm_{p}/scale") for p in "qk"]
-    return rows
+def _base(names):
+    """Rows of the transformer without LoRA and adapters, for one naming."""
+    rows = [*linear_rows(names["patch_embedding"], "dit/patch_embedding", PATCH),
+            *linear_rows(names["time_projection"], "dit/time_projection"),
+            Rule(names["head/modulation"], "dit/head/modulation"),
+            *linear_rows(names["head/head"], "dit/head/head")]
+    for ours in ("text_embedding_0", "text_embedding_2", "time_embedding_0", "time_embedding_2"):
+        rows += linear_rows(names[ours], f"dit/{ours}")
+    block, ours = "blocks.{block}", "dit/blocks"
+    rows += [Rule(f"{block}.{names['modulation']}", f"{ours}/modulation"),
+             *norm_rows(f"{block}.{names['norm3']}", f"{ours}/norm3")]
+    for layer in ("ffn/0", "ffn/2"):
+        rows += linear_rows(f"{block}.{names[layer]}", f"{ours}/{layer}")
+    for attention in ("self_attn", "cross_attn"):
+        theirs = f"{block}.{names[attention]}"
+        for p in "qkvo":
+            rows += linear_rows(f"{theirs}.{names[p]}", f"{ours}/{attention}/{p}")
+        rows += [Rule(f"{theirs}.norm_{p}.weight", f"{ours}/{attention}/norm_{p}/scale")
+                 for p in "qk"]
+    return tuple(rows)
 
 
 def _lora(source, target):
@@ -24,19 +72,7 @@ def _lora(source, target):
             Rule(f"{base}.up_proj.weight", f"{ours}/lora_b", KERNEL)]
 
 
-BASE = (
-    *linear_rows("patch_embedding", "dit/patch_embedding", PATCH),
-    *(row for name in _DENSE for row in linear_rows(name, f"dit/{name.replace('.', '_')}")),
-    *linear_rows("time_projection.1", "dit/time_projection"),
-    Rule("blocks.{block}.modulation", "dit/blocks/modulation"),
-    *_attention("self_attn"),
-    *_attention("cross_attn"),
-    *norm_rows("blocks.{block}.norm3", "dit/blocks/norm3"),
-    *linear_rows("blocks.{block}.ffn.0", "dit/blocks/ffn/0"),
-    *linear_rows("blocks.{block}.ffn.2", "dit/blocks/ffn/2"),
-    Rule("head.modulation", "dit/head/modulation"),
-    *linear_rows("head.head", "dit/head/head"),
-)
+BASE, DIFFUSERS = _base(_OFFICIAL), _base(_DIFFUSERS)
 
 PEFT = (
     *(row for a in ("self_attn", "cross_attn") for p in "qkvo"

@@ -8,7 +8,7 @@ One checkpoint is one directory:
                 checkpoint, so that each directory is whole and the disk holds the weights once
     optimizer/  Adam moments, in the in-memory layout (only the same run reads them)
     meta/       step, config, and shape, dtype and digest of every array
-    assets/     normalisation statistics, text and codec files
+    assets/     normalisation statistics, text and codec files; large ones hard-linked like frozen/
 
 Orbax restores a flipped byte or another dtype without a word, so every array is checked against
 its digest after reading. The digest does not depend on the mesh.
@@ -52,7 +52,7 @@ class Checkpoints:
     Args:
       workdir: run directory.
       config: `Config`; the newest `train.keep_last` checkpoints are kept (0: all).
-      assets: directory copied into every checkpoint, or None.
+      assets: directory put into every checkpoint, or None.
     """
 
     def __init__(self, workdir, config, assets=None):
@@ -97,9 +97,9 @@ class Checkpoints:
             if self._frozen_files is None:
                 self._write_frozen(frozen())
             accounts["frozen"] = self._frozen_account
-            args["frozen"] = storage.Files(str(self._frozen_files), link=True)
+            args["frozen"] = storage.Files(str(self._frozen_files), link_from=0)
         if self.assets is not None:
-            args["assets"] = storage.Files(str(self.assets))
+            args["assets"] = storage.Files(str(self.assets), storage.LARGE)
         args["meta"] = ocp.args.JsonSave(make_meta(step, _dict(self.config), accounts, extra))
         self._manager.save(step, args=ocp.args.Composite(**args))
 
@@ -258,25 +258,30 @@ def find_checkpoint(path):
 def save_params(directory, params, meta=None, assets=None):
     """Writes parameters as a checkpoint without optimizer: what converters produce.
 
+    The directory appears when all of it is written: whatever fails before leaves nothing.
+
     Args:
       directory: must not exist.
-      params: all parameters, canonical layout, numpy or jax arrays.
+      params: all parameters, canonical layout: numpy or jax arrays, or `streams.StreamedArray`s.
       meta: JSON-able values; `config` (a `Config` as a dict, or {"model": ...}) if known.
       assets: directory to copy in, or None.
     """
     directory = pathlib.Path(directory).absolute()
     meta = dict(meta or {})
     step, config = meta.pop("step", 0), meta.pop("config", None)
-    args = {
-        "params": ocp.args.StandardSave(storage.on_host(params)),
-        "meta": ocp.args.JsonSave(
-            make_meta(step, config, {"params": storage.account(params)}, meta)
-        ),
-    }
-    if assets is not None:
-        args["assets"] = storage.Files(str(assets))
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as writer:
-        writer.save(directory, args=ocp.args.Composite(**args))
+    partial = directory.with_name(directory.name + ".partial")  # has no meta item until the end
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        accounts = {"params": storage.write_params(partial / "params", params)}
+        if assets is not None:
+            storage.copy_files(assets, partial / "assets")
+        with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as writer:
+            whole = make_meta(step, config, accounts, meta)
+            writer.save(partial / "meta", args=ocp.args.JsonSave(whole))
+        partial.rename(directory)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
 
 
 def load_params(path, mesh=None):

@@ -7,6 +7,7 @@ on the mesh.
 
 import dataclasses
 import json
+import math
 import os
 import pathlib
 import shutil
@@ -17,10 +18,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from lightwam_jax import params as params_lib
-from lightwam_jax import sharding
+from lightwam_jax import sharding, streams
 
 FORMAT = 1
 COMMIT_FILE = "commit_success.txt"  # Orbax writes its own into every item
+LARGE = 1 << 20  # bytes from which a file of assets is linked rather than copied
 
 
 class DamagedCheckpointError(ValueError):
@@ -40,10 +42,11 @@ def digests(tree):
 
 
 @jax.jit
-def _digest(x):
+def _digest(x, start=0):
+    """Digest of an array, or the summand of a part that starts at element `start` (mod 2**32)."""
     x = x.astype(jnp.uint8) if x.dtype == bool else x
     bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
-    position, stride = jnp.zeros(x.shape, jnp.uint32), 1
+    position, stride = jnp.full(x.shape, start, jnp.uint32), 1
     for axis in reversed(range(x.ndim)):  # no reshape: it would gather a sharded array
         along = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
         position += along * np.uint32(stride % 2**32)
@@ -71,6 +74,31 @@ def _check_digests(tree, account, where):
         )
 
 
+def write_params(directory, tree):
+    """Writes a tree as an Orbax item, part by part; returns its account.
+
+    Args:
+      directory: of the item.
+      tree: arrays, or `streams.StreamedArray`s where they are larger than memory.
+    """
+    leaves = {
+        path: leaf if isinstance(leaf, streams.StreamedArray) else streams.from_array(leaf)
+        for path, leaf in params_lib.flatten(tree).items()
+    }
+    path_of = {id(leaf): path for path, leaf in leaves.items()}
+    sums = dict.fromkeys(leaves, 0)
+
+    def add(leaf, row, part):
+        start = np.uint32(row * math.prod(leaf.shape[1:]) % 2**32)
+        sums[path_of[id(leaf)]] += int(_digest(part, start))
+
+    streams.save(directory, params_lib.unflatten(leaves), add)
+    return {
+        path: [list(leaf.shape), str(leaf.dtype), sums[path] % 2**32]
+        for path, leaf in leaves.items()
+    }
+
+
 def on_host(tree):
     """Returns the tree as numpy arrays if this is the only process, else as it is.
 
@@ -84,11 +112,11 @@ def on_host(tree):
 
 
 class FilesHandler(ocp.CheckpointHandler):
-    """Puts a directory of files into a checkpoint, hard-linked where `link` is set and possible."""
+    """Puts a directory of files into a checkpoint; see `copy_files`."""
 
     def save(self, directory, args):
         if jax.process_index() == 0:
-            copy_files(args.source, directory, args.link)
+            copy_files(args.source, directory, args.link_from)
 
     def restore(self, directory, args=None):
         return directory
@@ -100,18 +128,22 @@ class Files(ocp.args.CheckpointArgs):
     """Arguments of `FilesHandler`."""
 
     source: str
-    link: bool = False
+    link_from: int | None = None
 
 
-def copy_files(source, target, link=False):
-    """Copies (or hard-links) the files below `source` into the directory `target`."""
+def copy_files(source, target, link_from=None):
+    """Copies the files below `source` into the directory `target`.
+
+    Args:
+      link_from: bytes from which a file is hard-linked instead, where possible; None: never.
+    """
     source, target = pathlib.Path(source), pathlib.Path(target)
     for file in sorted(source.rglob("*")):
         if not file.is_file() or file.name == COMMIT_FILE:
             continue
         place = target / file.relative_to(source)
         place.parent.mkdir(parents=True, exist_ok=True)
-        if link:
+        if link_from is not None and file.stat().st_size >= link_from:
             try:
                 os.link(file, place)
                 continue
@@ -127,6 +159,7 @@ def read_meta(directory):
       DamagedCheckpointError: it cannot be read.
       ValueError: it is of another version of this format.
     """
+    directory = pathlib.Path(directory)
     try:
         meta = json.loads((directory / "meta" / "metadata").read_text())
     except (OSError, ValueError) as error:
@@ -166,6 +199,23 @@ def read_item(directory, name, target, meta):
         raise DamagedCheckpointError(f"{where} cannot be read: {reason}") from error
     _check_digests(tree, meta["arrays"][name], where)
     return jax.tree.map(lambda x, t: x.astype(t.dtype), tree, target)
+
+
+def read_array(directory, name, path, meta):
+    """Returns one array of an item as numpy, unchecked, without reading the others."""
+    shape, dtype, _ = meta["arrays"][name][path]
+    target = {path: jax.ShapeDtypeStruct(tuple(shape), jnp.dtype(dtype))}
+    how = {path: ocp.RestoreArgs(restore_type=np.ndarray)}
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        tree = reader.restore(
+            pathlib.Path(directory).absolute() / name,
+            args=ocp.args.PyTreeRestore(
+                item=params_lib.unflatten(target),
+                restore_args=params_lib.unflatten(how),
+                partial_restore=True,
+            ),
+        )
+    return params_lib.flatten(tree)[path]
 
 
 def stored_shapes(meta, name):

@@ -9,8 +9,9 @@ import pytest
 
 from converters import files, lightwam, rules, wan_dit
 from converters.__main__ import main
-from lightwam_jax import build, checkpoint, params
+from lightwam_jax import build, checkpoint, params, storage
 
+SECTIONS = ("mot", "state_fusion_action_expert", "proprio_encoder")
 TOLD = ["--head_dim", "20", "--pool_heads", "2"]
 
 
@@ -77,19 +78,39 @@ def test_dit_round_trip_is_exact(golden, tmp_path):
 
 
 @pytest.mark.torch
-def test_pt_round_trip_keeps_keys_dtypes_and_bytes(golden, tmp_path):
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_pt_round_trip_keeps_keys_dtypes_and_bytes(released_pt, tmp_path, precision):
     torch = pytest.importorskip("torch")
-    source = golden / "ckpt" / "step_000123_bf16.pt"
-    assert main(["lightwam", "--in", str(source), "--out", str(tmp_path / "w"), *TOLD]) == 0
+    before = torch.load(released_pt, weights_only=True)
+    before["torch_dtype"] = f"torch.{precision}"
+    for section in SECTIONS:
+        for key, value in before[section].items():
+            before[section][key] = value.to(getattr(torch, precision))
+    torch.save(before, tmp_path / "a.pt")
+    assert main(["lightwam", "--in", str(tmp_path / "a.pt"), "--out", str(tmp_path / "w"),
+                 *TOLD]) == 0
     assert main(["export", "--in", str(tmp_path / "w"), "--out", str(tmp_path / "b.pt")]) == 0
-    before = torch.load(source, weights_only=True)
     after = torch.load(tmp_path / "b.pt", weights_only=True)
     assert (before["step"], before["torch_dtype"]) == (after["step"], after["torch_dtype"])
-    for section in ("mot", "state_fusion_action_expert", "proprio_encoder"):
+    for section in SECTIONS:
         assert set(before[section]) == set(after[section])
         for key, value in before[section].items():
-            assert value.dtype == after[section][key].dtype == torch.bfloat16
+            assert value.dtype == after[section][key].dtype == getattr(torch, precision)
             assert torch.equal(value, after[section][key])
+
+
+@pytest.mark.torch
+def test_the_legacy_layout_is_read(released_pt, tmp_path):
+    """A top-level "dit" without prefixes instead of "mot"."""
+    torch = pytest.importorskip("torch")
+    content = torch.load(released_pt, weights_only=True)
+    content["dit"] = {key.removeprefix("mixtures.video."): value
+                      for key, value in content.pop("mot").items()}
+    torch.save(content, tmp_path / "legacy.pt")
+    for name, path in (("a", released_pt), ("b", tmp_path / "legacy.pt")):
+        assert main(["lightwam", "--in", str(path), "--out", str(tmp_path / name), *TOLD]) == 0
+    a, b = (storage.read_meta(tmp_path / name)["arrays"] for name in "ab")
+    assert a == b
 
 
 @pytest.mark.torch
@@ -122,7 +143,7 @@ VIDEO = "mot.mixtures.video."
     (lambda t: t.pop(f"{VIDEO}head.modulation"), "head.modulation"),
     (lambda t: t.update({f"{VIDEO}extra.weight": np.zeros(2, np.float32)}), "extra.weight"),
     (lambda t: t.update({f"{VIDEO}head.modulation": np.zeros((1, 2, 3), np.float32)}),
-     "dit/head/modulation"),
+     "head.modulation is [1, 2, 3], expected [1, 2, 40]"),
     (lambda t: t.update({f"{VIDEO}blocks.1.ffn.0.bias": np.zeros(96, np.float16)}),
      "blocks.1.ffn.0.bias"),
     (lambda t: t.pop(f"{VIDEO}blocks.1.ffn.0.bias"), "blocks.1.ffn.0.bias"),

@@ -13,6 +13,7 @@ LEVELS = [
     ["config", "flow"],
     ["models"],
     ["params", "sharding"],
+    ["streams"],
     ["storage"],
     ["checkpoint"],
     ["data"],

@@ -1,0 +1,116 @@
+"""What a weight file or a checkpoint directory is: kind, sizes, counts, dtypes."""
+
+import collections
+import math
+from pathlib import Path
+
+from converters import convert, files, layouts, locate
+from lightwam_jax import checkpoint, params, storage
+
+
+def inspect(place, told, say=print):
+    """Prints what lies at `place`, read from keys and shapes; no tensor is loaded.
+
+    Args:
+      place: weight file, folder, or checkpoint directory.
+      told: head_dim and pool_heads where they are not the release's.
+
+    Raises:
+      FileNotFoundError: nothing there. ValueError: a file of no known layout, or incomplete.
+    """
+    if Path(place).is_dir() and _is_checkpoint(place):
+        _checkpoint(checkpoint.find_checkpoint(place), say)
+    else:
+        _file(place, told, say)
+
+
+def _is_checkpoint(place):
+    try:
+        checkpoint.find_checkpoint(place)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _file(place, told, say):
+    path = locate.locate(place, _kind_of_folder(Path(place)))[0] if Path(place).is_dir() else (
+        Path(place))
+    kind = _kind(path)
+    source, layout, meta = convert.read(path, kind, told)
+    say(f"{path}: {kind} {layout.version} ({layout.name} names)".replace("  ", " "))
+    _config(meta["config"], say)
+    if "checkpoint" in meta:
+        say(f"  step {meta['step']}, saved as {meta['checkpoint'].get('torch_dtype', 'unknown')}")
+    leaves = {key: (entry.shape, str(entry.dtype)) for key, entry in source.entries.items()}
+    _counts(leaves, say, lambda key: key.split(".")[0])
+
+
+def _kind(path):
+    """The kind of a file, from its keys."""
+    try:
+        source = files.open_checkpoint(path)[0] if path.suffix == ".pt" else None
+    except ValueError:
+        source = None  # no Light-WAM checkpoint: a flat file of tensors, then
+    source = source or files.open_tensors(path)
+    keys = {key.removeprefix("model.") for key in source.entries}
+    return layouts.detect(keys, str(path)).kind
+
+
+def _kind_of_folder(folder):
+    """The kind whose weights a folder holds.
+
+    Raises:
+      ValueError: weights of several kinds, or of none.
+    """
+    found = []
+    for kind in locate.PLACES:
+        try:
+            locate.locate(folder, kind)
+            found.append(kind)
+        except FileNotFoundError:
+            continue
+    if len(found) != 1:
+        raise ValueError(f"{folder} holds weights of {', '.join(found) or 'no known kind'}; give "
+                         "one file")
+    return found[0]
+
+
+def _checkpoint(directory, say):
+    meta = storage.read_meta(directory)
+    source = meta.get("source")
+    made = (f"converted from {source['file']} ({source['kind']}, {source['layout']} names, sha256 "
+            f"{source['sha256'][:12]})" if source else "written by train.py")
+    say(f"{directory}: checkpoint of step {meta['step']}, {made}")
+    _config(meta["config"] or {}, say)
+    leaves = {path: (shape, dtype) for name, arrays in meta["arrays"].items()
+              if name != "optimizer" for path, (shape, dtype, _) in arrays.items()}
+    _counts(leaves, say, lambda path: next(
+        name for name, pattern in params.GROUPS if pattern.search(path)))
+
+
+def _config(config, say):
+    for section in ("model", "vae", "text_encoder"):
+        if section in config:
+            fields = ", ".join(f"{key}={_short(value)}" for key, value in config[section].items())
+            say(f"  {section}: {fields}")
+
+
+def _short(value):
+    """A long run of layer numbers as its ends."""
+    if isinstance(value, (list, tuple)) and len(value) > 4 and all(
+            isinstance(x, int) for x in value) and list(value) == list(
+                range(value[0], value[-1] + 1)):
+        return f"{value[0]}..{value[-1]}"
+    return value
+
+
+def _counts(leaves, say, group_of):
+    """Values per group and dtype, and the sum."""
+    groups, dtypes = collections.Counter(), collections.Counter()
+    for name, (shape, dtype) in leaves.items():
+        groups[group_of(name)] += math.prod(shape)
+        dtypes[dtype] += math.prod(shape)
+    for name, values in groups.items():
+        say(f"  {name:<28} {values:>15,}")
+    say(f"  {'total':<28} {sum(groups.values()):>15,} values in {len(leaves)} tensors, "
+        + ", ".join(f"{values:,} {dtype}" for dtype, values in dtypes.items()))
