@@ -37,8 +37,10 @@ def get_config(model="wan21_1_3b", **model_overrides):
         cameras=("",),  # camera keys, in layout order
         layout="horizontal",  # "single" | "horizontal" | "robotwin"
         canvas=(224, 448),  # height, width in pixels of the laid-out cameras
-        codec="wan21",  # "wan21" | "pca" (fitted on the data; for the demo)
+        codec="wan21",  # "wan21" | "wan22" | "pca" (fitted on the data; for the demo)
+        codec_weights="",  # directory of converted VAE weights (python -m converters vae)
         text_encoder="umt5",  # "umt5" | "hashed" (deterministic; for the demo)
+        text_weights="",  # directory of converted umT5 weights (python -m converters t5)
         prompt_template=("A video recorded from a robot's point of view executing the following "
                          "instruction: {task}"),
         text_len=128,  # rows of the text embedding
@@ -97,6 +99,8 @@ def get_config(model="wan21_1_3b", **model_overrides):
 
     c.demo = ml_collections.ConfigDict(dict(  # only read when data.source is "demo"
         episodes=400,  # demonstrations to record
+        starts=0,  # demonstrations of which only the first start_steps steps are recorded
+        start_steps=5,
         first_seed=0,
         workers=2,
         image_size=64,

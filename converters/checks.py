@@ -8,9 +8,9 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from converters import files, lightwam, rules, wan_dit
+from converters import files, layouts, lightwam, rules, umt5, wan_dit, wan_vae
 from lightwam_jax import build, params
-from lightwam_jax.models import variants
+from lightwam_jax.models import t5, vae, vae22, variants
 
 # Distance of the reference's own float32 result from its float64 result, relative to the largest
 # value of a tensor, where the fixture's manifest does not record it. Tolerances are 10x the noise.
@@ -55,7 +55,7 @@ class Fixtures:
     def __post_init__(self):
         self.root = Path(self.root)
         self.manifest = self.json("manifest.json") if self.has("manifest.json") else {}
-        self._checkpoint = None
+        self._checkpoint, self._vaes = None, None
 
     def has(self, name):
         return (self.root / name).exists()
@@ -77,6 +77,15 @@ class Fixtures:
             raise FileNotFoundError(f"{self.root}/ckpt holds no step_*.pt")
         return sorted(found, key=lambda path: (
             "bf16" in path.name, self.suffixes.index(path.suffix), path.name))
+
+    def weight_files(self, group):
+        """Weight files of a group, one per stem, preferred suffix first."""
+        suffixes = (*self.suffixes, ".pth") if ".pt" in self.suffixes else self.suffixes
+        found = {}
+        for suffix in suffixes:
+            for path in sorted(self.root.glob(f"{group}/*{suffix}")):
+                found.setdefault(path.stem, path)
+        return list(found.values())
 
     def noise(self, name):
         """Recorded absolute noise of a tensor, or None."""
@@ -112,6 +121,37 @@ class Fixtures:
             params.check_same_structure(tree, shapes, str(path))
             self._checkpoint = model, tree, config
         return self._checkpoint
+
+    def vae(self, version):
+        """(module, params) of the "wan21" or "wan22" VAE in f_vae, or None; read once."""
+        if self._vaes is None:
+            self._vaes = dict(self._read_vae(path) for path in self.weight_files("f_vae"))
+        return self._vaes.get(version)
+
+    def _read_vae(self, path):
+        tensors = files.read_tensors(path)
+        flat = rules.to_params(layouts.detect(tensors, str(path)).table, tensors, str(path))
+        fields = wan_vae.model_fields({name: leaf.shape for name, leaf in flat.items()})
+        version = fields.pop("version")
+        if self.has("f_vae/info.json"):
+            told = self.json("f_vae/info.json").get(version.replace("wan", "vae"), {})
+            fields.update({f"latent_{name}": tuple(told[name]) for name in ("mean", "std")
+                           if name in told})
+        module = {"wan21": vae.WanVAE, "wan22": vae22.Wan22VAE}[version](**fields)
+        return version, (module, params.unflatten(flat))
+
+    def text_encoder(self):
+        """(module, params) of the umT5 encoder in g_text."""
+        path = next(iter(self.weight_files("g_text")), None)
+        if path is None:
+            raise FileNotFoundError(f"{self.root}/g_text holds no weights of a text encoder")
+        tensors = files.read_tensors(path)
+        flat = rules.to_params(layouts.detect(tensors, str(path)).table, tensors, str(path))
+        told = self.json("g_text/config.json") if self.has("g_text/config.json") else {}
+        fields = umt5.model_fields({name: leaf.shape for name, leaf in flat.items()})
+        fields.update({ours: told[theirs] for ours, theirs in (("eps", "eps"), (
+            "max_distance", "max_dist")) if theirs in told})
+        return t5.UMT5Encoder(**fields), params.unflatten(flat)
 
     def model_config(self, tensors):
         """ModelConfig of a checkpoint: keys, shapes, and what the fixture's JSON files tell."""

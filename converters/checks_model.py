@@ -1,4 +1,4 @@
-"""Checks of the model's parts: the transformer, the action expert, the schedule, inference."""
+"""Checks of the model's parts: the transformer, the action expert, the schedule."""
 
 import json
 
@@ -8,10 +8,9 @@ import ml_dtypes
 import numpy as np
 
 from converters import lightwam, rules
-from converters.checks import NotCovered, channels_first, channels_last, compare, matching
+from converters.checks import channels_first, channels_last, compare, matching
 from lightwam_jax import build, flow, params
 from lightwam_jax.models import adapters, dit, layers, variants
-from lightwam_jax.models.lightwam import pool_latents, resize_velocity
 
 SOURCES = {"h": "backbone", "base": "backbone", "frozen": "backbone", "backbone": "backbone",
            "h'": "adapted", "h_prime": "adapted", "hprime": "adapted", "adapter": "adapted",
@@ -186,14 +185,14 @@ def b_state_fusion(fixtures):
 def _expert(fixtures, case, data, action, taps):
     got = {"action": action, "fused_proj": taps["fused"], "step_pos": taps["step_pos"]}
     got.update({key: tap for key, tap in taps.items() if key.startswith(("pooled", "compressed"))})
-    got.update(_attentions(taps))
+    got.update(attentions(taps))
     for tensor, value in got.items():
         if tensor in data:
             yield compare("b_state_fusion", case, tensor, value, data[tensor],
                           fixtures.noise(f"b_state_fusion/{case}.{tensor}"))
 
 
-def _attentions(taps):
+def attentions(taps):
     """What the fixtures record of every pooler's attention."""
     got = {}
     for key in matching(taps, "attention_*"):
@@ -242,90 +241,3 @@ def c_scheduler(fixtures):
     # the scalar weight is taken at t = 421.
     yield check("step_result", flow.euler_step(x, noise, flow.sampling_schedule(10, 5.0)[1][3]))
     yield check("weight_scalar_t", flow.weight(np.float32(421.0), 5.0))
-
-
-# ---- e_infer -----------------------------------------------------------------------------------
-
-
-def e_infer(fixtures):
-    """The policy and the imagined future, from given latents (the codec is not part of this)."""
-    model, tree, _ = fixtures.lightwam()
-    data = fixtures.arrays("e_infer/infer_action.npz")
-    yield from _act(model, tree, data)
-    context = _context(data)
-    present = [path.name for path in (fixtures.root / "e_infer").iterdir()]
-    for name in matching(present, "infer_joint_factor*.npz"):
-        factor = int(name.removeprefix("infer_joint_factor").removesuffix(".npz"))
-        yield from _joint(model, tree, fixtures.arrays(f"e_infer/{name}"), context, factor)
-    if fixtures.has("e_infer/lowres_rollout.npz"):
-        low = fixtures.arrays("e_infer/lowres_rollout.npz")
-        factor = context[0].shape[2] // low["noise"].shape[-2]
-        first, noise = pool_latents(context[0], factor), channels_last(low["noise"])
-        steps = fixtures.manifest.get("config", {}).get("infer_steps", 4)
-        final = jax.jit(lambda tree: model.apply(
-            {"params": tree}, first, noise, *context[1:], steps=steps,
-            method="predict_video"))(tree)
-        yield compare("e_infer", "lowres_rollout", "final_latents", channels_first(final),
-                      low["final_latents"])
-    if fixtures.has("e_infer/latent_resample.npz"):
-        data = fixtures.arrays("e_infer/latent_resample.npz")
-        z, down = channels_last(data["z"]), channels_last(data["down"])
-        yield compare("e_infer", "latent_resample", "down", channels_first(
-            pool_latents(z, z.shape[2] // down.shape[2])), data["down"])
-        up = resize_velocity(down, z.shape[2], z.shape[3])
-        yield compare("e_infer", "latent_resample", "up", channels_first(up), data["up"])
-
-
-def _context(data):
-    """(first latents [1,1,h,w,C], text [1,L,Ct], proprio [1,P], mask [1,L]) of a fixture."""
-    return (jnp.asarray(channels_last(data["first_frame_latents"])), data["context"][None],
-            data["proprio"][None], jnp.asarray(data["context_mask"])[None])
-
-
-def _act(model, tree, data):
-    first, text, proprio, mask = _context(data)
-    run = jax.jit(lambda tree, first, proprio, mask, horizon: model.apply(
-        {"params": tree}, first, text, proprio, horizon, mask, method="act"), static_argnums=4)
-    horizon = data["action"].shape[0]
-    actions, taps = run(tree, first, proprio, mask, horizon)
-    got = {"action": actions[0],
-           "action_without_proprio": run(tree, first, None, mask, horizon)[0][0]}
-    for key in matching(data, "action_horizon*"):
-        n = int(key.removeprefix("action_horizon"))
-        got[key] = run(tree, first, proprio, mask, n)[0][0]
-    if "action_downsampled_action_branch" in data:
-        got["action_downsampled_action_branch"] = run(
-            tree, pool_latents(first, 2), proprio, mask, horizon)[0][0]
-    for layer in model.dit.adapter_layers:
-        for source, state in taps[f"state_{layer}"].items():
-            got[f"state_{source}_{layer}"] = state
-    got.update(_attentions(taps))
-    # The released encoding shows attention the zeroed padding rows; this variant hides them.
-    if "action_with_padding_masked" in data:
-        real = jnp.asarray((data["context"] != 0).any(axis=-1))[None]
-        got["action_with_padding_masked"] = run(tree, first, proprio, real, horizon)[0][0]
-    for tensor, value in got.items():
-        if tensor in data:
-            yield compare("e_infer", "infer_action", tensor, value, data[tensor])
-
-
-def _joint(model, tree, data, context, factor):
-    """Denoising at full latent resolution with the network on a grid pooled by `factor`."""
-    first, text, proprio, mask = context
-    height, width = first.shape[2:4]
-    times, deltas = flow.sampling_schedule(len(data["timesteps"]), 5.0)
-    run = jax.jit(lambda tree, x, t: resize_velocity(model.apply(
-        {"params": tree}, pool_latents(x, factor), t, text, proprio, mask, method="velocity"),
-        height, width))
-    x = jnp.asarray(channels_last(data["noise"])).at[:, :1].set(first)
-    name = f"infer_joint_factor{factor}"
-    yield compare("e_infer", name, "timesteps", times, data["timesteps"])
-    for i, (t, delta) in enumerate(zip(times, deltas)):
-        yield compare("e_infer", name, f"latents_in[{i}]", channels_first(x), data["latents_in"][i])
-        velocity = run(tree, x, jnp.full((1,), t))
-        yield compare("e_infer", name, f"preds[{i}]", channels_first(velocity), data["preds"][i])
-        x = flow.euler_step(x, velocity, delta).at[:, :1].set(first)
-    yield compare("e_infer", name, "final_latents", channels_first(x), data["final_latents"])
-    for tensor in ("decoded", "frames_uint8"):
-        if tensor in data:
-            yield NotCovered(f"e_infer/{name}/{tensor}")

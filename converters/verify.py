@@ -8,7 +8,7 @@ from pathlib import Path
 
 import jax
 
-from converters import checks_model, checks_training
+from converters import checks_inference, checks_model, checks_pretrained, checks_training
 from converters.checks import Fixtures, NotCovered
 
 GROUPS = {
@@ -17,7 +17,9 @@ GROUPS = {
     "c_scheduler": checks_model.c_scheduler,
     "ckpt": checks_training.ckpt,
     "d_train": checks_training.d_train,
-    "e_infer": checks_model.e_infer,
+    "e_infer": checks_inference.e_infer,
+    "f_vae": checks_pretrained.f_vae,
+    "g_text": checks_pretrained.g_text,
 }
 
 

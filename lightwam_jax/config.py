@@ -76,7 +76,9 @@ class DataConfig:
     layout: str
     canvas: tuple
     codec: str
+    codec_weights: str
     text_encoder: str
+    text_weights: str
     prompt_template: str
     text_len: int
     num_frames: int
@@ -147,6 +149,8 @@ class EvaluationConfig:
 @dataclasses.dataclass(frozen=True)
 class DemoConfig:
     episodes: int
+    starts: int
+    start_steps: int
     first_seed: int
     workers: int
     image_size: int
@@ -233,7 +237,7 @@ def _check(c):
     _one_of("config.loss.downsample", c.loss.downsample, (1, 2, 4))
     _one_of("config.data.normalization", c.data.normalization, ("min_max", "z_score"))
     _one_of("config.data.layout", c.data.layout, ("single", "horizontal", "robotwin"))
-    _one_of("config.data.codec", c.data.codec, ("wan21", "pca"))
+    _one_of("config.data.codec", c.data.codec, ("wan21", "wan22", "pca"))
     _one_of("config.data.text_encoder", c.data.text_encoder, ("umt5", "hashed"))
     if c.model.attention == "cudnn" and c.model.dtype != "bfloat16":
         raise ValueError(f"config.model.attention='cudnn' computes in bfloat16 only, "

@@ -118,11 +118,14 @@ def _text(config, data):
     directory = _assets(config, "text")
     tasks = dict.fromkeys(episode.task for episode in data.train + data.val)
     prompts = [text_lib.prompt(task, config.data.prompt_template) for task in tasks]
-    encoder = text_lib.make_encoder(config.data.text_encoder, config.model.text_dim)
-    if os.path.exists(directory):
-        have = text_lib.TextCache(directory)
-        if have.encoder_id == encoder.id and all(prompt in have for prompt in prompts):
-            return f"up to date, {len(have.prompts)} prompts in {directory}"
+    have = text_lib.TextCache(directory) if os.path.exists(directory) else None
+    wanted = (config.data.text_encoder, config.model.text_dim)
+    complete = (have is not None and (have.kind, have.dim) == wanted
+                and all(prompt in have for prompt in prompts))
+    # Where every prompt is cached, the encoder's weights may be elsewhere.
+    encoder = text_lib.make_encoder(*wanted, config.data.text_weights, have if complete else None)
+    if complete and have.encoder_id == encoder.id:
+        return f"up to date, {len(have.prompts)} prompts in {directory}"
     shutil.rmtree(directory + ".partial", ignore_errors=True)
     text_lib.write_cache(directory + ".partial", encoder, prompts, config.data.text_len,
                          config.data.text_encoder, config.data.prompt_template)
@@ -155,10 +158,37 @@ def _latents(config, data):
 
 
 def _codec(config, data):
-    """Returns (codec, "fitted now" or "kept")."""
-    if config.data.codec != "pca":
-        raise ValueError(f"config.data.codec is {config.data.codec!r}; known codecs: 'pca'")
+    """Returns (codec, "fitted now", "copied" or "kept")."""
+    if config.data.codec not in codec_lib.STRIDES:
+        raise ValueError(f"config.data.codec is {config.data.codec!r}; known codecs: "
+                         f"{', '.join(map(repr, codec_lib.STRIDES))}")
     directory = _assets(config, "codec")
+    if config.data.codec == "pca":
+        return _pca_codec(config, data, directory)
+    return _wan_codec(config, directory)
+
+
+def _wan_codec(config, directory):
+    """The pretrained VAE, put into the assets (hard-linked where possible)."""
+    from lightwam_jax.data import wan  # imports the models, which the PCA codec does not need
+    kept = codec_lib.load(directory) if os.path.exists(directory) else None
+    fits = (kept is not None and kept.kind == config.data.codec
+            and kept.dtype == config.model.dtype)
+    if fits and not config.data.codec_weights:
+        return kept, "kept"
+    codec = wan.WanCodec(config.data.codec_weights, config.data.codec, config.model.dtype)
+    if codec.latent_channels != config.model.latent_channels:
+        raise ValueError(
+            f"config.data.codec_weights={config.data.codec_weights!r} has {codec.latent_channels} "
+            f"latent channels, config.model.latent_channels is {config.model.latent_channels}")
+    if fits and kept.id == codec.id:
+        return kept, "kept"
+    _save_codec(codec, directory)
+    return codec_lib.load(directory), "copied"
+
+
+def _pca_codec(config, data, directory):
+    """The codec fitted on the training episodes."""
     fitted_on = {**cache.wanted(config), "data": data.training}
     del fitted_on["config.data.path"]  # the same episodes may lie elsewhere
     path = os.path.join(directory, "fitted_on.json")
@@ -169,13 +199,18 @@ def _codec(config, data):
     per_episode = -(-_FIT_CLIPS // min(_FIT_EPISODES, len(data.train)))
     clips = cache.clips(data.train, config, _FIT_EPISODES, per_episode)
     codec = codec_lib.PcaCodec.fit(clips, config.model.latent_channels)
+    _save_codec(codec, directory, fitted_on)
+    return codec, "fitted now"
+
+
+def _save_codec(codec, directory, fitted_on=None):
     partial = directory + ".partial"
     shutil.rmtree(partial, ignore_errors=True)
     codec.save(partial)
-    with open(os.path.join(partial, "fitted_on.json"), "w") as f:
-        json.dump(fitted_on, f, indent=2)
+    if fitted_on is not None:
+        with open(os.path.join(partial, "fitted_on.json"), "w") as f:
+            json.dump(fitted_on, f, indent=2)
     cache.replace_directory(partial, directory)
-    return codec, "fitted now"
 
 
 def main(argv):

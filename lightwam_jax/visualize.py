@@ -38,7 +38,7 @@ def attention_maps(taps, config):
     if not names:
         raise ValueError("the taps hold no attention: there are no learned queries to draw with "
                          "config.model.pooling='mean'")
-    cell = 2 * codec.STRIDE  # the backbone reads patches of 2x2 latent cells
+    cell = 2 * codec.STRIDES[config.codec]  # the backbone reads patches of 2x2 latent cells
     height, width = (side // cell for side in config.canvas)
     maps = {}
     for name in names:

@@ -24,3 +24,18 @@ GOLDEN = Path(__file__).parent / "golden"
 def golden():
     """The directory of fixtures made by the PyTorch reference."""
     return GOLDEN
+
+
+@pytest.fixture(scope="session")
+def released_pt(golden, tmp_path_factory):
+    """The checkpoint of the fixtures as the reference's `save_checkpoint` writes it in bfloat16."""
+    torch = pytest.importorskip("torch")
+    from safetensors.torch import load_file
+    content = {"mot": {}, "state_fusion_action_expert": {}, "proprio_encoder": {},
+               "step": 123, "torch_dtype": "torch.bfloat16"}
+    for key, tensor in load_file(golden / "ckpt" / "step_000123.safetensors").items():
+        section, name = key.split(".", 1)
+        content[section][name] = tensor.bfloat16()
+    path = tmp_path_factory.mktemp("released") / "step_000123_bf16.pt"
+    torch.save(content, path)
+    return path

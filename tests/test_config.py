@@ -3,15 +3,18 @@
 import dataclasses
 import json
 
+import jax
 import pytest
 
-from configs import base, demo, libero, robotwin
+from configs import base, demo, libero, robotwin, wan22_5b
+from lightwam_jax import build, params
 from lightwam_jax import config as configs
+from lightwam_jax.data import spec
 from lightwam_jax.models import variants
 
 
 @pytest.mark.parametrize("make", [
-    demo.get_config, robotwin.get_config,
+    demo.get_config, robotwin.get_config, wan22_5b.get_config,
     *(lambda suite=suite: libero.get_config(suite) for suite in libero.SUITES)])
 def test_configs_resolve_and_survive_json(make):
     config = configs.from_config_dict(make())
@@ -42,6 +45,27 @@ def test_the_released_recipe():
         libero.get_config("kitchen")
 
 
+def test_the_wan22_backbone():
+    """Its published size, latents of 48 channels at a 16th of the canvas, and canvas checks."""
+    c = configs.from_config_dict(wan22_5b.get_config("spatial"))
+    model = build.build_model(c.model)
+    shapes = jax.eval_shape(lambda: build.init_params(model, jax.random.key(0), c.model))
+    table = {name: total for name, total, _ in params.count_table(shapes, c.train.trainable)}
+    assert table["backbone"] + table["video_head"] == 4_999_787_712
+    assert round(table["total"] / 1e9, 2) == 5.63
+    batch = spec.batch_spec(c, 2)
+    assert batch["latents"].shape == (2, 3, 14, 28, 48)
+    noisy = batch["latents"].shape
+    velocity, actions = jax.eval_shape(
+        lambda p, x, t, text, state: model.apply({"params": p}, x, t, x[:, :1], text, state, 32),
+        shapes, jax.ShapeDtypeStruct(noisy, "float32"), jax.ShapeDtypeStruct((2,), "float32"),
+        batch["context"], batch["proprio"])
+    assert (velocity.shape, actions.shape) == (noisy, (2, 32, 7))
+    pooled = dataclasses.replace(c, loss=dataclasses.replace(c.loss, downsample=2))
+    with pytest.raises(ValueError, match=r"multiples of 64 \(16 pixels per latent cell"):
+        spec.batch_spec(pooled, 2)
+
+
 def _broken(section, key, value):
     tree = json.loads(configs.to_json(configs.from_config_dict(base.get_config("tiny"))))
     tree[section][key] = value
@@ -55,6 +79,7 @@ def _broken(section, key, value):
     ("train", "steps", True, "expected int"),
     ("model", "attention_mask", "causal", "expected one of 'first_frame_causal'"),
     ("data", "frame_stride", 5, "video frames"),
+    ("data", "codec", "wan23", "expected one of 'wan21', 'wan22', 'pca'"),
     ("data", "action_horizon", 30, "multiple of the 8 future video frames"),
     ("data", "delta_mask", [True], "delta_mask has 1 entries"),
     ("optimizer", "accum_steps", 3, "must be a multiple"),

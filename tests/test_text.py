@@ -1,5 +1,7 @@
 """Prompts, the hashed encoder, and the cache of text embeddings."""
 
+import json
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -16,6 +18,16 @@ def test_prompt_fills_the_template():
     assert text.prompt("use {braces}", TEMPLATE) == "A robot does: use {braces}"
     with pytest.raises(ValueError, match=r"has no '{task}'"):
         text.prompt("lift", "A robot acts")
+
+
+@pytest.mark.parametrize("mode", text.CLEANING)
+def test_cleaning_is_the_references(golden, mode):
+    cases = json.loads((golden / "g_text" / "cleaning.json").read_text())["cases"]
+    assert {case["raw"]: text.clean(case["raw"], mode) for case in cases} == {
+        case["raw"]: case[mode] for case in cases}
+    assert text.clean("Pick&amp;amp;up ") == "Pick&up"
+    with pytest.raises(ValueError, match="mode 'upper' is unknown; expected one of"):
+        text.clean("x", "upper")
 
 
 def test_hashed_rows_share_one_amplitude_and_end_in_zeros():
@@ -74,6 +86,14 @@ def test_cache_returns_what_the_encoder_said(cache):
     assert context.dtype == ml_dtypes.bfloat16
     np.testing.assert_array_equal(context, want.astype(ml_dtypes.bfloat16))
     np.testing.assert_array_equal(mask, want_mask)
+
+
+def test_a_cache_without_prompts_asks_the_encoder(tmp_path):
+    encoder = text.HashedTextEncoder(16)
+    text.write_cache(str(tmp_path / "text"), encoder, [], 8, "hashed", TEMPLATE)
+    empty = text.TextCache(str(tmp_path / "text"))
+    context, mask = text.CachedTextEncoder(encoder, empty).encode(["stop"], 8)
+    assert empty.prompts == () and mask.sum() == 1 and context[0, 0].any()
 
 
 def test_cache_errors(cache, tmp_path):

@@ -13,7 +13,9 @@ import pytest
 from safetensors.numpy import load_file
 
 from converters import wan_vae
+from lightwam_jax import params as params_lib
 from lightwam_jax.models.vae import WanVAE
+from lightwam_jax.models.vae22 import Wan22VAE
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "f_vae"
 TINY = WanVAE(dim=4)
@@ -69,6 +71,26 @@ def test_full_size_has_the_published_count():
     assert sum(leaf.size for leaf in leaves) == 126_892_531
     # An image and a video create the same parameters.
     assert _numbers(shapes) == _numbers(_shapes(WanVAE(), frames=5))
+
+
+def test_full_size_wan22_has_the_published_count():
+    leaves = jax.tree.leaves(_shapes(Wan22VAE(), frames=1))
+    assert len(leaves) == 196
+    assert sum(leaf.size for leaf in leaves) == 704_688_668
+
+
+@pytest.mark.parametrize("model, version", [
+    (WanVAE(), "wan21"), (WanVAE(dim=4, dim_mult=(1, 2, 2), num_res_blocks=1,
+                                 time_downsample=(True, False)), "wan21"),
+    (Wan22VAE(), "wan22"), (Wan22VAE(dim=4, decoder_dim=8, dim_mult=(1, 1, 2, 2),
+                                     time_downsample=(True, False, True)), "wan22")])
+def test_shapes_tell_the_fields(model, version):
+    flat = params_lib.flatten(_shapes(model, frames=1))
+    fields = wan_vae.model_fields({path: leaf.shape for path, leaf in flat.items()})
+    assert fields.pop("version") == version
+    assert fields == {name: getattr(model, name) for name in fields} and len(fields) >= 5
+    with pytest.raises(ValueError, match="no parameters of a Wan VAE: a/b"):
+        wan_vae.model_fields({"a/b": (1,)})
 
 
 def test_table_fills_every_parameter_and_inverts(params, tensors):

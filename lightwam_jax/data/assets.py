@@ -3,7 +3,7 @@
 The directory travels inside every checkpoint, so that a checkpoint is a policy by itself:
 
   dataset_stats.json   normalisation statistics
-  codec/               latent codec
+  codec/               latent codec, with its weights
   text/                embeddings of the known prompts, and which encoder made them
 """
 
@@ -52,8 +52,10 @@ def load_assets(directory, config):
             f"the codec in {directory}/codec has {codec.latent_channels} channels, "
             f"config.model.latent_channels is {config.model.latent_channels}: run python -m "
             "lightwam_jax.precompute --config CONFIG --what latents, or change the config")
-    encoder = text_lib.make_encoder(config.data.text_encoder, config.model.text_dim)
-    cached = text_lib.CachedTextEncoder(encoder, load_text(directory, config))
+    cache = load_text(directory, config)
+    encoder = text_lib.make_encoder(config.data.text_encoder, config.model.text_dim,
+                                    config.data.text_weights, cache)
+    cached = text_lib.CachedTextEncoder(encoder, cache)
     return Assets(state, action, codec, cached, statistics)
 
 

@@ -1,7 +1,7 @@
 """Latent codecs: pictures to the latents the backbone sees, and back.
 
 Every codec has the interface of the Wan VAE: video frame 0 becomes latent frame 0, each later
-latent frame packs four video frames, and a latent cell covers 8x8 pixels.
+latent frame packs four video frames, and a latent cell covers 8x8 pixels (16x16 in Wan 2.2).
 """
 
 import functools
@@ -14,7 +14,8 @@ import einops
 import jax
 import numpy as np
 
-STRIDE = 8  # pixels per latent cell
+STRIDES = {"pca": 8, "wan21": 8, "wan22": 16}  # config.data.codec -> pixels per latent cell
+STRIDE = STRIDES["pca"]
 GROUP = 4  # video frames per latent frame, after the first
 _CHUNK_BYTES = 1 << 20  # pixels encoded at once: four times as fast as chunks beyond the cache
 PLACES = 4  # latent channels that tell a cell's place on the canvas
@@ -25,31 +26,32 @@ class Codec(typing.Protocol):
     """What the cache, the policy and the figures use.
 
     Attributes:
+      kind: of `STRIDES`.
       latent_channels: C.
       stride: pixels per latent cell.
       id: changes whenever the latents would.
-      arrays: pytree of weights, the first argument of the two pure functions below.
+      arrays: pytree of the weights that `encode_with` needs.
     """
+    kind: str
     latent_channels: int
     stride: int
     id: str
     arrays: dict
 
     def encode(self, video):
-        """uint8 [B, T, H, W, 3], T = 1 + 4k -> latents f32 [B, 1 + k, H/8, W/8, C]."""
+        """uint8 [B, T, H, W, 3], T = 1 + 4k -> latents f32 [B, 1 + k, H/stride, W/stride, C]."""
         ...
 
     def decode(self, latents):
-        """Latents [B, F, h, w, C] -> uint8 [B, 4F - 3, 8h, 8w, 3]."""
+        """Latents [B, F, h, w, C] -> uint8 [B, 4F - 3, h * stride, w * stride, 3]."""
         ...
 
-    @staticmethod
-    def encode_with(arrays, video):
-        """`encode` as a pure function of arrays: numpy in, numpy out; traced in, traced out."""
+    def encode_with(self, arrays, video):
+        """`encode` as a pure function of arrays, to be traced."""
         ...
 
     def save(self, directory):
-        """Writes codec.json and codec.npz; `load` reads them."""
+        """Writes codec.json and the weights; `load` reads them."""
         ...
 
 
@@ -73,7 +75,7 @@ class PcaCodec:
     nothing, so the last `PLACES` channels carry each cell's row and column; decoding ignores them.
     """
 
-    stride = STRIDE
+    kind, stride = "pca", STRIDE
 
     def __init__(self, arrays):
         self.arrays = arrays
@@ -95,7 +97,7 @@ class PcaCodec:
           channels: C, of which `PLACES` are places; at most 192 are components.
           whitening: see the class.
         """
-        _check_video(videos)
+        check_video(videos)
         components = channels - PLACES
         if videos.shape[1] < 1 + GROUP or not 0 < components <= 3 * STRIDE**2:
             raise ValueError(
@@ -143,7 +145,7 @@ class PcaCodec:
         Raises:
           ValueError: not uint8, sides not multiples of 8, or T not 1 + a multiple of 4.
         """
-        _check_video(video)
+        check_video(video)
         rows = max(1, _CHUNK_BYTES // max(1, video[:1].size))
         chunks = [self.encode_with(self.arrays, video[i:i + rows])
                   for i in range(0, len(video), rows)]
@@ -163,8 +165,8 @@ class PcaCodec:
         os.makedirs(directory, exist_ok=True)
         np.savez(os.path.join(directory, "codec.npz"), **self.arrays)
         with open(os.path.join(directory, "codec.json"), "w") as f:
-            json.dump({"kind": "pca", "id": self.id, "latent_channels": self.latent_channels}, f,
-                      indent=2)
+            json.dump({"kind": self.kind, "id": self.id,
+                       "latent_channels": self.latent_channels}, f, indent=2)
 
 
 def load(directory):
@@ -180,9 +182,12 @@ def load(directory):
                                 "python -m lightwam_jax.precompute --config CONFIG --what latents")
     with open(path) as f:
         description = json.load(f)
+    if description["kind"] not in STRIDES:
+        raise ValueError(f"{path}: codec kind {description['kind']!r} is unknown; known kinds: "
+                         f"{', '.join(map(repr, STRIDES))}")
     if description["kind"] != "pca":
-        raise ValueError(
-            f"{path}: codec kind {description['kind']!r} is unknown; known kinds: 'pca'")
+        from lightwam_jax.data import wan  # imports the models, which the PCA codec does not need
+        return wan.WanCodec.load(directory, description)
     with np.load(os.path.join(directory, "codec.npz")) as stored:
         codec = PcaCodec(dict(stored))
     if codec.id != description["id"]:
@@ -199,15 +204,16 @@ def psnr(pictures, reference):
     return float(10 * np.log10(255.0**2 / max(error, 1e-12)))
 
 
-def _check_video(video):
+def check_video(video, stride=STRIDE):
+    """Raises ValueError unless `video` is uint8 [B, 1 + 4k, H, W, 3], sides multiples of stride."""
     if video.dtype != np.uint8 or video.ndim != 5 or video.shape[-1] != 3:
         raise ValueError(
             f"video is {video.dtype} {list(video.shape)}; expected uint8 [B, T, H, W, 3]")
     _, t, h, w, _ = video.shape
-    if (t - 1) % GROUP or h % STRIDE or w % STRIDE:
+    if (t - 1) % GROUP or h % stride or w % stride:
         raise ValueError(
             f"video of {t} frames of {h}x{w}; expected 1 + a multiple of {GROUP} frames and sides "
-            f"that are multiples of {STRIDE}: change config.data.num_frames or config.data.canvas")
+            f"that are multiples of {stride}: change config.data.num_frames or config.data.canvas")
 
 
 def _namespace(x):

@@ -28,13 +28,14 @@ def batch_spec(config, batch):
       ValueError: the canvas does not divide into latent cells, pooled cells and 2x2 patches.
     """
     data, model = config.data, config.model
-    unit = codec.STRIDE * config.loss.downsample * 2
+    stride = codec.STRIDES[data.codec]
+    unit = stride * config.loss.downsample * 2
     if any(side <= 0 or side % unit for side in data.canvas) or len(data.canvas) != 2:
         raise ValueError(
             f"config.data.canvas={tuple(data.canvas)}: both sides must be multiples of {unit} "
-            f"({codec.STRIDE} pixels per latent cell x config.loss.downsample="
+            f"({stride} pixels per latent cell x config.loss.downsample="
             f"{config.loss.downsample} x patches of 2)")
-    height, width = (side // codec.STRIDE for side in data.canvas)
+    height, width = (side // stride for side in data.canvas)
     shapes = {
         "latents": ((data.latent_frames, height, width, model.latent_channels), ml_dtypes.bfloat16),
         "context": ((data.text_len, model.text_dim), ml_dtypes.bfloat16),

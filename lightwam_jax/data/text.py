@@ -6,15 +6,19 @@ policy embeds only prompts that are not in the cache.
 
 import functools
 import hashlib
+import html
 import json
 import os
 import re
+import string
 import typing
 
+import ftfy
 import ml_dtypes
 import numpy as np
 import tqdm
 
+CLEANING = ("whitespace", "lower", "canonicalize")
 _ENCODE = "python -m lightwam_jax.precompute --config CONFIG --what text"
 
 
@@ -25,6 +29,25 @@ def prompt(task, template):
             f"config.data.prompt_template={template!r} has no '{{task}}': every task would get the "
             "same text; write '{task}' where the instruction belongs")
     return template.replace("{task}", " ".join(task.split()))
+
+
+def clean(text, mode="whitespace"):
+    """Returns `text` as the tokenizer of umT5 gets it: repaired unicode, no HTML, single spaces.
+
+    Args:
+      mode: of the Wan tokenizer. The release uses "whitespace"; "lower" also lowers case, and
+        "canonicalize" drops punctuation besides.
+
+    Raises:
+      ValueError: unknown mode.
+    """
+    if mode not in CLEANING:
+        raise ValueError(f"cleaning mode {mode!r} is unknown; expected one of {CLEANING}")
+    text = html.unescape(html.unescape(ftfy.fix_text(text)))
+    if mode == "canonicalize":
+        text = text.replace("_", " ").translate(str.maketrans("", "", string.punctuation))
+    text = re.sub(r"\s+", " ", text).strip()
+    return text if mode == "whitespace" else text.lower()
 
 
 class TextEncoder(typing.Protocol):
@@ -87,12 +110,46 @@ def _gaussian(word, dim):
     return (np.sqrt(-2 * np.log(u[:dim])) * np.cos(2 * np.pi * u[dim:])).astype(np.float32)
 
 
-def make_encoder(kind, dim):
-    """Returns the `TextEncoder` of config.data.text_encoder with rows of config.model.text_dim."""
+class AbsentTextEncoder:
+    """Stands in for an encoder whose weights are elsewhere: enough where every prompt is cached."""
+
+    def __init__(self, dim, id, weights):
+        self.dim, self.id, self._weights = dim, id, weights
+
+    def encode(self, prompts, text_len):
+        """Raises FileNotFoundError, which says how to get the encoder back."""
+        raise FileNotFoundError(
+            f"prompt {prompts[0]!r} is not in the text cache, and the encoder that made the cache, "
+            f"{self.id}, is not at config.data.text_weights={self._weights!r}: put its converted "
+            "weights there, or say where they are: Policy.load(..., text_weights=DIR), "
+            "--config.data.text_weights=DIR")
+
+
+def make_encoder(kind, dim, weights="", cache=None):
+    """Returns the `TextEncoder` of config.data.text_encoder with rows of config.model.text_dim.
+
+    Args:
+      kind, dim: those two keys.
+      weights: config.data.text_weights; read when the first prompt is encoded.
+      cache: `TextCache` of prompts encoded already; with one, the weights may be absent, and
+        leave memory after every new prompt.
+
+    Raises:
+      ValueError, FileNotFoundError: unknown kind, or not the weights of such an encoder.
+    """
     if kind == "hashed":
         return HashedTextEncoder(dim)
-    raise ValueError(
-        f"config.data.text_encoder={kind!r} has no encoder here; known encoders: 'hashed'")
+    if kind != "umt5":
+        raise ValueError(f"config.data.text_encoder={kind!r} has no encoder here; known encoders: "
+                         "'umt5', 'hashed'")
+    if cache is not None and not os.path.isdir(weights):
+        return AbsentTextEncoder(dim, cache.encoder_id, weights)
+    from lightwam_jax.data import wan  # imports the models, which other encoders do not need
+    encoder = wan.UMT5TextEncoder(weights, keep=cache is None)
+    if encoder.dim != dim:
+        raise ValueError(f"config.data.text_weights={weights!r} gives rows of width {encoder.dim}, "
+                         f"config.model.text_dim is {dim}")
+    return encoder
 
 
 class TextCache:
@@ -113,7 +170,7 @@ class TextCache:
         self.kind, self.template = index["kind"], index["template"]
         self.encoder_id, self.dim, self.prompts = index["id"], index["dim"], tuple(index["prompts"])
         self._row = {text: i for i, text in enumerate(self.prompts)}
-        self._ends = np.cumsum(index["lengths"], dtype=np.int64)
+        self._ends = np.cumsum([0, *index["lengths"]], dtype=np.int64)
         rows = np.load(os.path.join(directory, "rows.npy"), mmap_mode="r")
         if rows.shape != (self._ends[-1], self.dim):
             raise ValueError(
@@ -138,8 +195,7 @@ class TextCache:
             if text not in self._row:
                 raise KeyError(f"prompt {text!r} is not among the {len(self.prompts)} of the text "
                                f"cache; add it with: {_ENCODE}")
-            end = self._ends[self._row[text]]
-            begin = self._ends[self._row[text] - 1] if self._row[text] else 0
+            begin, end = self._ends[self._row[text]:][:2]
             if end - begin > text_len:
                 raise ValueError(f"prompt {text!r} has {end - begin} rows, config.data.text_len is "
                                  f"{text_len}; raise it")
@@ -150,7 +206,7 @@ class TextCache:
 
 def write_cache(directory, encoder, prompts, text_len, kind, template):
     """Encodes `prompts` and writes a `TextCache` (bfloat16, ragged) into a new directory."""
-    rows, lengths = [], []
+    rows, lengths = [np.zeros((0, encoder.dim), np.uint16)], []  # no prompt at all is fine too
     for text in tqdm.tqdm(prompts, desc="text", unit="prompt"):
         context, mask = encoder.encode([text], text_len)
         rows.append(context[0, mask[0]].astype(ml_dtypes.bfloat16).view(np.uint16))
@@ -177,8 +233,9 @@ class CachedTextEncoder:
         """As `TextEncoder.encode`, rounded to bfloat16 for known and new prompts alike."""
         context = np.zeros((len(prompts), text_len, self.dim), np.float32)
         mask = np.zeros((len(prompts), text_len), bool)
-        for i, text in enumerate(prompts):
-            source = self._cache.table if text in self._cache else self._encoder.encode
-            rows, real = source([text], text_len)
-            context[i], mask[i] = rows[0].astype(ml_dtypes.bfloat16), real[0]
+        new = np.array([text not in self._cache for text in prompts], bool)
+        for rows, encode in ((~new, self._cache.table), (new, self._encoder.encode)):
+            if rows.any():
+                encoded, mask[rows] = encode([prompts[i] for i in np.flatnonzero(rows)], text_len)
+                context[rows] = encoded.astype(ml_dtypes.bfloat16)
         return context, mask

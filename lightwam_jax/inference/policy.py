@@ -9,6 +9,7 @@ that nothing is ever compiled in the middle of an episode.
 """
 
 import copy
+import dataclasses
 import pathlib
 
 import jax
@@ -20,6 +21,7 @@ from lightwam_jax import build, checkpoint
 from lightwam_jax import params as params_lib
 from lightwam_jax.data import assets as assets_lib
 from lightwam_jax.data import text, transforms
+from lightwam_jax.inference import deploy as deploy_lib
 from lightwam_jax.models import lightwam
 
 BUCKETS = (1, 2, 4, 8, 16, 32, 64)  # batch sizes that are ever compiled
@@ -45,11 +47,15 @@ class Policy:
         self._initialise = jax.jit(lambda key: build.init_params(model, key, config.model),
                                    compiler_options=cheap)
         self._act = jax.jit(self._action_pass)
-        self._imagine = jax.jit(self._video_pass, static_argnames="steps")
+        self._imagine = jax.jit(self._video_pass, static_argnames=("steps", "full"))
 
     @classmethod
-    def load(cls, directory, step=None):
+    def load(cls, directory, step=None, deploy=False, text_weights=""):
         """Returns the policy of a run (its newest checkpoint unless `step` is given) or checkpoint.
+
+        Args:
+          deploy: the smaller, faster form that acts and cannot predict video; see `deploy.py`.
+          text_weights: where the text encoder is now, if not at config.data.text_weights.
 
         Raises:
           FileNotFoundError: no checkpoint there.
@@ -61,13 +67,20 @@ class Policy:
         if stored.config is None or stored.assets is None:
             raise ValueError(f"{stored.path} holds parameters only; expected a checkpoint of "
                              "train.py, with config and assets")
-        model = build.build_model(stored.config.model)
-        params = params_lib.segmented(stored.params, stored.config.model)
-        assets = assets_lib.load_assets(stored.assets, stored.config)
-        return cls(model, params, stored.config, assets, stored.meta["step"])
+        config = stored.config
+        if text_weights:
+            data = dataclasses.replace(config.data, text_weights=text_weights)
+            config = dataclasses.replace(config, data=data)
+        assets = assets_lib.load_assets(stored.assets, config)
+        params = params_lib.segmented(stored.params, config.model)
+        if deploy:
+            params, model_config = deploy_lib.deployed(params, config.model)
+            config = dataclasses.replace(config, model=model_config)
+        return cls(build.build_model(config.model), params, config, assets, stored.meta["step"])
 
     def untrained(self, seed=0):
         """Returns a policy of the same config and assets with freshly initialised parameters."""
+        self._need_whole_model()
         fresh = self._initialise(jax.random.key(seed))
         other = copy.copy(self)  # shares what is compiled already
         other.step, other.params = None, jax.tree.map(
@@ -111,22 +124,27 @@ class Policy:
                 taps[name] = np.concatenate([part[1][name] for part in parts])[:len(canvas)]
         return actions, {name: np.asarray(tap) for name, tap in taps.items()}
 
-    def predict_video(self, images, state, prompts, seed=0, steps=10):
+    def predict_video(self, images, state, prompts, seed=0, steps=10, resolution="pooled"):
         """Imagines the frames of the window that starts with this observation.
 
         Args:
           images, state, prompts: as for `act`, with B at most 64.
           seed: of the noise. steps: of the Euler solver.
+          resolution: "pooled", of latents as training saw them; or "full", the release's joint
+            inference, whose pooled noise training never saw (`LightWAM.denoise`).
 
         Returns:
-          uint8 [B,frames,h,w,3], the canvas shrunk by config.loss.downsample as in training;
-          frame 0 is now.
+          uint8 [B,frames,h,w,3], of the size of the canvas, or shrunk by config.loss.downsample
+          where pooled; frame 0 is now.
         """
+        if resolution not in ("pooled", "full"):
+            raise ValueError(f"resolution is {resolution!r}; expected 'pooled' or 'full'")
+        self._need_whole_model()
         canvas, state = self._check(images, state, prompts)
         rows = _bucket(len(canvas))
         latents = self._imagine(
             self.params, self.assets.codec.arrays, _pad(canvas, rows), *self._text(prompts, rows),
-            _pad(state, rows), jax.random.key(seed), steps=steps)
+            _pad(state, rows), jax.random.key(seed), steps=steps, full=resolution == "full")
         return self.assets.codec.decode(np.asarray(latents)[:len(canvas)])
 
     def warm_up(self, batch_sizes=(1,)):
@@ -155,19 +173,20 @@ class Policy:
         taps = {name: tap for name, tap in taps.items() if name.startswith(shown)}
         return self.assets.action.inverse(actions), taps
 
-    def _video_pass(self, params, codec, canvas, context, mask, state, key, steps):
+    def _video_pass(self, params, codec, canvas, context, mask, state, key, steps, full):
         loss = self.config.loss
-        latents, context, proprio = self._inputs(codec, canvas, context, state)
-        first = lightwam.pool_latents(latents, loss.downsample)
+        first, context, proprio = self._inputs(codec, canvas, context, state)
+        if not full:
+            first = lightwam.pool_latents(first, loss.downsample)
         frames = self.config.data.latent_frames
         noise = jax.random.normal(key, (first.shape[0], frames, *first.shape[2:]))
-        x = self.model.apply(
+        x, _ = self.model.apply(
             {"params": params}, first, noise, context, proprio, self._mask(mask), steps,
-            loss.shift, method="predict_video")
+            loss.shift, loss.downsample if full else 1, method="denoise")
         return x.at[:, 1:].add(first) if loss.residual_target else x
 
     def _inputs(self, codec, canvas, context, state):
-        """What the model reads: latents [B,1,H/8,W/8,C], context [B,L,dim], proprio [B,P]."""
+        """What the model reads: latents [B,1,H,W,C], context [B,L,dim], proprio [B,P]."""
         latents = self.assets.codec.encode_with(codec, canvas[:, None]).astype(_CACHE_DTYPE)
         return latents.astype(jnp.float32), context, self.assets.state.normalize(state)
 
@@ -186,13 +205,19 @@ class Policy:
     def _text(self, prompts, rows):
         """Context [rows,L,dim] and mask [rows,L]; each instruction is encoded once and kept."""
         data, encoder = self.config.data, self.assets.text_encoder
-        for task in prompts:
-            if task not in self._texts:
-                prompt = text.prompt(task, data.prompt_template)
-                context, mask = encoder.encode([prompt], data.text_len)
-                self._texts[task] = context[0].astype(_CACHE_DTYPE), mask[0]
+        new = [task for task in dict.fromkeys(prompts) if task not in self._texts]
+        if new:  # all at once: a large encoder is read from disk for them
+            filled = [text.prompt(task, data.prompt_template) for task in new]
+            contexts, masks = encoder.encode(filled, data.text_len)
+            self._texts.update(zip(new, zip(contexts.astype(_CACHE_DTYPE), masks)))
         found = [self._texts[task] for task in prompts]
         return tuple(_pad(np.stack(part), rows) for part in zip(*found))
+
+    def _need_whole_model(self):
+        if "head" not in self.params["dit"]:
+            raise ValueError("this policy was loaded with deploy=True and is not the whole model: "
+                             "load it with Policy.load(..., deploy=False) to predict video, or for "
+                             "untrained()")
 
     def _check(self, images, state, prompts):
         """Returns (canvas uint8 [B,H,W,3], state float32 [B,P])."""

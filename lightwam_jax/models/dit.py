@@ -287,7 +287,8 @@ class WanDiT(nn.Module):
         _, frames, height, width, _ = latents.shape
         if height % 2 or width % 2:
             raise ValueError(f"latent grid {height}x{width} must be even in both directions: "
-                             "the patch is 2x2 (canvas sides must be multiples of 16 pixels)")
+                             "the patch is 2x2 (canvas sides must be multiples of two latent "
+                             "cells)")
         rope = layers.rope_table(frames, height // 2, width // 2, self.head_dim)
         times = jnp.zeros((1, 1)) if t is None else jnp.stack([jnp.zeros_like(t), t], axis=1)
         e, rows = self.embed_time(times)

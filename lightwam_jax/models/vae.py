@@ -125,9 +125,10 @@ class Downsample(nn.Module):
 class Upsample(nn.Module):
     """Doubles H and W and, with `time`, the frames after the first.
 
-    [B,1+n,H,W,C] -> [B,1+2n,2H,2W,C/2]
+    [B,1+n,H,W,C] -> [B,1+2n,2H,2W,features]
     """
     time: bool
+    features: int
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -140,7 +141,7 @@ class Upsample(nn.Module):
             later = einops.rearrange(later, "b t h w (two c) -> b (t two) h w c", two=2)
             x = jnp.concatenate([x[:, :1], later], axis=1)
         x = einops.repeat(x, "b t h w c -> (b t) (h up) (w right) c", up=2, right=2)
-        x = nn.Conv(c // 2, (3, 3), padding=1, dtype=self.dtype, name="resample_1")(x)
+        x = nn.Conv(self.features, (3, 3), padding=1, dtype=self.dtype, name="resample_1")(x)
         return einops.rearrange(x, "(b t) h w c -> b t h w c", b=b)
 
 
@@ -163,7 +164,7 @@ class Encoder(nn.Module):
                 x = Downsample(time, self.dtype, name=f"downsamples_{next(position)}")(x)
             for _ in range(self.num_res_blocks):
                 x = ResBlock(self.dim * mult, self.dtype, name=f"downsamples_{next(position)}")(x)
-        x = _middle(x, self.dtype)
+        x = middle(x, self.dtype)
         x = nn.silu(ChannelNorm(self.dtype, name="head_0")(x))
         return CausalConv(self.features, dtype=self.dtype, name="head_2")(x)
 
@@ -180,19 +181,23 @@ class Decoder(nn.Module):
     def __call__(self, x):
         position = itertools.count()
         x = CausalConv(self.dim * self.dim_mult[-1], dtype=self.dtype, name="conv1")(x)
-        x = _middle(x, self.dtype)
+        x = middle(x, self.dtype)
         for level, mult in reversed(list(enumerate(self.dim_mult))):
             for _ in range(self.num_res_blocks + 1):
                 x = ResBlock(self.dim * mult, self.dtype, name=f"upsamples_{next(position)}")(x)
             if level:
                 time = self.time_downsample[level - 1]
-                x = Upsample(time, self.dtype, name=f"upsamples_{next(position)}")(x)
+                x = Upsample(time, x.shape[-1] // 2, self.dtype,
+                             name=f"upsamples_{next(position)}")(x)
         x = nn.silu(ChannelNorm(self.dtype, name="head_0")(x))
         return CausalConv(3, dtype=self.dtype, name="head_2")(x)
 
 
-def _middle(x, dtype):
-    # Called inside a compact method: the three modules belong to the caller.
+def middle(x, dtype):
+    """Residual block, attention, residual block on [B,T,H,W,C].
+
+    Called inside a compact method: the three modules belong to the caller.
+    """
     x = ResBlock(x.shape[-1], dtype, name="middle_0")(x)
     x = FrameAttention(dtype, name="middle_1")(x)
     return ResBlock(x.shape[-1], dtype, name="middle_2")(x)

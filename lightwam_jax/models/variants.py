@@ -42,6 +42,15 @@ VARIANTS = {
         adapter_layers=(8, 16, 24), adapter_dim=256,
         num_queries=16, pool_heads=8, per_layer_dim=4608, trunk_dim=6144, step_pos_dim=256,
     ),
+    # Wan2.2-TI2V-5B. The paper has no such model: LoRA and what follows the pooling are those of
+    # the 1.3B; adapters and the number of pooling heads grow with the width, which is twice that.
+    "wan22_5b": dict(
+        _SHARED, dim=3072, num_heads=24, head_dim=128, ffn_dim=14336, num_layers=30,
+        text_dim=4096, freq_dim=256, latent_channels=48,
+        lora_rank=64, lora_alpha=128.0, lora_layers=tuple(range(30)),
+        adapter_layers=(8, 16, 24), adapter_dim=512,
+        num_queries=16, pool_heads=16, per_layer_dim=4608, trunk_dim=6144, step_pos_dim=256,
+    ),
     # Smallest model with every part in it: tests and dry runs.
     "tiny": dict(
         _SHARED, dim=48, num_heads=2, head_dim=24, ffn_dim=96, num_layers=4,

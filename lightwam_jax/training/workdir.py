@@ -24,7 +24,8 @@ from lightwam_jax import config as config_lib
 # Config keys that may differ when a run is continued: they leave the next step what it was, up to
 # rounding. (`train.steps` also stretches the learning-rate schedule; the loop says so.)
 MAY_CHANGE = re.compile(
-    r"^(name|evaluation\..*|mesh\..*|data\.(workers|threads|prefetch)|optimizer\.accum_steps|"
+    r"^(name|evaluation\..*|mesh\..*|optimizer\.accum_steps|"
+    r"data\.(workers|threads|prefetch|codec_weights|text_weights)|"
     r"model\.(remat|scan_unroll|attention)|"
     r"train\.(steps|log_every|eval_every|eval_batches|checkpoint_every|keep_last))$"
 )
@@ -58,7 +59,7 @@ def check_same_run(config, workdir):
     source, kept = _cache_assets(config), workdir / "assets"
     for file in sorted(source.rglob("*")) if source else ():
         copy = kept / file.relative_to(source)
-        if file.is_file() and copy.is_file() and not filecmp.cmp(file, copy, shallow=False):
+        if file.is_file() and copy.is_file() and not _same_content(file, copy):
             raise ValueError(
                 f"{file} is not what the run in {workdir} started with ({copy}): the cache was "
                 "rebuilt. Choose another --workdir, or put the old cache back"
@@ -90,12 +91,16 @@ def write_assets(config, workdir, batch):
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
     if source := _cache_assets(config):
-        storage.copy_files(source, scratch)
+        storage.copy_files(source, scratch, storage.LARGE)
     example = {name: x[:1] for name, x in batch.items()}
     wide = {name: x.astype(np.float32) for name, x in example.items() if x.dtype == jnp.bfloat16}
     np.savez(scratch / "example_batch.npz", **(example | wide))
     shutil.rmtree(target, ignore_errors=True)
     scratch.rename(target)
+
+
+def _same_content(file, copy):
+    return file.samefile(copy) or filecmp.cmp(file, copy, shallow=False)
 
 
 def _cache_assets(config):

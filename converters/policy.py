@@ -1,0 +1,84 @@
+"""Converted weights, a config and statistics together: a checkpoint that acts.
+
+A released checkpoint holds the networks only. What a policy needs besides (cameras, prompt
+template, normalisation, the VAE, the text encoder) is said here once and kept with the weights.
+"""
+
+import dataclasses
+import importlib.util
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+from converters import files
+from lightwam_jax import checkpoint
+from lightwam_jax import config as configs
+from lightwam_jax.data import assets as assets_lib
+from lightwam_jax.data import text as text_lib
+from lightwam_jax.data import wan
+
+
+def assemble(weights, config, vae, text, out, stats=None, prompts=None, say=print):
+    """Writes a policy checkpoint, which `Policy.load` reads.
+
+    Args:
+      weights: directory that `converters lightwam` wrote.
+      config: config file, such as configs/libero.py:all; its model section is replaced by the
+        sizes of the weights.
+      vae, text: directories that `converters vae` and `converters t5` wrote.
+      out: directory; must not exist.
+      stats: dataset_stats.json of the release; None: the one kept with the weights.
+      prompts: file of instructions, one per line, to encode now; others are encoded when they come.
+
+    Raises:
+      FileExistsError, FileNotFoundError, ValueError: something is there, absent, or does not fit.
+    """
+    out = Path(out)
+    if out.exists():
+        raise FileExistsError(f"{out} exists; remove it or choose another --out")
+    stored = checkpoint.load_params(weights)
+    fields = (stored.meta["config"] or {}).get("model", {})
+    if "action_dim" not in fields:
+        raise ValueError(f"{weights} holds no whole Light-WAM; expected what python -m converters "
+                         "lightwam wrote")
+    config = _config(config, fields, str(vae), str(text))
+    stats = Path(stats) if stats else Path(stored.assets or ".", "dataset_stats.json")
+    if not stats.is_file():
+        raise FileNotFoundError(f"{stats} is missing; give the release's dataset_stats.json as "
+                                "--stats")
+    with tempfile.TemporaryDirectory(dir=out.parent) as assets:
+        shutil.copyfile(stats, Path(assets, "dataset_stats.json"))
+        wan.WanCodec(vae, config.data.codec, config.model.dtype).save(Path(assets, "codec"))
+        _write_texts(Path(assets, "text"), config, prompts)
+        assets_lib.load_assets(assets, config)  # whether all of it fits together
+        meta = {"config": dataclasses.asdict(config), "step": stored.meta["step"],
+                "source": stored.meta.get("source"), "checkpoint": stored.meta.get("checkpoint")}
+        checkpoint.save_params(out, stored.params, meta, assets)
+    say(f"{out}: a policy of {config.name}; lightwam_jax.inference.policy.Policy.load reads it")
+
+
+def _config(place, fields, vae, text):
+    """The `Config` of a file, with the weights' model and where the others come from."""
+    path, _, argument = place.partition(":")
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such config file")
+    spec = importlib.util.spec_from_file_location("config_file", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    tree = module.get_config(*([argument] if argument else [])).to_dict()
+    variant = {"dtype": tree["model"]["dtype"]}
+    tree["model"] = {**json.loads(json.dumps(fields)), **variant}
+    tree["data"].update(codec_weights=vae, text_weights=text)
+    return configs.from_config_dict(tree)
+
+
+def _write_texts(directory, config, prompts):
+    tasks = []
+    if prompts:
+        tasks = [line.strip() for line in files.existing(prompts).read_text().splitlines()]
+    prompts = [text_lib.prompt(task, config.data.prompt_template) for task in tasks if task]
+    data = config.data
+    encoder = text_lib.make_encoder(data.text_encoder, config.model.text_dim, data.text_weights)
+    text_lib.write_cache(directory, encoder, prompts, data.text_len, data.text_encoder,
+                         data.prompt_template)
