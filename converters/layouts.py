@@ -54,15 +54,9 @@ def _diffusers_dit_config(shapes, told):
     return _dit_config(rules.source_shapes(wan_dit.BASE, targets, layers), told)
 
 
-def _vae_config(table, version):
-    def read(shapes, told):
-        flat = rules.target_shapes(table, shapes)
-        widths = {half: flat[f"{half}/conv1/kernel"][-1] for half in ("encoder", "decoder")}
-        fields = {"version": version, "dim": widths["encoder"], "z_dim": flat["conv2/kernel"][-1]}
-        if version == "wan22":
-            fields["decoder_dim"] = widths["decoder"] // vae22.Wan22VAE.dim_mult[-1]
-        return {"vae": fields}
-    return read
+def _vae_config(table):
+    return lambda shapes, told: {
+        "vae": wan_vae.model_fields(rules.target_shapes(table, shapes))}
 
 
 def _t5_config(table):
@@ -80,7 +74,7 @@ def _blocks(keys):
 
 
 def _vae(version, name, signature, table):
-    return Layout("vae", version, name, signature, table, _vae_config(table, version))
+    return Layout("vae", version, name, signature, table, _vae_config(table))
 
 
 def _t5(name, signature, table):

@@ -62,7 +62,8 @@ OFFICIAL, HUGGINGFACE = _table(_OFFICIAL), _table(_HUGGINGFACE)
 def model_fields(flat):
     """Fields of `UMT5Encoder` from the shapes of its parameters, {path: shape}."""
     vocab, dim = flat["token_embedding/embedding"]
-    layers, buckets, heads = flat["blocks/pos_embedding/embedding"]
+    _, buckets, heads = flat["blocks/pos_embedding/embedding"]
+    layers = max(shape[0] for path, shape in flat.items() if path.startswith("blocks/"))
     return dict(vocab=vocab, dim=dim, attention_dim=flat["blocks/attn/q/kernel"][-1],
                 ffn_dim=flat["blocks/ffn/fc1/kernel"][-1], num_heads=heads, num_layers=layers,
                 num_buckets=buckets)

@@ -143,7 +143,7 @@ def model_fields(shapes):
             times.append("time_conv" in found)
             levels.append([])
         else:
-            levels[-1].append(found["residual_6"])
+            levels[-1].append(found.get("residual_6") or found["residual_2"])  # one may be missing
     fields = dict(dim=dim, z_dim=z_dim, dim_mult=tuple(level[0] // dim for level in levels),
                   num_res_blocks=len(levels[0]), time_downsample=tuple(times))
     if len(next(iter(members))) == 1:

@@ -264,7 +264,7 @@ def save_params(directory, params, meta=None, assets=None):
       directory: must not exist.
       params: all parameters, canonical layout: numpy or jax arrays, or `streams.StreamedArray`s.
       meta: JSON-able values; `config` (a `Config` as a dict, or {"model": ...}) if known.
-      assets: directory to copy in, or None.
+      assets: directory to copy in (large files are hard-linked), or None.
     """
     directory = pathlib.Path(directory).absolute()
     meta = dict(meta or {})
@@ -274,7 +274,7 @@ def save_params(directory, params, meta=None, assets=None):
     try:
         accounts = {"params": storage.write_params(partial / "params", params)}
         if assets is not None:
-            storage.copy_files(assets, partial / "assets")
+            storage.copy_files(assets, partial / "assets", storage.LARGE)
         with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as writer:
             whole = make_meta(step, config, accounts, meta)
             writer.save(partial / "meta", args=ocp.args.JsonSave(whole))

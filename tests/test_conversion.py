@@ -129,6 +129,20 @@ def test_bad_transformers_are_refused(transformer, tmp_path, capsys, change, wor
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bad.safetensors"]
 
 
+@pytest.mark.parametrize("kind, name, key", [
+    ("vae", "f_vae/vae21_tiny", "encoder.downsamples.0.residual.6.weight"),
+    ("vae", "f_vae/wan22_vae_tiny", "decoder.head.2.bias"),
+    ("t5", "g_text/text_encoder_tiny", "blocks.1.ffn.fc2.weight"),
+    ("t5", "g_text/text_encoder_tiny", "blocks.2.pos_embedding.embedding.weight"),
+])
+def test_incomplete_files_are_refused(golden, tmp_path, capsys, kind, name, key):
+    tensors = files.read_tensors(golden / f"{name}.safetensors")
+    del tensors[key]
+    path = save(tensors, tmp_path / "bad.safetensors")
+    code, error = run(capsys, kind, "--in", path, "--out", tmp_path / "w")
+    assert code == 2 and f"missing {key}" in error and "bad.safetensors" in error
+
+
 def test_another_size_is_refused_by_variant(transformer, tmp_path, capsys):
     path = save(transformer, tmp_path / "small.safetensors")
     code, error = run(capsys, "dit", "--in", path, "--out", tmp_path / "w", *HEADS,
