@@ -26,12 +26,13 @@ def d_train(fixtures):
     for name in RECORDED:
         data, told = fixtures.arrays(f"d_train/{name}.npz"), info[name]
         config = _loss_config(told["options"])
-        run, trainable, model_config = _gradient_function(fixtures, config)
+        differentiate = fixtures.has(f"d_train/{name}_grads.safetensors")
+        run, trainable, model_config = _gradient_function(fixtures, config, differentiate)
         batch, noise = _batch(data)
         recorded = info.get("grad_noise_f32_vs_f64", {}).get(name, {})
         parts, out, grads = run(trainable, batch, noise)
         yield from _losses(fixtures, name, data, config, (batch, noise, parts, out))
-        if fixtures.has(f"d_train/{name}_grads.safetensors"):
+        if differentiate:
             yield from _gradients(fixtures, name, _by_training_name(grads, model_config), told,
                                   recorded)
         if name == "release":  # the optimizer's steps were recorded with the same options
@@ -85,10 +86,11 @@ def _losses(fixtures, name, data, config, ran):
                       fixtures.noise(f"d_train/{name}.{tensor}"))
 
 
-def _gradient_function(fixtures, config):
+def _gradient_function(fixtures, config, differentiate):
     """Returns (jitted run, the parameters that learn, ModelConfig).
 
-    run(trainable, batch, noise) -> (losses, what the passes gave, gradients of what learns).
+    run(trainable, batch, noise) -> (losses, what the passes gave, gradients of what learns or,
+    where they are not wanted, None: they take most of the time).
     """
     model, tree, model_config = fixtures.lightwam()
     trainable, frozen = params.partition(tree, _trainable_patterns())
@@ -99,6 +101,8 @@ def _gradient_function(fixtures, config):
             out = losses.forward(model, params.merge(t, frozen), batch, noise, config)
             total, parts = losses.loss_of(out, batch, noise, config)
             return total, (parts, out)
+        if not differentiate:
+            return *loss(trainable)[1], None
         (_, (parts, out)), grads = jax.value_and_grad(loss, has_aux=True)(trainable)
         return parts, out, grads
 

@@ -116,7 +116,7 @@ DIFFUSERS22 = _diffusers(_members22)
 
 
 _MEMBER = re.compile(r"encoder/downsamples_(\d+)(?:/downsamples_(\d+))?/"
-                     r"(residual_6|resample_1|time_conv)/kernel")
+                     r"(residual_2|residual_6|resample_1|time_conv)/kernel")
 
 
 def model_fields(shapes):

@@ -55,6 +55,17 @@ def _digest(x, start=0):
     return jnp.sum(bits.astype(jnp.uint32) * weight, dtype=jnp.uint32)
 
 
+def _padded(part):
+    """A small array as a vector filled with zeros up to a power of two.
+
+    Zeros add nothing to a digest, and arrays of many shapes share a few compilations.
+    """
+    if not 0 < part.size < 1 << 20:
+        return part
+    size = 1 << (part.size - 1).bit_length()
+    return np.concatenate([part.reshape(-1), np.zeros(size - part.size, part.dtype)])
+
+
 def account(tree):
     """Returns {path: [shape, dtype, digest]} of a tree of arrays."""
     sums = params_lib.flatten(jax.device_get(digests(tree)))
@@ -90,7 +101,7 @@ def write_params(directory, tree):
 
     def add(leaf, row, part):
         start = np.uint32(row * math.prod(leaf.shape[1:]) % 2**32)
-        sums[path_of[id(leaf)]] += int(_digest(part, start))
+        sums[path_of[id(leaf)]] += int(_digest(_padded(part), start))
 
     streams.save(directory, params_lib.unflatten(leaves), add)
     return {

@@ -10,7 +10,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 SMALL = {
-    "demo.episodes": 6, "demo.starts": 4, "data.val_fraction": 0.2, "train.steps": 4, "train.batch_size": 8,
+    "demo.episodes": 6, "demo.starts": 4, "data.val_fraction": 0.2, "train.steps": 4,
+    "train.batch_size": 8,
     "train.log_every": 2, "train.eval_every": 4, "train.eval_batches": 1,
     "train.checkpoint_every": 2, "optimizer.warmup_steps": 1, "model.dim": 32,
     "model.head_dim": 8, "model.ffn_dim": 32, "model.per_layer_dim": 16, "model.trunk_dim": 16,

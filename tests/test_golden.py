@@ -1,5 +1,6 @@
 """Parity with the PyTorch reference on the golden fixtures, through our converters."""
 
+import functools
 import json
 
 import numpy as np
@@ -14,9 +15,15 @@ def fixtures(golden):
     return checks.Fixtures(golden, suffixes=(".safetensors",))  # without PyTorch
 
 
+@pytest.fixture(scope="module")
+def run(fixtures):
+    """Function group -> its checks, run once."""
+    return functools.cache(lambda group: list(verify.run_group(fixtures, group)))
+
+
 @pytest.mark.parametrize("group", list(verify.GROUPS))
-def test_parity(fixtures, group):
-    results = list(verify.run_group(fixtures, group))
+def test_parity(run, group):
+    results = run(group)
     done = [check for check in results if isinstance(check, checks.Check)]
     failed = [check.row() for check in done if not check.ok]
     assert len(done) > 3
@@ -35,11 +42,11 @@ def test_manifest_lists_what_is_there(golden):
     assert sum(path.stat().st_size for path in there.values()) < 8e6
 
 
-def test_every_recorded_tensor_is_compared(fixtures):
+def test_every_recorded_tensor_is_compared(fixtures, run):
     """Nothing of the fixtures is left out by a renamed tensor."""
     given = {"image", "video", "latent", "ids", "mask", "rel_pos"}
     for group in ("b_state_fusion", "f_vae", "g_text"):
-        compared = {c.tensor for c in verify.run_group(fixtures, group)}
+        compared = {check.tensor for check in run(group)}
         for path in (fixtures.root / group).glob("*.npz"):
             if path.stem != "inputs":
                 recorded = set(fixtures.arrays(f"{group}/{path.name}")) - given

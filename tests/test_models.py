@@ -78,6 +78,7 @@ def test_full_size_parameter_counts(golden, suite, dims):
     assert rows["backbone"][0] + params.count(vae) == told["frozen"]
 
 
+@pytest.mark.slow
 def test_initial_values_for_training_from_scratch():
     """Only the gates (rows 2 and 5 of six) and the queries start elsewhere."""
     usual = params.flatten(make_initial()[2])
@@ -140,6 +141,7 @@ def test_another_adapter_set_needs_no_other_checkpoint(tiny):
             assert view[path].shape == leaf.shape
 
 
+@pytest.mark.slow
 def test_merged_lora_gives_the_same_actions(tiny, act, inputs):
     config, _, tree = tiny
     merged = {**tree, "dit": lora.merge_lora(tree["dit"], config.model.lora_alpha)}
@@ -182,7 +184,8 @@ def test_predicted_video_keeps_the_frame_it_started_from(tiny, inputs):
 
 
 @pytest.mark.parametrize("variation", [
-    dict(remat="full"), dict(remat="dots"), dict(scan_unroll=8)], ids=str)
+    pytest.param(dict(remat="full"), marks=pytest.mark.slow), dict(remat="dots"),
+    pytest.param(dict(scan_unroll=8), marks=pytest.mark.slow)], ids=str)
 def test_execution_switches_change_no_number(tiny, inputs, variation):
     _, model, tree = tiny
     _, other, _ = make(**variation)
@@ -193,6 +196,7 @@ def test_execution_switches_change_no_number(tiny, inputs, variation):
                  run(model), run(other))
 
 
+@pytest.mark.slow
 def test_bfloat16_stays_close(tiny, inputs):
     _, model, tree = tiny
     _, half, _ = make(dtype="bfloat16")

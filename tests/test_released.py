@@ -11,6 +11,8 @@ from converters.__main__ import main
 from lightwam_jax.inference.policy import Policy
 from lightwam_jax.models import lightwam
 
+pytestmark = pytest.mark.slow
+
 CONFIG = '''
 from configs import base
 

@@ -326,6 +326,7 @@ def test_a_checkpoint_is_a_policy_by_itself(run):
         1, 5, 32, 64, 3)
 
 
+@pytest.mark.slow
 def test_the_deployment_form_of_a_checkpoint_acts_the_same(run):
     _, workdir = run
     whole, small = (Policy.load(workdir, deploy=deploy) for deploy in (False, True))
