@@ -64,6 +64,13 @@ def test_two_processes_share_each_batch_in_order(config):
         assert_equal(batch, {name: np.concatenate([p[name] for p in parts]) for name in batch})
 
 
+def test_a_batch_may_be_a_single_sample(config):
+    one = dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=1))
+    singles = [batch["index"][0] for batch in batches(one, 2 * config.train.batch_size)]
+    whole = np.concatenate([batch["index"] for batch in batches(config, 2)])
+    np.testing.assert_array_equal(singles, whole)
+
+
 def test_starting_at_a_step_equals_skipping_to_it(config):
     whole = batches(config, 8)
     for step, batch in enumerate(batches(config, 3, start_step=5), start=5):

@@ -33,7 +33,9 @@ def train_loader(config, process_index=0, process_count=1, start_step=0):
     rows = _rows_per_process(config, process_count)
     data = grain.MapDataset.source(_records(config, "train")).seed(config.seed).shuffle()
     # Batches before slices: a process then holds a contiguous block of the rows of every batch.
-    data = data.repeat(None).batch(rows)[start_step * process_count + process_index::process_count]
+    # Without a remainder: Grain rounds that length up in floating point, beyond what is allowed.
+    data = data.repeat(None).batch(rows, drop_remainder=True)
+    data = data[start_step * process_count + process_index::process_count]
     data = data.map(_finisher(config))
     # Grain counts its buffer in elements, which are whole batches here; the config counts samples.
     ahead = max(2, config.data.threads, -(-config.data.prefetch // rows))
