@@ -28,8 +28,6 @@ from converters import layouts
 from lightwam_jax.models import t5, variants
 
 LIMITS_GB = {"dit": 2.0, "t5": 4.0}
-_BACKBONE = ("dim", "num_heads", "head_dim", "ffn_dim", "num_layers", "text_dim", "freq_dim",
-             "latent_channels")
 
 
 def shapes(kind):
@@ -41,7 +39,7 @@ def shapes(kind):
         config = {"text_encoder": fields}
     else:
         table = variants.VARIANTS["wan21_1_3b"]
-        config = {"model": dict({name: table[name] for name in _BACKBONE}, lora_rank=0,
+        config = {"model": dict({name: table[name] for name in layouts.BACKBONE_SIZES}, lora_rank=0,
                                 lora_targets=(), lora_layers=(), adapter_layers=(), adapter_dim=0)}
     return layouts.expected_shapes(layouts.find(kind, "", "official"), config)
 

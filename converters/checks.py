@@ -10,7 +10,8 @@ import numpy as np
 
 from converters import files, layouts, lightwam, rules, umt5, wan_dit, wan_vae
 from lightwam_jax import build, params
-from lightwam_jax.models import t5, vae, vae22, variants
+from lightwam_jax.data import wan
+from lightwam_jax.models import t5, variants
 
 # Distance of the reference's own float32 result from its float64 result, relative to the largest
 # value of a tensor, where the fixture's manifest does not record it. Tolerances are 10x the noise.
@@ -137,8 +138,7 @@ class Fixtures:
             told = self.json("f_vae/info.json").get(version.replace("wan", "vae"), {})
             fields.update({f"latent_{name}": tuple(told[name]) for name in ("mean", "std")
                            if name in told})
-        module = {"wan21": vae.WanVAE, "wan22": vae22.Wan22VAE}[version](**fields)
-        return version, (module, params.unflatten(flat))
+        return version, (wan.VAES[version](**fields), params.unflatten(flat))
 
     def text_encoder(self):
         """(module, params) of the umT5 encoder in g_text."""

@@ -11,10 +11,11 @@ import jax.numpy as jnp
 from converters import lightwam, rules, umt5, wan_dit, wan_vae
 from lightwam_jax import build, params
 from lightwam_jax import config as configs
-from lightwam_jax.models import t5, vae, vae22, variants
+from lightwam_jax.data import wan
+from lightwam_jax.models import t5, variants
 
-_SIZES = ("dim", "num_heads", "head_dim", "ffn_dim", "num_layers", "text_dim", "freq_dim",
-          "latent_channels")  # of a backbone
+BACKBONE_SIZES = ("dim", "num_heads", "head_dim", "ffn_dim", "num_layers", "text_dim", "freq_dim",
+                  "latent_channels")
 
 
 class Layout(NamedTuple):
@@ -149,7 +150,7 @@ def of_variant(config, name):
     if "model" not in config or name not in variants.VARIANTS:
         raise ValueError(f"--variant {name}: expected one of {', '.join(variants.VARIANTS)}, for "
                          "a dit or lightwam file")
-    sizes = {key: variants.VARIANTS[name][key] for key in _SIZES}
+    sizes = {key: variants.VARIANTS[name][key] for key in BACKBONE_SIZES}
     return {**config, "model": {**config["model"], **sizes}}
 
 
@@ -171,7 +172,7 @@ def expected_shapes(layout, config):
 def vae_model(config):
     """The VAE module of a checkpoint's config."""
     fields = dict(config["vae"])
-    return {"wan21": vae.WanVAE, "wan22": vae22.Wan22VAE}[fields.pop("version")](**fields)
+    return wan.VAES[fields.pop("version")](**fields)
 
 
 def _lightwam_shapes(fields):
