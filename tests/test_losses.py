@@ -37,6 +37,8 @@ def test_padded_steps_and_repeated_rows_count_for_nothing():
     assert 0 < steps.sum() < steps[:3].size
     np.testing.assert_allclose(errors["l1"], np.abs(batch["actions"][steps]).sum(0), rtol=1e-5)
     np.testing.assert_allclose(errors["mse"], np.square(batch["actions"][steps]).sum(0), rtol=1e-5)
+    apart = np.abs(batch["actions"] * steps[..., None]).sum(0)
+    np.testing.assert_allclose(errors["l1_step_dim"], apart, rtol=1e-5)
     np.testing.assert_array_equal(errors["count_step"], steps.sum(0))
     assert errors["count"] == steps.sum()
 
@@ -52,3 +54,4 @@ def test_means_are_those_of_all_batches_together():
     np.testing.assert_allclose(means["mse"], np.square(both["actions"][steps]).mean(0), rtol=1e-6)
     first = np.abs(both["actions"][:, 0]).mean()
     np.testing.assert_allclose(means["l1_step"][0], first, rtol=1e-6)
+    np.testing.assert_allclose(means["l1_step_dim"].mean(1), means["l1_step"], rtol=1e-6)

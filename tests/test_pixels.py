@@ -122,6 +122,9 @@ def test_open_loop_errors_are_those_of_the_cache(config):
         policy = types.SimpleNamespace(model=Looks(), params={}, config=run,
                                        assets=assets.load_assets(directory, run))
         errors.append(open_loop.evaluate(policy, loader.val_batches(run)))
+    grippers = [each.pop("grippers") for each in errors]
+    assert list(grippers[0]) == ["3"] and grippers[0]["3"] == pytest.approx(grippers[1]["3"])
+    assert grippers[0]["3"]["found"] == 0, "these actions do not change within a chunk"
     for name in errors[0]:
         np.testing.assert_allclose(errors[0][name], errors[1][name], rtol=1e-6)
 

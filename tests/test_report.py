@@ -166,10 +166,27 @@ def test_results_are_compared_only_if_they_measured_the_same(tmp_path):
     assert "mujoco" in compare.compare(one, other, ["environment.versions"])
 
 
-def test_open_loop_table(tmp_path):
+def test_open_loop_tables_and_pictures(tmp_path):
+    by_dim = np.array([[0.05, 0.15], [0.1, 0.2], [0.15, 0.25]])
+    timing = {"changing": 4, "still": 2, "found": 0.75, "offset": -1.0, "offset_abs": 1.0,
+              "spurious": 0.5}
     errors = {"l1": np.array([0.1, 0.2]), "mse": np.array([0.01, 0.04]), "samples": 5,
-              "l1_step": np.array([0.1, 0.15, 0.2]), "l1_physical": np.array([1.0, 4.0])}
-    table = open_loop.write(tmp_path, errors)
-    assert "0.1500" in table.splitlines()[-1] and "4.0000" in table
-    assert json.loads((tmp_path / "open_loop.json").read_text())["l1_step"] == [0.1, 0.15, 0.2]
-    assert (tmp_path / "open_loop.png").exists()
+              "l1_step": np.array([0.1, 0.15, 0.2]), "l1_physical": np.array([1.0, 4.0]),
+              "l1_step_dim": by_dim, "gripper_offsets": np.array([[0, 3, 0, 0, 0]]),
+              "grippers": {"1": timing}}
+    dimensions, steps, grippers = open_loop.write(tmp_path, errors).split("\n\n")
+    assert "0.1500" in dimensions.splitlines()[-1] and "4.0000" in dimensions
+    assert steps.splitlines()[1].split() == ["L1", "0.1000", "0.1500", "0.2000"]
+    assert grippers.splitlines()[1].split() == ["1", "4", "0.750", "-1.000", "1.000", "2", "0.500"]
+    written = json.loads((tmp_path / "open_loop.json").read_text())
+    assert written["l1_step"] == [0.1, 0.15, 0.2] and written["l1_step_dim"] == by_dim.tolist()
+    assert written["grippers"] == {"1": timing}
+    names = ("open_loop.png", "open_loop_dimensions.png", "open_loop_gripper.png")
+    assert all((tmp_path / name).stat().st_size > 5000 for name in names)
+
+
+def test_open_loop_without_grippers_says_so(tmp_path):
+    errors = {"l1": np.ones(2), "mse": np.ones(2), "samples": 5, "l1_step": np.ones(3),
+              "l1_physical": np.ones(2), "l1_step_dim": np.ones((3, 2)), "grippers": {}}
+    assert "no action dimension is known to be a gripper" in open_loop.write(tmp_path, errors)
+    assert not (tmp_path / "open_loop_gripper.png").exists()

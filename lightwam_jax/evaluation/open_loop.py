@@ -7,7 +7,9 @@ import jax
 import ml_dtypes
 import numpy as np
 
+from lightwam_jax import page
 from lightwam_jax.evaluation import report
+from lightwam_jax.training import grippers as grippers_lib
 from lightwam_jax.training import losses
 
 
@@ -19,19 +21,22 @@ def evaluate(policy, batches):
       batches: of `data.loader.val_batches`.
 
     Returns:
-      {"l1", "mse": [A], "l1_step": [T]} in normalised units over "steps" steps, "l1_physical" [A],
-      "samples" int.
+      {"l1", "mse": [A], "l1_step": [T], "l1_step_dim": [T,A]} in normalised units over "steps"
+      steps, with A of the robot, "l1_physical" [A], "samples" int, "grippers": of
+      `grippers.summary`, and the counts behind it, "gripper_...".
 
     Raises:
       ValueError: no batch, or nothing but padding in them.
     """
+    assets = policy.assets
+    grippers = grippers_lib.of_data(policy.config, assets.statistics, assets.action)
     errors = jax.jit(lambda params, batch: losses.open_loop_errors(
-        policy.model, params, batch, policy.config.loss))
+        policy.model, params, batch, policy.config.loss, grippers))
     sums, samples = [], 0
     for batch in batches:
         arrays = {name: x for name, x in batch.items() if name != "index"}
         if "video" in arrays:  # acting sees the first frame
-            first = policy.assets.codec.encode(arrays.pop("video")[:, :1])
+            first = assets.codec.encode(arrays.pop("video")[:, :1])
             arrays["latents"] = first.astype(ml_dtypes.bfloat16)
         sums.append(jax.device_get(errors(policy.params, arrays)))
         samples += int(batch["valid"].sum())
@@ -40,23 +45,90 @@ def evaluate(policy, batches):
         raise ValueError(
             "the validation split is empty, so there is nothing to evaluate: set "
             "config.data.val_fraction, precompute --what latents again, and train")
-    physical = means["l1"] / np.abs(policy.assets.action.scale)
-    return {**means, "l1_physical": physical, "samples": samples}
+    own = len(assets.action.scale)  # a wider model has zeros behind the robot's dimensions
+    means |= {name: means[name][..., :own] for name in ("l1", "mse", "l1_step_dim")}
+    means["l1_step"] = means["l1_step_dim"].mean(axis=-1)
+    return {**means, "l1_physical": means["l1"] / np.abs(assets.action.scale), "samples": samples,
+            "grippers": grippers_lib.summary(means, grippers)}
 
 
 def write(directory, errors):
-    """Writes open_loop.json and open_loop.png into `directory`; returns the printable table."""
+    """Writes open_loop.json and pictures into `directory`; returns the printable tables.
+
+    open_loop.png: error per step of the chunk; open_loop_dimensions.png: per dimension and step;
+    open_loop_gripper.png, where there are grippers: how much later than recorded they move.
+    """
     directory = pathlib.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    plain = {name: np.asarray(value).tolist() for name, value in errors.items()}
+    plain = {name: value if isinstance(value, dict) else np.asarray(value).tolist()
+             for name, value in errors.items()}
     (directory / "open_loop.json").write_text(json.dumps(plain, indent=2) + "\n")
     steps = np.arange(len(errors["l1_step"]))
     report.curve_chart(
         directory / "open_loop.png", {"mean over dimensions": (steps, errors["l1_step"])},
         "L1 error, normalised units", xlabel="step of the chunk")
+    _heatmap(directory / "open_loop_dimensions.png", errors["l1_step_dim"], errors["l1"])
+    if errors["grippers"]:
+        _offsets(directory / "open_loop_gripper.png", errors["gripper_offsets"],
+                 errors["grippers"])
+    return "\n\n".join(["\n".join(_dimension_table(errors)), "\n".join(_step_table(errors)),
+                        "\n".join(_gripper_table(errors["grippers"]))])
+
+
+def _dimension_table(errors):
     columns = [errors[name] for name in ("l1", "mse", "l1_physical")]
-    lines = [f"{errors['samples']} samples",
-             f"{'dimension':<10}{'L1':>10}{'MSE':>10}{'L1, physical units':>20}"]
-    lines += [f"{i:<10}{l1:>10.4f}{mse:>10.4f}{physical:>20.4f}"
-              for i, (l1, mse, physical) in enumerate(zip(*columns))]
-    return "\n".join([*lines, f"{'mean':<10}{columns[0].mean():>10.4f}{columns[1].mean():>10.4f}"])
+    yield f"{errors['samples']} samples"
+    yield f"{'dimension':<10}{'L1':>10}{'MSE':>10}{'L1, physical units':>20}"
+    for i, (l1, mse, physical) in enumerate(zip(*columns)):
+        yield f"{i:<10}{l1:>10.4f}{mse:>10.4f}{physical:>20.4f}"
+    yield f"{'mean':<10}{columns[0].mean():>10.4f}{columns[1].mean():>10.4f}"
+
+
+def _step_table(errors, most=8):
+    """At most `most` steps of the chunk, first and last among them."""
+    l1 = errors["l1_step"]
+    shown = np.unique(np.linspace(0, len(l1) - 1, most).round().astype(int))
+    yield "step      " + "".join(f"{step:>10}" for step in shown)
+    yield "L1        " + "".join(f"{l1[step]:>10.4f}" for step in shown)
+
+
+def _gripper_table(grippers):
+    if not grippers:
+        yield ("gripper timing: no action dimension is known to be a gripper "
+               "(config.data.gripper_dims), or none moves in the training data")
+        return
+    columns = ("changing", "found", "offset", "offset_abs", "still", "spurious")
+    yield f"{'gripper':<10}" + "".join(f"{name:>12}" for name in columns)
+    for name, numbers in grippers.items():
+        cells = [numbers.get(column) for column in columns]
+        yield f"{name:<10}" + "".join(
+            f"{'-' if cell is None else cell if isinstance(cell, int) else f'{cell:.3f}':>12}"
+            for cell in cells)
+    yield "changing, still: windows with and without a recorded change"
+    yield "found, spurious: share of them where the prediction changes, alike or at all"
+    yield "offset: mean steps it changes later than recorded; offset_abs: without the sign"
+
+
+def _heatmap(path, l1, means):
+    """Writes a PNG of the errors [T,A] with the mean of each dimension beside it."""
+    with page.chart(path, 9.4, 1.2 + 0.3 * len(means)) as axes:
+        image = axes.imshow(l1.T, aspect="auto", cmap="viridis", vmin=0, interpolation="nearest")
+        labels = [f"{i}   (mean {mean:.3f})" for i, mean in enumerate(means)]
+        axes.set_yticks(range(len(means)), labels)
+        axes.set_ylabel("dimension")
+        axes.set_xlabel("step of the chunk")
+        axes.figure.colorbar(image, ax=axes, label="L1, normalised units")
+
+
+def _offsets(path, offsets, grippers):
+    """Writes a PNG with the distribution of offsets [G,2T-1] of each gripper."""
+    with page.chart(path, 9.4, 2.6 * len(grippers), rows=len(grippers)) as axes:
+        for one, counts, (name, numbers) in zip(np.ravel(axes), offsets, grippers.items()):
+            steps = np.arange(len(counts)) - len(counts) // 2
+            one.bar(steps, counts, width=0.85, color=report.TRAINED)
+            one.axvline(0, color=report.INK, lw=1)
+            missed = numbers["changing"] - counts.sum()
+            one.set_title(f"gripper {name}: {numbers['changing']} recorded changes, "
+                          f"{missed:.0f} without their like in the prediction", fontsize=9)
+            one.set_xlabel("steps the predicted change comes later than the recorded one")
+            one.set_ylabel("windows")

@@ -19,6 +19,7 @@ from lightwam_jax import params as params_lib
 from lightwam_jax.data import loader
 from lightwam_jax.training import encoder as encoder_lib
 from lightwam_jax.training import flops, losses, memory, watchdog
+from lightwam_jax.training import grippers as grippers_lib
 from lightwam_jax.training import metrics as metrics_lib
 from lightwam_jax.training import optimizer as optimizer_lib
 from lightwam_jax.training import step as step_lib
@@ -273,19 +274,20 @@ def _utilisation(r, ms_step):
 
 
 def _validator(r):
-    """Returns validate(state) -> action errors over the validation batches, per dimension."""
+    """Returns validate(state) -> `losses.validation_row` over the validation batches."""
+    grippers = grippers_lib.of_run(r.config) if r.validation else []
 
     @jax.jit
     def errors(state, batch, *arrays):
         if r.encoder:
             batch = r.encoder.first(*arrays, batch)
         return losses.open_loop_errors(
-            r.model, step_lib.eval_params(state), batch, r.config.loss
+            r.model, step_lib.eval_params(state), batch, r.config.loss, grippers
         )
 
     def validate(state):
         means = losses.mean_errors([errors(state, *_on_device(r, b)) for b in r.validation])
-        return means | {"l1_mean": means["l1"].mean(), "mse_mean": means["mse"].mean()}
+        return losses.validation_row(means, grippers)
 
     return validate
 
