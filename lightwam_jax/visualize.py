@@ -147,10 +147,10 @@ def future(policy, windows, seed=0, steps=10):
 
     Returns:
       {"real", "codec", "predicted": uint8 [N,frames,h,w,3] at the predicted resolution, where
-      "codec" is what the latent codec can show of the real ones; "psnr": {"codec", "predicted",
-      "still"}: float [N,frames], dB against the real frames, where "still" repeats the codec's
-      frame 0; "offsets": [frames], raw steps; "valid": bool [N,frames], False past the end of an
-      episode; "prompts": [N]}.
+      "codec" is what the latent codec can show of the real ones; "psnr", "ssim": {"codec",
+      "predicted", "still"}: float [N,frames], the former in dB, against the real frames, where
+      "still" repeats the codec's frame 0; "offsets": [frames], raw steps; "valid": bool
+      [N,frames], False past the end of an episode; "prompts": [N]}.
     """
     data, factor = policy.config.data, policy.config.loss.downsample
     canvases, images, valid, state = [], [], [], []
@@ -170,15 +170,16 @@ def future(policy, windows, seed=0, steps=10):
              "predicted": policy.predict_video(images, np.stack(state), prompts, seed, steps)}
     clips["still"] = np.repeat(clips["codec"][:, :1], data.video_frames, axis=1)
     real = shrink(transforms.to_uint8(canvases), factor)
-    psnr = {name: np.array([[codec.psnr(a, b) for a, b in zip(*pair)] for pair in zip(clip, real)])
-            for name, clip in clips.items()}
-    return {"real": real, "codec": clips["codec"], "predicted": clips["predicted"], "psnr": psnr,
+    measured = {measure.__name__: {
+        name: np.array([[measure(a, b) for a, b in zip(*pair)] for pair in zip(clip, real)])
+        for name, clip in clips.items()} for measure in (codec.psnr, codec.ssim)}
+    return {"real": real, "codec": clips["codec"], "predicted": clips["predicted"], **measured,
             "offsets": np.arange(data.video_frames) * data.frame_stride,
             "valid": np.stack(valid), "prompts": prompts}
 
 
-def future_sheet(result, shown, columns=5, edge=92):
-    """Real frames, what the codec can show of them, and the imagined ones with their PSNR.
+def future_sheet(result, shown, columns=5, edge=112):
+    """Real frames, what the codec can show of them, and the imagined ones with PSNR and SSIM.
 
     Args:
       result: of `future`. shown: which of its windows. columns: frames per row.
@@ -190,14 +191,40 @@ def future_sheet(result, shown, columns=5, edge=92):
     frames = np.unique(np.linspace(0, len(result["offsets"]) - 1, columns).round().astype(int))
     rows = []
     for i in shown:
-        notes = {name: [f"{decibels[i, k]:.1f} dB" if result["valid"][i, k] else "past the end"
-                        for k in frames] for name, decibels in result["psnr"].items()}
+        notes = {name: [_quality(result, name, i, k) for k in frames] for name in result["psnr"]}
         notes["predicted"][0] = "given"
         rows += [Row(result["real"][i, frames], "real", f"“{result['prompts'][i]}”"),
                  Row(result["codec"][i, frames], "codec limit", "", notes["codec"]),
                  Row(result["predicted"][i, frames], "imagined", "", notes["predicted"])]
     header = ["now" if offset == 0 else f"+{offset} steps" for offset in result["offsets"][frames]]
     return sheet(rows, header, edge)
+
+
+def future_film(result, shown, edge=160):
+    """Real and imagined frames side by side, a row per window, to play as a film.
+
+    Args:
+      result: of `future`. shown: which of its windows. edge: height of a tile in pixels.
+
+    Returns:
+      uint8 [frames,H,W,3].
+    """
+    film = []
+    for k, offset in enumerate(result["offsets"]):
+        rows = [Row([result["real"][i, k], result["predicted"][i, k]], "",
+                    f"“{result['prompts'][i]}”",
+                    ["", "given" if k == 0 else _quality(result, "predicted", i, k)])
+                for i in shown]
+        film.append(sheet(rows, ["real", "imagined"], edge,
+                          "now" if offset == 0 else f"+{offset} steps"))
+    return np.stack(film)
+
+
+def _quality(result, name, window, frame):
+    if not result["valid"][window, frame]:
+        return "past the end"
+    psnr, ssim = (result[kind][name][window, frame] for kind in ("psnr", "ssim"))
+    return f"{psnr:.1f} dB, {ssim:.2f}"
 
 
 def shrink(frames, factor):

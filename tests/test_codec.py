@@ -131,3 +131,47 @@ def test_latents_tell_their_place_and_pictures_ignore_it(fitted, videos):
     moved = latents.copy()
     moved[..., -codec.PLACES:] = 0
     np.testing.assert_array_equal(fitted.decode(latents), fitted.decode(moved))
+
+
+def pictures():
+    """A picture and five that differ from it, made of integers alone: the same everywhere."""
+    y, x, c = np.mgrid[:24, :40, :3]
+    picture = (x * 5 + y * 3 + c * 20 + (x * y * 7) % 60).astype(np.uint8)
+    return picture, {
+        "noise": (picture // 2 + (x * 37 + y * 91 + c * 53) % 101).astype(np.uint8),
+        "brighter": np.minimum(picture.astype(int) + 25, 255).astype(np.uint8),
+        "flat": np.full_like(picture, 128), "negative": 255 - picture,
+        "moved": np.roll(picture, 2, axis=1)}
+
+
+# scikit-image 0.26.0: structural_similarity(other, picture, channel_axis=-1, data_range=255,
+# gaussian_weights=True, sigma=1.5, use_sample_covariance=False)
+GOLDEN_SSIM = {"noise": 0.375382556180, "brighter": 0.984315148992, "flat": 0.103443739240,
+               "negative": -0.646227904760, "moved": 0.205949907151}
+
+
+def test_ssim_equals_scikit_image():
+    picture, others = pictures()
+    assert set(others) == set(GOLDEN_SSIM)
+    for name, other in others.items():
+        assert codec.ssim(other, picture) == pytest.approx(GOLDEN_SSIM[name], abs=1e-9), name
+
+
+def test_ssim_of_flat_pictures_is_the_formula_s_first_factor():
+    a, b = np.full((16, 16, 3), 100, np.uint8), np.full((16, 16, 3), 150, np.uint8)
+    c1 = (0.01 * 255) ** 2
+    expected = (2 * 100 * 150 + c1) / (100**2 + 150**2 + c1)
+    assert codec.ssim(a, b) == pytest.approx(expected, rel=1e-9)
+
+
+def test_ssim_is_symmetric_and_one_only_for_equal_pictures():
+    picture, others = pictures()
+    assert codec.ssim(picture, picture) == pytest.approx(1, abs=1e-12)
+    for other in others.values():
+        assert codec.ssim(picture, other) == pytest.approx(codec.ssim(other, picture), rel=1e-12)
+        assert codec.ssim(picture, other) < 0.99
+    scaled = picture.astype(np.float32) / 255
+    assert codec.ssim(scaled, others["moved"]) == pytest.approx(
+        codec.ssim(picture, others["moved"]), abs=1e-5)
+    with pytest.raises(ValueError, match=r"\[10, 24, 3\]; expected two of one shape .* 11 pixels"):
+        codec.ssim(picture[:10, :24], picture[:10, :24])

@@ -1,10 +1,12 @@
+import json
+
 import av
 import numpy as np
 import pytest
 
 from lightwam_jax import visualize
 from lightwam_jax.data import codec, episodes
-from lightwam_jax.evaluation import worker
+from lightwam_jax.evaluation import closed_loop, worker
 from tests.test_policy import CAMERAS, make_config, make_policy, observe
 
 
@@ -58,6 +60,31 @@ def test_attention_chunks_agree_with_one_batch(policy):
             np.testing.assert_array_equal(many[name][camera][9:], maps[camera])
 
 
+def test_sheet_lights_the_attended_camera_in_the_column_of_its_layer(policy, monkeypatch):
+    hot = {("1_adapted", "scene"): (0, 1), ("3_delta", "wrist"): (1, 0)}
+    maps = {layer: {camera: np.full((1, 2, 2), 0.01) for camera in CAMERAS}
+            for layer in ("1_adapted", "3_delta")}
+    for (layer, camera), cell in hot.items():
+        maps[layer][camera][0][cell] = 0.93
+    monkeypatch.setattr(visualize, "attention", lambda policy, observations: maps)
+    grey = {camera: np.full((32, 32, 3), 100, np.uint8) for camera in CAMERAS}
+    drawn = []
+    monkeypatch.setattr(visualize, "sheet", lambda rows, header, edge: drawn.append((rows, header)))
+    visualize.attention_sheet(policy, [{"images": grey, "prompt": "put it away"}])
+    (rows, header), = drawn
+    assert header == ["", "layer 1, adapted", "layer 3, delta"]
+    assert [row.label for row in rows] == list(CAMERAS) and "put it away" in rows[0].title
+    for row in rows:
+        np.testing.assert_array_equal(row.tiles[0], grey[row.label])
+        for layer, tile in zip(maps, row.tiles[1:]):
+            cells = tile.astype(float).mean(-1)[[8, 8, 24, 24], [8, 24, 8, 24]].reshape(2, 2)
+            if cell := hot.get((layer, row.label)):
+                assert cells.argmax() == np.ravel_multi_index(cell, (2, 2))
+                assert cells.max() > 1.5 * np.sort(cells.ravel())[-2]
+            else:
+                assert np.ptp(cells) < 1, "nothing to see in the other camera"
+
+
 def test_future_measures_against_real_frames(policy):
     result = visualize.future(policy, [(recordings(), 0), (recordings(), 8)], steps=2)
     assert result["real"].shape == result["predicted"].shape == (2, 5, 16, 32, 3)
@@ -65,10 +92,38 @@ def test_future_measures_against_real_frames(policy):
     np.testing.assert_array_equal(result["offsets"], [0, 2, 4, 6, 8])
     expected = codec.psnr(result["predicted"][0, 3], result["real"][0, 3])
     assert result["psnr"]["predicted"][0, 3] == pytest.approx(expected)
+    expected = codec.ssim(result["predicted"][1, 2], result["real"][1, 2])
+    assert result["ssim"]["predicted"][1, 2] == pytest.approx(expected)
     # frame 0 is given: the prediction of it is what the codec makes of it
     assert np.abs(result["predicted"][:, 0].astype(int) - result["codec"][:, 0]).max() <= 2
     sheet = visualize.future_sheet(result, [0, 1], columns=3, edge=32)
     assert sheet.dtype == np.uint8 and sheet.shape[1] > 3 * 64
+
+
+def test_future_film_shows_imagined_beside_real(policy):
+    result = visualize.future(policy, [(recordings(), 0), (recordings(), 8)], steps=2)
+    result["real"][1, 3], result["predicted"][1, 3] = 255, 0
+    film = visualize.future_film(result, [1], edge=32)
+    assert film.dtype == np.uint8 and len(film) == 5
+    assert not np.array_equal(film[1], film[2])
+    # In frame 3 the left half of the tiles' rows is white and the right one holds a black tile.
+    black = (film[3] == 0).all(axis=-1)
+    left = np.flatnonzero(black.sum(axis=0) >= 32)[0]
+    assert left > 64 and black[:, left:left + 64].sum() >= 32 * 64
+
+
+def test_future_is_written_as_pictures_film_and_numbers(policy, tmp_path):
+    recorded = [recordings(14), recordings(14, seed=1)]
+    closed_loop.draw_future(policy, tmp_path, recorded)
+    numbers = json.loads((tmp_path / "future.json").read_text())
+    assert numbers["offsets"] == [2, 4, 6, 8] and numbers["windows"][0] == 14
+    assert set(numbers["psnr"]) == set(numbers["ssim"]) == {"codec", "predicted", "still"}
+    assert all(len(means) == 4 for kind in ("psnr", "ssim") for means in numbers[kind].values())
+    assert all(-1 <= mean <= 1 for means in numbers["ssim"].values() for mean in means)
+    for name in ("future.png", "psnr.png", "ssim.png"):
+        assert (tmp_path / name).stat().st_size > 5000
+    with av.open(str(tmp_path / "future.mp4")) as film:
+        assert sum(1 for _ in film.decode(video=0)) == 5 + 4  # and the last one for a second
 
 
 def test_shrink_averages_squares():

@@ -1,5 +1,6 @@
 """Closed-loop evaluation: trained policy, untrained one and expert on the same episodes."""
 
+import json
 import time
 
 import jax
@@ -74,23 +75,32 @@ def _hash(policy):
 
 
 def draw_future(policy, directory, episodes):
-    """Imagines from moments of the episodes; writes future.png and psnr.png into `directory`.
+    """Imagines from moments of the episodes and compares with what was recorded.
 
-    The former shows three windows frame by frame, the latter the mean over up to 32.
+    Writes into `directory`, of three windows: future.png, frame by frame, and future.mp4, imagined
+    beside real; of up to 32: psnr.png, ssim.png and future.json, the means per offset.
     """
     span = policy.config.data.num_frames
     windows = [(episode, int(share * max(0, episode.length - span)))
                for share in (0.2, 0.5, 0.8, 0.0, 1.0, 0.35, 0.65) for episode in episodes][:32]
     result = visualize.future(policy, windows)
-    shown = {min(k * (len(episodes) + 1), len(windows) - 1) for k in range(3)}
-    visualize.save_png(directory / "future.png", visualize.future_sheet(result, sorted(shown)))
-    series, later = {}, slice(1, None)  # frame 0 is given
+    shown = sorted({min(k * (len(episodes) + 1), len(windows) - 1) for k in range(3)})
+    visualize.save_png(directory / "future.png", visualize.future_sheet(result, shown))
+    visualize.save_mp4(directory / "future.mp4", visualize.future_film(result, shown), fps=4)
     labels = {"codec": "codec limit", "predicted": "imagined", "still": "first frame repeated"}
-    for name, label in labels.items():
-        mean = np.ma.masked_array(result["psnr"][name], ~result["valid"]).mean(axis=0)
-        series[label] = result["offsets"][later], mean[later]
-    report.curve_chart(directory / "psnr.png", series, f"PSNR, dB (mean of {len(windows)} windows)",
-                       xlabel="steps ahead", width=9.4)
+    later = result["valid"].any(axis=0)  # the offsets that any window reaches ...
+    later[0] = False  # ... of which frame 0 is given
+    numbers = {"windows": result["valid"][:, later].sum(axis=0).tolist(),
+               "offsets": result["offsets"][later].tolist()}
+    for kind, title in (("psnr", "PSNR, dB"), ("ssim", "SSIM")):
+        means = {name: np.ma.masked_array(each, ~result["valid"])[:, later].mean(axis=0)
+                 for name, each in result[kind].items()}
+        numbers[kind] = {name: mean.tolist() for name, mean in means.items()}
+        series = {labels[name]: (result["offsets"][later], means[name]) for name in labels}
+        report.curve_chart(directory / f"{kind}.png", series,
+                           f"{title} (mean of {len(windows)} windows)",
+                           xlabel="steps ahead", width=9.4)
+    (directory / "future.json").write_text(json.dumps(numbers, indent=2) + "\n")
 
 
 def choose(records, count):
@@ -153,8 +163,9 @@ def _sections(policy, workdir, directory, setup, runs, rates):
             "What it imagines",
             "From the first frame and the instruction the same backbone predicts video. Above it: "
             "what happened when the expert acted in these episodes, at the resolution of "
-            "the video loss, and the most that the latent codec can show of it.",
-            wide("future.png", "psnr.png")),
+            "the video loss, and the most that the latent codec can show of it. Below each frame: "
+            "PSNR and SSIM against what happened.",
+            wide("future.png", "future.mp4", "psnr.png", "ssim.png")),
         page.Section("How it learned", "", _curves(workdir, directory)),
         page.Section("Every episode", "", table=_table(runs)),
     ]
