@@ -14,8 +14,8 @@ A simulator that is done waits for the slowest of its round: `balance` is how mu
 time while any of them simulated was simulation. The clock starts at the first plan, when all
 processes and environments are there. Only numbers of one run are meant to be compared, and only on
 a machine that does nothing else: time that other programs take from these processes looks like
-overhead. `engine_cpu`, the processor time of the engine's own code in all its processes, is hardly
-moved by them.
+overhead. `engine_cpu`, the processor time of the engine's own code in all its processes, and
+`simulation_cpu`, that of the simulators' threads that it waits for, are hardly moved by them.
 """
 
 import argparse
@@ -140,11 +140,14 @@ def measure(policy, spec, episodes, evaluation):
     plans = np.array(plans)
     each = split([own[:, :2] for own in spans], plans[:, :2], plans[0, 0], end)
     counts = {"plans": len(plans), "steps": sum(record.steps for record in records),
-              "engine_cpu": sum(map(between, [plans, *spans]))}
+              "engine_cpu": sum(map(between, [plans, *spans])),
+              "simulation_cpu": sum((own[:, 3] - own[:, 2]).sum() for own in spans)}
     balance = each.pop("balance")
     each = {key: round(value / len(episodes), 5) for key, value in (each | counts).items()}
     return each | {"balance": round(balance, 4),
                    "overhead_of_simulation": round(each["overhead"] / each["simulating"], 4),
+                   "engine_cpu_of_simulation_cpu": round(
+                       counts["engine_cpu"] / counts["simulation_cpu"], 4),
                    "policy_ms_per_plan": round(1000 * length(plans[:, :2]) / len(plans), 3),
                    "overhead_ms_per_plan": round(1000 * each["overhead"] / each["plans"], 3)}
 
