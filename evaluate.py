@@ -105,7 +105,7 @@ def compare(others):
 
 
 def open_loop(policy, workdir, out, began):
-    """Action errors per dimension on the validation split."""
+    """Action errors per dimension and step, and gripper timing, on the validation split."""
     del workdir, began
     from lightwam_jax.data import loader
     from lightwam_jax.evaluation import open_loop as open_loop_lib
