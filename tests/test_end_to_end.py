@@ -46,7 +46,14 @@ def test_demo_pipeline(tmp_path):
     assert "data:video/mp4;base64," in page and "data:image/png;base64," in page
     assert "http://" not in page.replace("http://www.w3.org", "")
 
-    assert "open_loop" in run("evaluate.py", "--workdir", str(workdir), "--mode", "open_loop")
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    logged = [row for row in rows if row["kind"] == "eval"][-1]
+    printed = run("evaluate.py", "--workdir", str(workdir), "--mode", "open_loop")
+    assert "open_loop" in printed and "gripper" in printed
+    alone = json.loads((workdir / "open_loop" / "open_loop.json").read_text())
+    timing = {name: logged[f"gripper/3/{name}"] for name in alone["grippers"]["3"]}
+    assert alone["grippers"] == {"3": timing} and timing["changing"] + timing["still"] > 0
+    assert alone["l1_step"] == pytest.approx(logged["l1_step"], rel=1e-4)
     out = tmp_path / "exported.safetensors"
     run("-m", "converters", "export", "--in", str(workdir), "--out", str(out))
     assert out.stat().st_size > 10_000
