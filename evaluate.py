@@ -139,8 +139,8 @@ def visualize(policy, workdir, out, began):
         }
         for e in chosen[:3]
     ]
-    if policy.config.model.pooling == "mean":
-        print("no attention.png: with config.model.pooling='mean' there are no learned queries")
+    if policy.config.model.pooling != "learned_query":
+        print("no attention.png: only config.model.pooling='learned_query' attends")
     else:
         draw.save_png(directory / "attention.png", draw.attention_sheet(policy, seen))
     closed_loop.draw_future(policy, directory, chosen)

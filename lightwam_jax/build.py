@@ -28,7 +28,8 @@ def init_params(model, rng, config):
     Nested dict of arrays; under `jax.eval_shape`, of shapes, and no memory is touched. The grid
     and batch used here leave no trace in the parameters.
     """
-    latents = jnp.zeros((1, 1, 4, 4, config.latent_channels))
+    tokens = config.num_queries if config.pooling == "concat" else 1  # a patch is 2x2
+    latents = jnp.zeros((1, 1, 2, 2 * tokens, config.latent_channels))
     noisy = jnp.zeros((1, 2, 2, 2, config.latent_channels))
     text = jnp.zeros((1, 1, config.text_dim))
     proprio = jnp.zeros((1, config.proprio_dim))

@@ -13,7 +13,7 @@ def check(c):
     """
     _one_of("config.model.attention_mask", c.model.attention_mask,
             ("first_frame_causal", "per_frame_causal", "bidirectional"))
-    _one_of("config.model.pooling", c.model.pooling, ("learned_query", "mean"))
+    _one_of("config.model.pooling", c.model.pooling, ("learned_query", "mean", "concat"))
     _one_of("config.model.attention", c.model.attention, ("xla", "cudnn"))
     _one_of("config.model.remat", c.model.remat, ("none", "full", "dots"))
     _one_of("config.mesh.frozen", c.mesh.frozen, ("sharded", "replicated"))

@@ -32,12 +32,12 @@ def attention_maps(taps, config):
       {"{layer}_{source}": {camera: float32 [B,h,w]}}; over all cameras a map sums to 1.
 
     Raises:
-      ValueError: no attention in the taps (pooling is "mean").
+      ValueError: no attention in the taps (pooling without learned queries).
     """
     names = [name.removeprefix("attention_") for name in taps if name.startswith("attention_")]
     if not names:
-        raise ValueError("the taps hold no attention: there are no learned queries to draw with "
-                         "config.model.pooling='mean'")
+        raise ValueError("the taps hold no attention: there are no learned queries to draw "
+                         "without config.model.pooling='learned_query'")
     cell = 2 * codec.STRIDES[config.codec]  # the backbone reads patches of 2x2 latent cells
     height, width = (side // cell for side in config.canvas)
     maps = {}
@@ -299,7 +299,7 @@ def film_strip(policy, record, film, count=6, edge=150):
     pictures = [transforms.shown({camera: film["frames"][camera][k] for camera in cameras},
                                  policy.config.data) for k in frames]
     rows = [Row([p[camera] for p in pictures], f"{camera} camera") for camera in cameras]
-    if policy.config.model.pooling != "mean":
+    if policy.config.model.pooling == "learned_query":
         maps = list(attention(policy, film["observations"]).values())[-1]  # last adapter layer
         plans = np.searchsorted(film["plan_steps"], steps[frames], "right") - 1  # those in force
         overlaid = [draw_over(picture, maps, plan) for picture, plan in zip(pictures, plans)]

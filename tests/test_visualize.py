@@ -38,7 +38,7 @@ def test_attention_is_weighted_by_importance_and_cut_per_camera():
     maps = visualize.attention_maps(taps, config)
     np.testing.assert_allclose(maps["3_delta"]["scene"][0], [[0.25, 0], [0, 0]])
     np.testing.assert_allclose(maps["3_delta"]["wrist"][0], [[0, 0], [0, 0.75]])
-    with pytest.raises(ValueError, match="pooling='mean'"):
+    with pytest.raises(ValueError, match="pooling='learned_query'"):
         visualize.attention_maps({"pooled_3_delta": weights}, config)
 
 

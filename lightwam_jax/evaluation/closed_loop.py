@@ -173,7 +173,7 @@ def _sections(policy, workdir, directory, setup, runs, rates):
 
 def _attention_section(policy, directory, films):
     """[the section], or [] for a policy that pools without queries."""
-    if policy.config.model.pooling == "mean":
+    if policy.config.model.pooling != "learned_query":
         return []
     seen = [film["observations"][len(film["observations"]) // 3] for film in films]
     visualize.save_png(directory / "attention.png", visualize.attention_sheet(policy, seen))

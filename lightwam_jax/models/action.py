@@ -153,6 +153,8 @@ class StateFusionActionExpert(nn.Module):
     def _pool(self, tokens, name, taps):
         if self.pooling == "mean":
             pooled = tokens.mean(axis=1)
+        elif self.pooling == "concat":
+            pooled = concatenate_groups(tokens, self.num_queries)
         else:
             pooler = QueryPooler(self.num_queries, self.pool_heads, self.query_init,
                                  self.merge_dim, self.merge_slots, self.dtype,
@@ -161,6 +163,22 @@ class StateFusionActionExpert(nn.Module):
             taps[f"attention_{name}"], taps[f"query_importance_{name}"] = attention
         taps[f"pooled_{name}"] = pooled
         return pooled
+
+
+def concatenate_groups(tokens, groups):
+    """Tokens [B,S,D] -> [B,groups*D]: means of runs of S/groups neighbours, in their order.
+
+    With groups = S nothing is averaged. Not in the paper: what queries are compared with.
+
+    Raises:
+      ValueError: S is not a multiple of `groups`.
+    """
+    batch, count, dim = tokens.shape
+    if count % groups:
+        raise ValueError(f"{count} tokens cannot be concatenated in config.model.num_queries="
+                         f"{groups} groups of equal size; choose a divisor of {count}")
+    runs = tokens.reshape(batch, groups, count // groups, dim).mean(axis=2)
+    return runs.reshape(batch, groups * dim)
 
 
 def resolve_sources(sources, layer_sources, num_layers):

@@ -1,0 +1,91 @@
+"""Which parts of the method matter: one change per cell, several seeds, one table.
+
+    python -m lightwam_jax.precompute --config configs/ablations.py --what all
+    python -m lightwam_jax.ablations --config configs/ablations.py --out runs/ablations
+
+asks it of the embedded demo at half its training. Any other config can be asked, its cells are made
+of its own values:
+
+    python -m lightwam_jax.ablations --config configs/libero.py:object --out runs/ablations_object
+"""
+
+from configs import demo
+from lightwam_jax.data import codec
+
+CELLS = {
+    "base": "as configured",
+    "video_off": "no video loss",
+    "pool_1": "video latents pooled 1x",
+    "pool_2": "video latents pooled 2x",
+    "pool_4": "video latents pooled 4x",
+    "mean": "mean over tokens instead of learned queries",
+    "concat": "tokens concatenated instead of learned queries",
+    "queries_1": "1 learned query",
+    "queries_4": "4 learned queries",
+    "queries_8": "8 learned queries",
+    "queries_16": "16 learned queries",
+    "queries_32": "32 learned queries",
+    "adapters_off": "no adapters",
+    "taps_1": "the action expert reads 1 layer",
+    "taps_2": "the action expert reads 2 layers",
+    "taps_3": "the action expert reads 3 layers",
+    "taps_5": "the action expert reads 5 layers",
+}
+MAIN = ("base", "video_off", "pool_1", "pool_4", "mean", "concat")  # without --cells
+
+
+def get_config(depth="shallow"):
+    if depth not in ("shallow", "deep"):
+        raise ValueError(f"configs/ablations.py:{depth}: expected shallow or deep")
+    c = demo.get_config()
+    c.name = "ablations"
+    if depth == "deep":  # for --cells taps_1,taps_2,taps_3,taps_5
+        c.model.num_layers, c.model.adapter_layers = 6, (1, 3, 5)
+    c.train.steps = 1500
+    c.train.checkpoint_every = 500
+    c.train.keep_last = 1
+    c.evaluation.episodes = 100
+    return c
+
+
+def cell(c, name):
+    """Returns a copy of config `c` as cell `name` has it.
+
+    Raises:
+      ValueError: an unknown cell, or one that this config's model cannot have.
+    """
+    if name not in CELLS:
+        raise ValueError(f"there is no cell {name!r}; expected some of {', '.join(CELLS)}")
+    c = c.copy_and_resolve_references()
+    kind, _, number = name.partition("_")
+    if name == "video_off":
+        c.loss.lambda_video = 0.0
+    elif name == "adapters_off":
+        c.model.adapter_scale = 0.0
+    elif kind == "pool":
+        c.loss.downsample = int(number)
+    elif kind == "queries":
+        c.model.pooling, c.model.num_queries = "learned_query", int(number)
+    elif kind == "taps":
+        c.model.adapter_layers = _taps(max(c.model.adapter_layers), int(number))
+    elif name == "mean":
+        c.model.pooling = "mean"
+    elif name == "concat":
+        c.model.pooling, c.model.num_queries = "concat", _groups(c.data)
+    return c
+
+
+def _taps(last, count):
+    """`count` layers, evenly spaced, that end with `last`: 8, 16, 24 for 3 up to 24."""
+    layers = tuple(round(last * (i + 1) / count) for i in range(count))
+    if len(set(layers)) < count:
+        raise ValueError(f"{count} layers up to layer {last} cannot be read; this model is not "
+                         "deep enough (configs/ablations.py:deep is)")
+    return layers
+
+
+def _groups(data):
+    """As many groups as the canvas has tokens, or at most 32 of them, of equal size."""
+    side = 2 * codec.STRIDES[data.codec]
+    tokens = data.canvas[0] // side * (data.canvas[1] // side)
+    return max(n for n in range(1, 33) if tokens % n == 0)
