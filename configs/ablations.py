@@ -3,8 +3,8 @@
     python -m lightwam_jax.precompute --config configs/ablations.py --what all
     python -m lightwam_jax.ablations --config configs/ablations.py --out runs/ablations
 
-asks it of the embedded demo at half its training. Any other config can be asked, its cells are made
-of its own values:
+asks it of the embedded demo at two thirds of its training. Any other config can be asked too; its
+cells are made of its own values:
 
     python -m lightwam_jax.ablations --config configs/libero.py:object --out runs/ablations_object
 """
@@ -41,7 +41,7 @@ def get_config(depth="shallow"):
     c.name = "ablations"
     if depth == "deep":  # for --cells taps_1,taps_2,taps_3,taps_5
         c.model.num_layers, c.model.adapter_layers = 6, (1, 3, 5)
-    c.train.steps = 1500
+    c.train.steps = 2000
     c.train.checkpoint_every = 500
     c.train.keep_last = 1
     c.evaluation.episodes = 100
