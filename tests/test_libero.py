@@ -211,12 +211,18 @@ def env():
 
 
 @pytest.mark.sim
-def test_evaluating_a_suite_without_an_expert_is_refused_before_any_work():
-    config = config_lib.from_config_dict(libero_config.get_config("goal"))
-    with pytest.raises(ValueError, match="no scripted expert for suite goal, only for spatial and"):
-        setup.of_config(config, "libero")
-    config = config_lib.from_config_dict(libero_config.get_config("object"))
-    assert len(setup.of_config(config, "libero").episodes) == 10 * 50
+@pytest.mark.parametrize("suite, experts", [
+    ("object", ["object"]), ("goal", []), ("10", []), ("all", ["spatial", "object"])])
+def test_suites_are_set_up_with_and_without_an_expert(suite, experts):
+    config = config_lib.from_config_dict(libero_config.get_config(suite))
+    found = setup.of_config(config, "libero")
+    assert len(found.tasks) == (40 if suite == "all" else 10)
+    assert len(found.episodes) == 50 * len(found.tasks)
+    assert found.expert_tasks == tuple(
+        task for expert in experts for task in libero_files.tasks(expert))
+    if len(found.expert_tasks) < len(found.tasks):
+        with pytest.raises(ValueError, match=r"no scripted expert for suite .*, only for spatial"):
+            libero.demonstrations(found.tasks, 1, 0)
 
 
 @pytest.mark.sim

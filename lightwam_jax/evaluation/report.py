@@ -80,10 +80,12 @@ def write_summary(path, trained, untrained, expert, seconds, manifest, tasks=Non
 
     Args:
       path: file to write.
-      trained, untrained, expert: `Rate`s over the same episodes.
+      trained, untrained: `Rate`s over the same episodes.
+      expert: that of the scripted expert, over those of them whose task has one; None where none
+        has, and then the summary has no key for it.
       seconds: wall clock of the whole pipeline.
       manifest: of `manifest(...)`.
-      tasks: {"trained", "untrained", "expert": {task: `Rate`}}.
+      tasks: {"trained", "untrained" and perhaps "expert": {task: `Rate`}}.
     """
     per_task = {}
     for who, rates in (tasks or {}).items():
@@ -94,7 +96,9 @@ def write_summary(path, trained, untrained, expert, seconds, manifest, tasks=Non
     summary = {
         "success_rate": trained.value, "interval": list(trained.interval),
         "untrained_success_rate": untrained.value, "untrained_interval": list(untrained.interval),
-        "expert_success_rate": expert.value, "expert_interval": list(expert.interval),
+        **({} if expert is None else {
+            "expert_success_rate": expert.value, "expert_interval": list(expert.interval),
+            "expert_episodes": expert.episodes}),
         "episodes": trained.episodes, "errors": trained.errors, "seconds": round(seconds, 1),
         "tasks": per_task, "manifest": manifest,
     }
@@ -195,7 +199,7 @@ def success_chart(path, rates):
 
     Args:
       path: file to write.
-      rates: {label: `Rate`}, in the order trained, untrained, expert.
+      rates: {label: `Rate`}, in the order trained, untrained and, if there is one, expert.
     """
     with page.chart(path, 9.4, 0.6 + 0.5 * len(rates)) as axes:
         for row, (r, colour) in enumerate(zip(rates.values(), (TRAINED, UNTRAINED, EXPERT))):
