@@ -10,7 +10,7 @@ import numpy as np
 
 from lightwam_jax import page, params, visualize
 from lightwam_jax.data import episodes as episodes_lib
-from lightwam_jax.evaluation import report, rollout
+from lightwam_jax.evaluation import reference, report, rollout
 from lightwam_jax.evaluation import setup as setup_lib
 
 FILM_SIZE = 192  # edge of a camera, pixels
@@ -19,6 +19,8 @@ FILM_FPS = 20  # at most; films are in real time
 
 def evaluate(policy, suite, workdir, out, began):
     """Evaluates; writes `<out>/summary.json`, `report.html` and, in `report/`, logs and pictures.
+
+    For LIBERO also `summary_libero_*.json`, see `reference.py`.
 
     An evaluation that was interrupted continues where it was: the logs hold its episodes.
 
@@ -60,15 +62,22 @@ def evaluate(policy, suite, workdir, out, began):
     by_task = {name: report.by_task(records) for name, records in runs.items()}
 
     # ---- numbers -------------------------------------------------------------------------------
+    published = reference.published(runs["trained"], manifest)
+    reference.write_summaries(out, runs["trained"], manifest, workdir)
+
     def summarize():
         return report.write_summary(out / "summary.json", seconds=time.time() - began,
-                                    manifest=manifest, tasks=by_task,
+                                    manifest=manifest, tasks=by_task, published=published,
                                     **{"expert": None, **rates})
 
     summarize()  # so that no picture can cost the numbers
 
     # ---- pictures ------------------------------------------------------------------------------
     sections = _sections(policy, workdir, directory, setup, runs, rates)
+    if published:
+        sections.insert(1, page.Section(
+            "Beside the published numbers", "Those of the PyTorch Light-WAM, by its authors: a "
+            "checkpoint of its own for each suite.", table=reference.table(published), whole=True))
     summary = summarize()  # the seconds include the pictures
     facts = _facts(policy, runs, rates, summary["seconds"])
     page.write_html(out / "report.html", f"Light-WAM JAX · {config.name}",

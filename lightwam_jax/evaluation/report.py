@@ -75,7 +75,8 @@ def by_task(records):
     return {task: rate([r for r in records if r.episode.task == task]) for task in tasks}
 
 
-def write_summary(path, trained, untrained, expert, seconds, manifest, tasks=None):
+def write_summary(path, trained, untrained, expert, seconds, manifest, tasks=None,
+                  published=None):
     """Writes summary.json and returns it.
 
     Args:
@@ -86,6 +87,7 @@ def write_summary(path, trained, untrained, expert, seconds, manifest, tasks=Non
       seconds: wall clock of the whole pipeline.
       manifest: of `manifest(...)`.
       tasks: {"trained", "untrained" and perhaps "expert": {task: `Rate`}}.
+      published: of `reference.published`.
     """
     per_task = {}
     for who, rates in (tasks or {}).items():
@@ -100,6 +102,7 @@ def write_summary(path, trained, untrained, expert, seconds, manifest, tasks=Non
             "expert_success_rate": expert.value, "expert_interval": list(expert.interval),
             "expert_episodes": expert.episodes}),
         "episodes": trained.episodes, "errors": trained.errors, "seconds": round(seconds, 1),
+        **({"published": published} if published else {}),
         "tasks": per_task, "manifest": manifest,
     }
     pathlib.Path(path).write_text(json.dumps(summary, indent=2) + "\n")
