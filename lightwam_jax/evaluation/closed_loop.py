@@ -47,7 +47,8 @@ def evaluate(policy, suite, workdir, out, began):
     # ---- episodes ------------------------------------------------------------------------------
     device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     manifest = report.manifest(config, policy.step, _hash(policy), device, setup,
-                               rollout.describe(setup.env, setup.episodes[0]))
+                               rollout.describe(setup.env, setup.episodes[0]),
+                               report.gpu_driver(jax.default_backend()))
     policy.warm_up([e.batch])
     actors, runs = {"trained": policy, "untrained": policy.untrained(config.seed)}, {}
     if setup.expert_tasks:

@@ -109,7 +109,7 @@ def write_summary(path, trained, untrained, expert, seconds, manifest, tasks=Non
     return summary
 
 
-def manifest(config, step, weights, device, setup=None, environment=None):
+def manifest(config, step, weights, device, setup=None, environment=None, driver=None):
     """Returns what has to be equal for two results to be comparable, and where they come from.
 
     Args:
@@ -118,6 +118,7 @@ def manifest(config, step, weights, device, setup=None, environment=None):
       weights: `weights_hash` of the parameters.
       device: description of the accelerator.
       setup: `setup.Setup`. environment: of `rollout.describe`.
+      driver: of `gpu_driver`.
     """
     e = config.evaluation
     suite = {} if setup is None else {
@@ -134,19 +135,39 @@ def manifest(config, step, weights, device, setup=None, environment=None):
         **suite, "config": config.name, "model": config.model.variant, "step": step,
         "weights": weights, "seeds": [e.first_seed, e.first_seed + e.episodes - 1],
         "replan": e.replan, "max_steps": e.max_steps, "batch": e.batch, "workers": e.workers,
-        "device": device,
+        "device": device, "driver": driver,
         "commit": _commit(), "python": platform.python_version(),
         "platform": platform.platform(), "packages": packages,
     }
 
 
 # Of a manifest: what decides how an episode goes, beside the policy.
-DECISIVE = ("suite", "env", "environment", "replan", "max_steps", "batch", "device", "packages")
+DECISIVE = ("suite", "env", "environment", "replan", "max_steps", "batch", "device", "driver",
+            "packages")
 
 
 def log_manifest(manifest, policy):
     """Returns the manifest of one policy's log: its weights' hash, or "expert", and `DECISIVE`."""
     return {"policy": policy, **{key: manifest[key] for key in DECISIVE}}
+
+
+def gpu_driver(backend):
+    """Returns the version of the GPU's driver, or None where there is no GPU to drive.
+
+    Args:
+      backend: `jax.default_backend()`.
+
+    Returns:
+      several, with commas, if they differ; "unknown" where `nvidia-smi` is missing or fails.
+    """
+    if backend != "gpu":
+        return None
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return ", ".join(sorted({*said.stdout.split()})) or "unknown"
 
 
 def weights_hash(leaves):
