@@ -62,6 +62,7 @@ def test_tasks_without_an_expert_are_evaluated_and_the_report_says_so(
     suite = types.SimpleNamespace(
         __name__=demo.__name__, TASKS=("stack", "juggle"), FPS=demo.FPS,
         has_expert=lambda task: task in experts,
+        groups=lambda tasks: {"toys": ["stack", "juggle"], "balls": ["juggle"]},
         episodes=lambda tasks, count, first: [
             worker.Episode(task, 0, first + i) for task in tasks for i in range(count)])
     monkeypatch.setattr(envs, "suite", lambda name: suite)
@@ -70,10 +71,13 @@ def test_tasks_without_an_expert_are_evaluated_and_the_report_says_so(
     assert [rates[name]["all"].episodes for name in ("trained", "untrained")] == [4, 4]
     summary = json.loads((tmp_path / "summary.json").read_text())
     page = (tmp_path / "report.html").read_text()
+    assert rates["trained"]["toys"].episodes == 4 and rates["untrained"]["balls"].episodes == 2
+    assert summary["groups"]["balls"]["trained"]["episodes"] == 2 and "<td>toys</td>" in page
     assert summary["episodes"] == 4 and set(summary["tasks"]["juggle"]) == {"trained", "untrained"}
     assert "What it imagines" in page and (tmp_path / "report" / "psnr.png").exists()
     if experts:
-        assert list(rates["expert"]) == ["stack", "all"] and rates["expert"]["all"].episodes == 2
+        assert list(rates["expert"]) == ["stack", "toys", "all"]
+        assert rates["expert"]["all"].episodes == 2
         assert summary["expert_episodes"] == 2 and "expert" in summary["tasks"]["stack"]
         assert "a scripted expert for 1 of the 2 tasks" in page and "no expert" in page
         assert "when the expert acted" in page

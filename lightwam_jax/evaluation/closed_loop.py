@@ -15,6 +15,7 @@ from lightwam_jax.evaluation import setup as setup_lib
 
 FILM_SIZE = 192  # edge of a camera, pixels
 FILM_FPS = 20  # at most; films are in real time
+_WHOLE = 60  # tasks; a longer table scrolls
 
 
 def evaluate(policy, suite, workdir, out, began):
@@ -33,7 +34,7 @@ def evaluate(policy, suite, workdir, out, began):
     Returns:
       {"trained", "untrained", "expert": {task: `report.Rate`}}, without tasks that have no expert
       in the last, and without the last if none has one; and, if there are several tasks, for each
-      the rate over all of them as "all".
+      the rates over groups of them (suites, say) and over all of them as "all".
 
     Raises:
       ValueError: a policy of another suite, seeds that were demonstrated, or logs of another
@@ -61,6 +62,7 @@ def evaluate(policy, suite, workdir, out, began):
                                  directory / f"{name}.jsonl", decisive, name, actor is None)
     rates = {name: report.rate(records) for name, records in runs.items()}
     by_task = {name: report.by_task(records) for name, records in runs.items()}
+    by_group = {name: report.by_group(records, setup.groups) for name, records in runs.items()}
 
     # ---- numbers -------------------------------------------------------------------------------
     published = reference.published(runs["trained"], manifest)
@@ -68,7 +70,8 @@ def evaluate(policy, suite, workdir, out, began):
 
     def summarize():
         return report.write_summary(out / "summary.json", seconds=time.time() - began,
-                                    manifest=manifest, tasks=by_task, published=published,
+                                    manifest=manifest, tasks=by_task, groups=by_group,
+                                    published=published,
                                     **{"expert": None, **rates})
 
     summarize()  # so that no picture can cost the numbers
@@ -84,7 +87,8 @@ def evaluate(policy, suite, workdir, out, began):
     page.write_html(out / "report.html", f"Light-WAM JAX · {config.name}",
                     _headline(rates["trained"], setup), facts, sections, manifest)
     several = len(setup.tasks) > 1
-    return {name: by_task[name] | ({"all": rates[name]} if several else {}) for name in runs}
+    return {name: by_task[name] | by_group[name] | ({"all": rates[name]} if several else {})
+            for name in runs}
 
 
 def _hash(policy):
@@ -157,7 +161,8 @@ def _sections(policy, workdir, directory, setup, runs, rates):
             "How often it succeeds",
             f"{_same_episodes(setup)} The untrained policy is the same network with fresh random "
             "parameters.", wide("success.png"),
-            _task_table(runs) if len(setup.tasks) > 1 else (), whole=True),
+            _task_table(runs, setup.groups) if len(setup.tasks) > 1 else (),
+            whole=len(setup.tasks) <= _WHOLE),
         page.Section(
             "Watch it",
             f"The cameras in real time, rendered again for this page; the policy sees "
@@ -261,8 +266,9 @@ def _facts(policy, runs, rates, seconds):
             (f"{minutes} min {rest:02d} s", "from start to this report")]
 
 
-def _task_table(runs):
-    rates = {name: report.by_task(records) for name, records in runs.items()}
+def _task_table(runs, groups):
+    rates = {name: report.by_group(records, groups) | report.by_task(records)
+             for name, records in runs.items()}
     rows = [(task, *(str(rates[name].get(task, "no expert")) for name in runs))
             for task in rates["trained"]]
     return (("task", *runs), *rows)

@@ -71,12 +71,21 @@ def rate(records):
 
 def by_task(records):
     """Returns {task: `Rate`}, in the order of first use."""
-    tasks = dict.fromkeys(record.episode.task for record in records)
-    return {task: rate([r for r in records if r.episode.task == task]) for task in tasks}
+    tasks = {}
+    for record in records:
+        tasks.setdefault(record.episode.task, []).append(record)
+    return {task: rate(played) for task, played in tasks.items()}
+
+
+def by_group(records, groups):
+    """Returns {name: `Rate`} of groups {name: [tasks]}, without those that nobody played."""
+    found = {name: [record for record in records if record.episode.task in tasks]
+             for name, tasks in ((name, {*tasks}) for name, tasks in groups.items())}
+    return {name: rate(played) for name, played in found.items() if played}
 
 
 def write_summary(path, trained, untrained, expert, seconds, manifest, tasks=None,
-                  published=None):
+                  groups=None, published=None):
     """Writes summary.json and returns it.
 
     Args:
@@ -87,14 +96,9 @@ def write_summary(path, trained, untrained, expert, seconds, manifest, tasks=Non
       seconds: wall clock of the whole pipeline.
       manifest: of `manifest(...)`.
       tasks: {"trained", "untrained" and perhaps "expert": {task: `Rate`}}.
+      groups: likewise, for groups of tasks.
       published: of `reference.published`.
     """
-    per_task = {}
-    for who, rates in (tasks or {}).items():
-        for task, r in rates.items():
-            per_task.setdefault(task, {})[who] = {
-                "success_rate": r.value if r.episodes else None, "interval": list(r.interval),
-                **dataclasses.asdict(r)}
     summary = {
         "success_rate": trained.value, "interval": list(trained.interval),
         "untrained_success_rate": untrained.value, "untrained_interval": list(untrained.interval),
@@ -103,10 +107,22 @@ def write_summary(path, trained, untrained, expert, seconds, manifest, tasks=Non
             "expert_episodes": expert.episodes}),
         "episodes": trained.episodes, "errors": trained.errors, "seconds": round(seconds, 1),
         **({"published": published} if published else {}),
-        "tasks": per_task, "manifest": manifest,
+        **({"groups": _turned(groups)} if groups and groups["trained"] else {}),
+        "tasks": _turned(tasks or {}), "manifest": manifest,
     }
     pathlib.Path(path).write_text(json.dumps(summary, indent=2) + "\n")
     return summary
+
+
+def _turned(rates):
+    """Returns {name: {who: numbers}} of {who: {name: `Rate`}}."""
+    found = {}
+    for who, by_name in rates.items():
+        for name, r in by_name.items():
+            found.setdefault(name, {})[who] = {
+                "success_rate": r.value if r.episodes else None, "interval": list(r.interval),
+                **dataclasses.asdict(r)}
+    return found
 
 
 def manifest(config, step, weights, device, setup=None, environment=None, driver=None):

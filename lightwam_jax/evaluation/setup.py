@@ -20,6 +20,7 @@ class Setup:
       demonstrated: {task: (first seed, number of seeds)} that demonstrations were made from; None
         where that is not known.
       expert_tasks: those of `tasks` that have a scripted expert.
+      groups: {name: [tasks]} that have rates of their own, if there are several.
     """
 
     suite: str
@@ -28,6 +29,7 @@ class Setup:
     fps: float
     demonstrated: dict | None
     expert_tasks: tuple
+    groups: dict
 
     @property
     def tasks(self):
@@ -62,10 +64,11 @@ def of_config(config, suite):
                 f"seeds {e.first_seed}..{e.first_seed + e.episodes - 1} are not held out: "
                 f"demonstrations of {episode.task} may have {first}..{first + count - 1}; choose "
                 "another --seed")
-    has_expert = getattr(module, "has_expert", lambda task: True)
-    experts = tuple(filter(has_expert, dict.fromkeys(episode.task for episode in episodes)))
+    names = list(dict.fromkeys(episode.task for episode in episodes))
+    experts = tuple(filter(getattr(module, "has_expert", lambda task: True), names))
+    groups = getattr(module, "groups", lambda tasks: {})(names)
     return Setup(suite, envs.spec(suite, **kwargs), tuple(episodes), module.FPS, demonstrated,
-                 experts)
+                 experts, groups if len(groups) > 1 else {})
 
 
 def _demonstrated(config):

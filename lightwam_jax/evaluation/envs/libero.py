@@ -121,6 +121,16 @@ def has_expert(task):
     return libero_files.suite_of(task) in TASKS
 
 
+def groups(tasks):
+    """Returns {name: [tasks]}: by suite, and by what LIBERO-Plus perturbs in them."""
+    found, kinds = {}, libero_files.perturbations()
+    for task in tasks:
+        found.setdefault(libero_files.suite_of(task), []).append(task)
+    for task in tasks if kinds else ():
+        found.setdefault(kinds.get(task, "not classified"), []).append(task)
+    return found
+
+
 def _names(tasks):
     """Returns the names of tasks, those of a suite in the place of its name."""
     suites = libero_files.SUITES + libero_files.PLUS
