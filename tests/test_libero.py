@@ -1,6 +1,7 @@
 """LIBERO: what is read without it, and (marked sim) episodes on the stand-in assets."""
 
 import hashlib
+import json
 import os
 import pathlib
 import pickle
@@ -154,6 +155,26 @@ def test_libero_plus_has_suites_and_rules_of_its_own(package):
         "pick up the bowl from table center"}
 
 
+def test_a_suite_of_libero_plus_is_evaluated_by_its_name(package):
+    config = libero_config.get_config("spatial")
+    config.evaluation.tasks = ("plus_spatial",)
+    config = config_lib.from_config_dict(config)
+    with pytest.raises(ModuleNotFoundError, match="'plus_spatial' belongs to LIBERO-Plus, and .* "
+                       r"each needs an environment of its own \(docs/libero\.md\)"):
+        setup.of_config(config, "libero")
+    tasks = [f"pick_up_the_bowl_{kind}" for kind in ("table_3", "tb_4", "light_2")]
+    package.fill(tasks)
+    kinds = {"libero_spatial": [
+        {"id": i, "name": task, "category": category, "difficulty_level": 1}
+        for i, (task, category) in enumerate(zip(tasks, ["Background Textures"] * 2))]}
+    (package.path / "benchmark" / "task_classification.json").write_text(json.dumps(kinds))
+    found = setup.of_config(config, "libero")
+    assert [(e.task, e.init) for e in found.episodes] == [(task, 0) for task in tasks]
+    assert found.expert_tasks == ()
+    assert found.groups == {"plus_spatial": tasks, "Background Textures": tasks[:2],
+                            "not classified": tasks[2:]}
+
+
 def test_standins_are_called_standins(tmp_path):
     assert libero_files.describe_assets(STANDINS)["assets"] == "stand-in"
     before = libero_files.describe_assets(STANDINS)["assets_hash"]
@@ -211,12 +232,19 @@ def env():
 
 
 @pytest.mark.sim
-def test_evaluating_a_suite_without_an_expert_is_refused_before_any_work():
-    config = config_lib.from_config_dict(libero_config.get_config("goal"))
-    with pytest.raises(ValueError, match="no scripted expert for suite goal, only for spatial and"):
-        setup.of_config(config, "libero")
-    config = config_lib.from_config_dict(libero_config.get_config("object"))
-    assert len(setup.of_config(config, "libero").episodes) == 10 * 50
+@pytest.mark.parametrize("suite, experts", [
+    ("object", ["object"]), ("goal", []), ("10", []), ("all", ["spatial", "object"])])
+def test_suites_are_set_up_with_and_without_an_expert(suite, experts):
+    config = config_lib.from_config_dict(libero_config.get_config(suite))
+    found = setup.of_config(config, "libero")
+    assert len(found.tasks) == (40 if suite == "all" else 10)
+    assert len(found.episodes) == 50 * len(found.tasks)
+    assert found.expert_tasks == tuple(
+        task for expert in experts for task in libero_files.tasks(expert))
+    assert list(found.groups) == (["spatial", "object", "goal", "10"] if suite == "all" else [])
+    if len(found.expert_tasks) < len(found.tasks):
+        with pytest.raises(ValueError, match=r"no scripted expert for suite .*, only for spatial"):
+            libero.demonstrations(found.tasks, 1, 0)
 
 
 @pytest.mark.sim

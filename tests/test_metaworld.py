@@ -114,7 +114,12 @@ def test_every_task_has_its_own_instruction_and_expert():
     assert set(metaworld.INSTRUCTIONS) == set(env_dict.ALL_V3_ENVIRONMENTS)
     assert len(set(metaworld.INSTRUCTIONS.values())) == 50
     assert set(metaworld.INSTRUCTIONS) <= set(policies.ENV_POLICY_MAP)
-    assert set(metaworld.SETS["MT10"]) == set(env_dict.MT10_V3)
+    assert set(metaworld.SETS) == {"MT10", "MT25", "MT50"}
+    for name, tasks in metaworld.SETS.items():
+        assert len(tasks) == int(name.removeprefix("MT"))
+        assert set(tasks) == set(getattr(env_dict, f"{name}_V3"))
+    assert [e.task for e in metaworld.episodes(("MT25", "MT10"), 1, 0)] == list(
+        env_dict.MT25_V3), "each task once, in the order of Meta-World"
 
 
 def test_experts_are_recorded(tmp_path):

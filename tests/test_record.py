@@ -69,6 +69,9 @@ def test_mistakes_are_told_before_anything_is_recorded(recorded):
         record.record("demo", ("juggle",), 1, recorded[0].parent / "other")
     with pytest.raises(ValueError, match="no suite 'none'; expected one of demo, libero"):
         record.record("none", ("all",), 1, recorded[0].parent / "other")
+    with pytest.raises(TypeError, match="bogus"):  # as where a simulator's files are missing
+        record.record("demo", ("all",), 1, recorded[0].parent / "other", bogus=1)
+    assert not list(recorded[0].parent.glob("other*"))
 
 
 def test_recorders_and_suites_import_neither_jax_nor_a_simulator():

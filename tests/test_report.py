@@ -55,6 +55,21 @@ def test_summary_holds_what_the_project_promises(tmp_path):
     assert summary["manifest"]["replan"] == 4 and "jax" in summary["manifest"]["packages"]
 
 
+@pytest.mark.parametrize("script, expected", [
+    ("echo 550.54.15; echo 550.54.15", "550.54.15"), ("echo 560.1; echo 550.2", "550.2, 560.1"),
+    ("echo no devices were found; exit 6", "unknown"), ("true", "unknown"), (None, "unknown")])
+def test_the_driver_of_a_gpu_is_asked_for(tmp_path, monkeypatch, script, expected):
+    marks = tmp_path / "asked"
+    if script is not None:
+        (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\n: > {marks}\n{script}\n")
+        (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=None if script is None else ":")
+    assert report.gpu_driver("cpu") is None and not marks.exists(), "asked where there is no GPU"
+    assert report.gpu_driver("gpu") == expected
+    manifest = report.manifest(make_config(), 7, "abc", "1 x H100", driver=expected)
+    assert manifest["driver"] == expected
+
+
 def test_weights_hash_sees_values_names_and_dtypes():
     w = np.arange(6, dtype=np.float32)
     hashes = {report.weights_hash(leaves) for leaves in (
@@ -137,6 +152,9 @@ def test_recorded_seeds_are_refused(tmp_path):
     config.evaluation.tasks = ("juggle",)
     with pytest.raises(ValueError, match="no task juggle"):
         setup.of_config(config, "metaworld")
+    config.evaluation.tasks = ("MT1",)
+    with pytest.raises(ValueError, match="MT1 is any single task of Meta-World: give its name"):
+        setup.of_config(config, "metaworld")
 
 
 def summary(path, successes, **changes):
@@ -164,6 +182,11 @@ def test_results_are_compared_only_if_they_measured_the_same(tmp_path):
     with pytest.raises(ValueError, match=r"environment\.versions\.mujoco: '1' against '2'"):
         compare.compare(one, other)
     assert "mujoco" in compare.compare(one, other, ["environment.versions"])
+    summary(one / "summary.json", 8, driver="550.54.15")
+    summary(other / "summary.json", 8, driver="560.35.03")
+    with pytest.raises(ValueError, match=r"driver: '550\.54\.15' against '560\.35\.03'"):
+        compare.compare(one, other)
+    assert "driver: '550.54.15'" in compare.compare(one, other, ["driver"])
 
 
 def test_open_loop_tables_and_pictures(tmp_path):

@@ -1,4 +1,7 @@
-"""Closed-loop evaluation: trained policy, untrained one and expert on the same episodes."""
+"""Closed-loop evaluation: trained policy, untrained one and expert on the same episodes.
+
+Not every task has a scripted expert. Where none has, there are only the policies.
+"""
 
 import json
 import time
@@ -8,15 +11,18 @@ import numpy as np
 
 from lightwam_jax import page, params, visualize
 from lightwam_jax.data import episodes as episodes_lib
-from lightwam_jax.evaluation import report, rollout
+from lightwam_jax.evaluation import reference, report, rollout
 from lightwam_jax.evaluation import setup as setup_lib
 
 FILM_SIZE = 192  # edge of a camera, pixels
 FILM_FPS = 20  # at most; films are in real time
+_WHOLE = 60  # tasks; a longer table scrolls
 
 
 def evaluate(policy, suite, workdir, out, began):
     """Evaluates; writes `<out>/summary.json`, `report.html` and, in `report/`, logs and pictures.
+
+    For LIBERO also `summary_libero_*.json`, see `reference.py`.
 
     An evaluation that was interrupted continues where it was: the logs hold its episodes.
 
@@ -27,8 +33,9 @@ def evaluate(policy, suite, workdir, out, began):
       began: unix time at which the pipeline began.
 
     Returns:
-      {"trained", "untrained", "expert": {task: `report.Rate`}}; and, if there are several tasks,
-      for each the rate over all of them as "all".
+      {"trained", "untrained", "expert": {task: `report.Rate`}}, without tasks that have no expert
+      in the last, and without the last if none has one; and, if there are several tasks, for each
+      the rates over groups of them (suites, say) and over all of them as "all".
 
     Raises:
       ValueError: a policy of another suite, seeds that were demonstrated, or logs of another
@@ -42,32 +49,47 @@ def evaluate(policy, suite, workdir, out, began):
     # ---- episodes ------------------------------------------------------------------------------
     device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     manifest = report.manifest(config, policy.step, _hash(policy), device, setup,
-                               rollout.describe(setup.env, setup.episodes[0]))
+                               rollout.describe(setup.env, setup.episodes[0]),
+                               report.gpu_driver(jax.default_backend()))
     policy.warm_up([e.batch])
-    actors = {"trained": policy, "untrained": policy.untrained(config.seed), "expert": None}
-    runs = {}
+    actors, runs = {"trained": policy, "untrained": policy.untrained(config.seed)}, {}
+    if setup.expert_tasks:
+        actors["expert"] = None
     for name, actor in actors.items():
         decisive = report.log_manifest(manifest, _hash(actor) if actor else "expert")
-        runs[name] = rollout.run(actor and actor.act, setup.env, setup.episodes, e,
+        episodes = setup.episodes if actor else [
+            episode for episode in setup.episodes if episode.task in setup.expert_tasks]
+        runs[name] = rollout.run(actor and actor.act, setup.env, episodes, e,
                                  directory / f"{name}.jsonl", decisive, name, actor is None)
     rates = {name: report.rate(records) for name, records in runs.items()}
     by_task = {name: report.by_task(records) for name, records in runs.items()}
+    by_group = {name: report.by_group(records, setup.groups) for name, records in runs.items()}
 
     # ---- numbers -------------------------------------------------------------------------------
+    published = reference.published(runs["trained"], manifest)
+    reference.write_summaries(out, runs["trained"], manifest, workdir)
+
     def summarize():
         return report.write_summary(out / "summary.json", seconds=time.time() - began,
-                                    manifest=manifest, tasks=by_task, **rates)
+                                    manifest=manifest, tasks=by_task, groups=by_group,
+                                    published=published,
+                                    **{"expert": None, **rates})
 
     summarize()  # so that no picture can cost the numbers
 
     # ---- pictures ------------------------------------------------------------------------------
     sections = _sections(policy, workdir, directory, setup, runs, rates)
+    if published:
+        sections.insert(1, page.Section(
+            "Beside the published numbers", "Those of the PyTorch Light-WAM, by its authors: a "
+            "checkpoint of its own for each suite.", table=reference.table(published), whole=True))
     summary = summarize()  # the seconds include the pictures
     facts = _facts(policy, runs, rates, summary["seconds"])
     page.write_html(out / "report.html", f"Light-WAM JAX · {config.name}",
                     _headline(rates["trained"], setup), facts, sections, manifest)
     several = len(setup.tasks) > 1
-    return {name: by_task[name] | ({"all": rates[name]} if several else {}) for name in runs}
+    return {name: by_task[name] | by_group[name] | ({"all": rates[name]} if several else {})
+            for name in runs}
 
 
 def _hash(policy):
@@ -129,15 +151,17 @@ def _sections(policy, workdir, directory, setup, runs, rates):
     size = next(iter(films[0]["observations"][0]["images"].values())).shape[0]
     strip = f"{setup.suite}.png"
     visualize.save_png(directory / strip, visualize.film_strip(policy, shown[0], films[0]))
-    report.success_chart(directory / "success.png", {
-        "trained policy": rates["trained"], "untrained policy": rates["untrained"],
-        "scripted expert": rates["expert"]})
+    labels = {"trained": "trained policy", "untrained": "untrained policy",
+              "expert": "scripted expert"}
+    report.success_chart(directory / "success.png", {labels[name]: rates[name] for name in rates})
     looks = _attention_section(policy, directory, films[:3])
 
-    experts = [record for record in runs["expert"] if record.error is None][:6]
-    longest = max(record.steps for record in experts)
-    replays = rollout.replay(env, experts, longest, size, replan=1)
-    draw_future(policy, directory, [_as_episode(*each) for each in zip(experts, replays)])
+    imagined = [record for record in runs.get("expert", ()) if record.error is None][:6]
+    acted = "the expert" if imagined else "the trained policy"
+    imagined = imagined or choose(runs["trained"], 6)
+    longest = max(record.steps for record in imagined)
+    replays = rollout.replay(env, imagined, longest, size, replan=1)
+    draw_future(policy, directory, [_as_episode(*each) for each in zip(imagined, replays)])
 
     def wide(*names):
         return tuple(page.Media(directory / name, wide=True) for name in names)
@@ -145,9 +169,10 @@ def _sections(policy, workdir, directory, setup, runs, rates):
     return [
         page.Section(
             "How often it succeeds",
-            "The same episodes for all three. The untrained policy is the same network with fresh "
-            "random parameters.", wide("success.png"),
-            _task_table(runs) if len(setup.tasks) > 1 else (), whole=True),
+            f"{_same_episodes(setup)} The untrained policy is the same network with fresh random "
+            "parameters.", wide("success.png"),
+            _task_table(runs, setup.groups) if len(setup.tasks) > 1 else (),
+            whole=len(setup.tasks) <= _WHOLE),
         page.Section(
             "Watch it",
             f"The cameras in real time, rendered again for this page; the policy sees "
@@ -162,13 +187,24 @@ def _sections(policy, workdir, directory, setup, runs, rates):
         page.Section(
             "What it imagines",
             "From the first frame and the instruction the same backbone predicts video. Above it: "
-            "what happened when the expert acted in these episodes, at the resolution of "
+            f"what happened when {acted} acted in these episodes, at the resolution of "
             "the video loss, and the most that the latent codec can show of it. Below each frame: "
             "PSNR and SSIM against what happened.",
             wide("future.png", "future.mp4", "psnr.png", "ssim.png")),
         page.Section("How it learned", "", _curves(workdir, directory)),
         page.Section("Every episode", "", table=_table(runs)),
     ]
+
+
+def _same_episodes(setup):
+    """Says who was run on which episodes."""
+    known, tasks = len(setup.expert_tasks), len(setup.tasks)
+    if not known:
+        return "The same episodes for both. No task evaluated here has a scripted expert."
+    if known < tasks:
+        return (f"The same episodes for both policies. There is a scripted expert for {known} of "
+                f"the {tasks} tasks, and its rate is over those alone.")
+    return "The same episodes for all three."
 
 
 def _attention_section(policy, directory, films):
@@ -229,24 +265,36 @@ def _headline(rate, setup):
 def _facts(policy, runs, rates, seconds):
     steps = [r.steps for r in runs["trained"] if r.success]
     minutes, rest = divmod(round(seconds), 60)
+    same = "same episodes" if len(runs.get("expert", ())) == len(runs["trained"]) else (
+        "episodes of its tasks")
+    expert = ([(f"{100 * rates['expert'].value:.0f} %", f"scripted expert, {same}")]
+              if "expert" in rates else [])
     return [(f"{100 * rates['untrained'].value:.0f} %", "untrained policy, same episodes"),
-            (f"{100 * rates['expert'].value:.0f} %", "scripted expert, same episodes"),
+            *expert,
             (f"{np.mean(steps):.0f}" if steps else "none", "steps per solved episode"),
             (f"{params.count(policy.params) / 1e6:.2f} M", "parameters"),
             (f"{policy.step:,}", "training steps"),
             (f"{minutes} min {rest:02d} s", "from start to this report")]
 
 
-def _task_table(runs):
-    rates = {name: report.by_task(records) for name, records in runs.items()}
-    rows = [(task, *(str(rates[name][task]) for name in runs)) for task in rates["trained"]]
+def _task_table(runs, groups):
+    rates = {name: report.by_group(records, groups) | report.by_task(records)
+             for name, records in runs.items()}
+    rows = [(task, *(str(rates[name].get(task, "no expert")) for name in runs))
+            for task in rates["trained"]]
     return (("task", *runs), *rows)
 
 
 def _table(runs):
     names = {True: "solved", False: "not solved", None: "could not run"}
-    rows = [(t.episode.key, t.prompt or x.prompt, names[t.success], t.steps, names[u.success],
-             names[x.success], x.steps)
-            for t, u, x in zip(runs["trained"], runs["untrained"], runs["expert"])]
-    head = ("episode", "instruction", "trained", "steps", "untrained", "expert", "steps")
-    return (head, *rows)
+    experts = {record.episode: record for record in runs.get("expert", ())}
+    rows = []
+    for trained, untrained in zip(runs["trained"], runs["untrained"]):
+        row = [trained.episode.key, trained.prompt or untrained.prompt, names[trained.success],
+               trained.steps, names[untrained.success]]
+        if experts:
+            expert = experts.get(trained.episode)
+            row += [names[expert.success], expert.steps] if expert else ["no expert", ""]
+        rows.append(row)
+    head = ("episode", "instruction", "trained", "steps", "untrained")
+    return ((*head, "expert", "steps") if experts else head, *rows)

@@ -8,6 +8,7 @@ depend on the flags alone, not on the number of worker processes.
 """
 
 import collections
+import functools
 import json
 import multiprocessing
 import pathlib
@@ -76,6 +77,7 @@ def record(suite, tasks, count, out, first_seed=0, noise=0.0, workers=2, **env):
     Raises:
       FileExistsError: `out` is there.
       ValueError: unknown suite or task.
+      FileNotFoundError, ImportError: the simulator or its files are missing.
       RuntimeError: the expert fails too often.
     """
     module, tried = envs.suite(suite), {}
@@ -83,6 +85,8 @@ def record(suite, tasks, count, out, first_seed=0, noise=0.0, workers=2, **env):
     listed = getattr(module, "demonstrations", module.episodes)(tasks, 1, first_seed)
     context = multiprocessing.get_context("spawn")
     with context.Pool(workers, _begin, (envs.spec(suite, **env), noise, module.MOST_STEPS)) as pool:
+        pool.apply(_check)  # before there is a directory
+
         def solved():
             for first in listed:
                 tried[first.task] = 0
@@ -119,16 +123,22 @@ def _solved(pool, first, count, workers, tried, fps):
 
 
 def _begin(spec, noise, most_steps):
-    global _env, _arguments  # of this worker process
-    _env, _arguments = spec.make(), (noise, most_steps)
+    global _make, _arguments  # of this worker process
+    # An environment that cannot be made has to fail in a job: a process that dies in here is
+    # replaced by the pool without end.
+    _make, _arguments = functools.cache(spec.make), (noise, most_steps)
+
+
+def _check():
+    _make()
 
 
 def _demonstrate(episode):
-    return demonstrate(_env, episode, *_arguments)
+    return demonstrate(_make(), episode, *_arguments)
 
 
 def _describe():
-    return _env.describe()
+    return _make().describe()
 
 
 def main(argv):

@@ -71,38 +71,61 @@ def rate(records):
 
 def by_task(records):
     """Returns {task: `Rate`}, in the order of first use."""
-    tasks = dict.fromkeys(record.episode.task for record in records)
-    return {task: rate([r for r in records if r.episode.task == task]) for task in tasks}
+    tasks = {}
+    for record in records:
+        tasks.setdefault(record.episode.task, []).append(record)
+    return {task: rate(played) for task, played in tasks.items()}
 
 
-def write_summary(path, trained, untrained, expert, seconds, manifest, tasks=None):
+def by_group(records, groups):
+    """Returns {name: `Rate`} of groups {name: [tasks]}, without those that nobody played."""
+    found = {name: [record for record in records if record.episode.task in tasks]
+             for name, tasks in ((name, {*tasks}) for name, tasks in groups.items())}
+    return {name: rate(played) for name, played in found.items() if played}
+
+
+def write_summary(path, trained, untrained, expert, seconds, manifest, tasks=None,
+                  groups=None, published=None):
     """Writes summary.json and returns it.
 
     Args:
       path: file to write.
-      trained, untrained, expert: `Rate`s over the same episodes.
+      trained, untrained: `Rate`s over the same episodes.
+      expert: that of the scripted expert, over those of them whose task has one; None where none
+        has, and then the summary has no key for it.
       seconds: wall clock of the whole pipeline.
       manifest: of `manifest(...)`.
-      tasks: {"trained", "untrained", "expert": {task: `Rate`}}.
+      tasks: {"trained", "untrained" and perhaps "expert": {task: `Rate`}}.
+      groups: likewise, for groups of tasks.
+      published: of `reference.published`.
     """
-    per_task = {}
-    for who, rates in (tasks or {}).items():
-        for task, r in rates.items():
-            per_task.setdefault(task, {})[who] = {
-                "success_rate": r.value if r.episodes else None, "interval": list(r.interval),
-                **dataclasses.asdict(r)}
     summary = {
         "success_rate": trained.value, "interval": list(trained.interval),
         "untrained_success_rate": untrained.value, "untrained_interval": list(untrained.interval),
-        "expert_success_rate": expert.value, "expert_interval": list(expert.interval),
+        **({} if expert is None else {
+            "expert_success_rate": expert.value, "expert_interval": list(expert.interval),
+            "expert_episodes": expert.episodes}),
         "episodes": trained.episodes, "errors": trained.errors, "seconds": round(seconds, 1),
-        "tasks": per_task, "manifest": manifest,
+        **({"published": published} if published else {}),
+        **({"groups": _turned(groups)} if groups and groups["trained"] else {}),
+        "tasks": _turned(tasks or {}), "manifest": manifest,
     }
     pathlib.Path(path).write_text(json.dumps(summary, indent=2) + "\n")
     return summary
 
 
-def manifest(config, step, weights, device, setup=None, environment=None):
+def _turned(rates):
+    """Returns {name: {who: numbers}} of {who: {name: `Rate`}}."""
+    found = {}
+    for who, by_name in rates.items():
+        for name, r in by_name.items():
+            found.setdefault(name, {})[who] = {
+                "success_rate": r.value if r.episodes else None, "interval": list(r.interval),
+                **dataclasses.asdict(r)}
+    return found
+
+
+def manifest(config, step, weights, device, setup=None, environment=None, driver=None):
     """Returns what has to be equal for two results to be comparable, and where they come from.
 
     Args:
@@ -111,6 +134,7 @@ def manifest(config, step, weights, device, setup=None, environment=None):
       weights: `weights_hash` of the parameters.
       device: description of the accelerator.
       setup: `setup.Setup`. environment: of `rollout.describe`.
+      driver: of `gpu_driver`.
     """
     e = config.evaluation
     suite = {} if setup is None else {
@@ -127,19 +151,39 @@ def manifest(config, step, weights, device, setup=None, environment=None):
         **suite, "config": config.name, "model": config.model.variant, "step": step,
         "weights": weights, "seeds": [e.first_seed, e.first_seed + e.episodes - 1],
         "replan": e.replan, "max_steps": e.max_steps, "batch": e.batch, "workers": e.workers,
-        "device": device,
+        "device": device, "driver": driver,
         "commit": _commit(), "python": platform.python_version(),
         "platform": platform.platform(), "packages": packages,
     }
 
 
 # Of a manifest: what decides how an episode goes, beside the policy.
-DECISIVE = ("suite", "env", "environment", "replan", "max_steps", "batch", "device", "packages")
+DECISIVE = ("suite", "env", "environment", "replan", "max_steps", "batch", "device", "driver",
+            "packages")
 
 
 def log_manifest(manifest, policy):
     """Returns the manifest of one policy's log: its weights' hash, or "expert", and `DECISIVE`."""
     return {"policy": policy, **{key: manifest[key] for key in DECISIVE}}
+
+
+def gpu_driver(backend):
+    """Returns the version of the GPU's driver, or None where there is no GPU to drive.
+
+    Args:
+      backend: `jax.default_backend()`.
+
+    Returns:
+      several, with commas, if they differ; "unknown" where `nvidia-smi` is missing or fails.
+    """
+    if backend != "gpu":
+        return None
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return ", ".join(sorted({*said.stdout.split()})) or "unknown"
 
 
 def weights_hash(leaves):
@@ -195,7 +239,7 @@ def success_chart(path, rates):
 
     Args:
       path: file to write.
-      rates: {label: `Rate`}, in the order trained, untrained, expert.
+      rates: {label: `Rate`}, in the order trained, untrained and, if there is one, expert.
     """
     with page.chart(path, 9.4, 0.6 + 0.5 * len(rates)) as axes:
         for row, (r, colour) in enumerate(zip(rates.values(), (TRAINED, UNTRAINED, EXPERT))):

@@ -19,6 +19,8 @@ class Setup:
       fps: control steps per second.
       demonstrated: {task: (first seed, number of seeds)} that demonstrations were made from; None
         where that is not known.
+      expert_tasks: those of `tasks` that have a scripted expert.
+      groups: {name: [tasks]} that have rates of their own, if there are several.
     """
 
     suite: str
@@ -26,6 +28,8 @@ class Setup:
     episodes: tuple
     fps: float
     demonstrated: dict | None
+    expert_tasks: tuple
+    groups: dict
 
     @property
     def tasks(self):
@@ -40,8 +44,7 @@ def of_config(config, suite):
       config: `Config`. suite: of `envs.SUITES`.
 
     Raises:
-      ValueError: a policy of another suite, an unknown task, one without a scripted expert, or
-        episodes that were demonstrated.
+      ValueError: a policy of another suite, an unknown task, or episodes that were demonstrated.
     """
     e, module = config.evaluation, envs.suite(suite)
     own = "demo" if config.data.source == "demo" else e.suite
@@ -52,8 +55,6 @@ def of_config(config, suite):
             f"use --mode {own or 'open_loop'}")
     kwargs = {"image_size": config.demo.image_size} if suite == "demo" else e.env
     tasks = e.tasks or module.TASKS
-    if hasattr(module, "demonstrations"):
-        module.demonstrations(tasks, 1, 0)  # the report sets the policy beside the expert
     episodes = module.episodes(tasks, e.episodes, e.first_seed)
     demonstrated = _demonstrated(config)
     for episode in episodes:
@@ -63,7 +64,11 @@ def of_config(config, suite):
                 f"seeds {e.first_seed}..{e.first_seed + e.episodes - 1} are not held out: "
                 f"demonstrations of {episode.task} may have {first}..{first + count - 1}; choose "
                 "another --seed")
-    return Setup(suite, envs.spec(suite, **kwargs), tuple(episodes), module.FPS, demonstrated)
+    names = list(dict.fromkeys(episode.task for episode in episodes))
+    experts = tuple(filter(getattr(module, "has_expert", lambda task: True), names))
+    groups = getattr(module, "groups", lambda tasks: {})(names)
+    return Setup(suite, envs.spec(suite, **kwargs), tuple(episodes), module.FPS, demonstrated,
+                 experts, groups if len(groups) > 1 else {})
 
 
 def _demonstrated(config):

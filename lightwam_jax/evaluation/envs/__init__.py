@@ -4,6 +4,8 @@ A module has
   make(**kwargs)                      a new environment; see `evaluation/worker.py`
   episodes(tasks, count, first_seed)  [`worker.Episode`] to evaluate, `count` of each task
   demonstrations(...)                 those to record, where they are others
+  has_expert(task)                    where not every task has a scripted expert
+  groups(tasks)                       {name: [tasks]} that have rates of their own, if any
   TASKS                               names of the tasks that `--tasks all` means
   CAMERAS, STATE, ACTION              names: of the cameras, and of the dimensions
   FPS, MOST_STEPS, ROBOT              control steps per second, limit of an episode, robot type

@@ -110,11 +110,25 @@ def demonstrations(tasks, count, first_seed):
       ValueError: an unknown task, or one that the expert cannot do.
     """
     names = _names(tasks)
-    suites = {name: libero_files.suite_of(name) for name in names}
-    if wrong := sorted({*suites.values()} - {*TASKS}):
+    if wrong := sorted({libero_files.suite_of(name) for name in names if not has_expert(name)}):
         raise ValueError(f"there is no scripted expert for suite {', '.join(wrong)}, only for "
                          f"{' and '.join(TASKS)}")
     return [worker.Episode(name, DRAWN, first_seed + i) for name in names for i in range(count)]
+
+
+def has_expert(task):
+    """Whether `expert_action` can do a task; ValueError where there is no such task."""
+    return libero_files.suite_of(task) in TASKS
+
+
+def groups(tasks):
+    """Returns {name: [tasks]}: by suite, and by what LIBERO-Plus perturbs in them."""
+    found, kinds = {}, libero_files.perturbations()
+    for task in tasks:
+        found.setdefault(libero_files.suite_of(task), []).append(task)
+    for task in tasks if kinds else ():
+        found.setdefault(kinds.get(task, "not classified"), []).append(task)
+    return found
 
 
 def _names(tasks):

@@ -43,7 +43,7 @@ def package():
 
 def is_plus():
     """Whether the installed package is LIBERO-Plus, which takes the place of LIBERO."""
-    return (package() / "benchmark" / "task_classification.json").exists()
+    return _classification().exists()
 
 
 @functools.cache
@@ -70,10 +70,27 @@ def tasks(suite):
 def suite_of(task):
     """Returns the suite of a task; ValueError where no suite of the package has it."""
     for suite in PLUS if is_plus() else SUITES:
-        if task in tasks(suite):
+        if task in _members(tasks(suite)):
             return suite
     raise ValueError(f"the package in {package()} has no task {task!r}; libero_files.tasks(suite) "
                      "lists them")
+
+
+@functools.cache
+def _members(names):
+    return frozenset(names)  # LIBERO-Plus has thousands
+
+
+def perturbations():
+    """Returns {task: what is perturbed in it} as LIBERO-Plus classifies them; {} for LIBERO."""
+    if not is_plus():
+        return {}
+    suites = json.loads(_classification().read_text())
+    return {task["name"]: task["category"] for tasks in suites.values() for task in tasks}
+
+
+def _classification():
+    return package() / "benchmark" / "task_classification.json"
 
 
 def instruction(task):

@@ -80,10 +80,15 @@ INSTRUCTIONS = {
     "window-open-v3": "open the window",
     "window-close-v3": "close the window",
 }
-SETS = {
-    "MT10": ("reach-v3", "push-v3", "pick-place-v3", "door-open-v3", "drawer-open-v3",
-             "drawer-close-v3", "button-press-topdown-v3", "peg-insert-side-v3", "window-open-v3",
-             "window-close-v3"),
+_MT10 = ("reach-v3", "push-v3", "pick-place-v3", "door-open-v3", "drawer-open-v3",
+         "drawer-close-v3", "button-press-topdown-v3", "peg-insert-side-v3", "window-open-v3",
+         "window-close-v3")
+SETS = {  # as in Meta-World 3.1.1, which calls any single task MT1
+    "MT10": _MT10,
+    "MT25": (*_MT10, "coffee-pull-v3", "pick-out-of-hole-v3", "disassemble-v3",
+             "pick-place-wall-v3", "basketball-v3", "stick-pull-v3", "button-press-wall-v3",
+             "faucet-open-v3", "door-lock-v3", "lever-pull-v3", "sweep-into-v3", "faucet-close-v3",
+             "coffee-button-v3", "button-press-topdown-wall-v3", "dial-turn-v3"),
     "MT50": tuple(INSTRUCTIONS),
 }
 TASKS = tuple(INSTRUCTIONS)
@@ -117,6 +122,8 @@ def episodes(tasks, count, first_seed):
     Raises:
       ValueError: an unknown task.
     """
+    if "MT1" in tasks:
+        raise ValueError("MT1 is any single task of Meta-World: give its name, e.g. reach-v3")
     names = [name for task in tasks for name in SETS.get(task, (task,))]
     if unknown := sorted(set(names) - set(INSTRUCTIONS)):
         raise ValueError(f"Meta-World has no task {', '.join(unknown)}; expected names like "
