@@ -22,7 +22,7 @@ LEVELS = [
     ["inference"],
     ["visualize"],
     ["evaluation"],
-    ["precompute"],
+    ["precompute", "ablations"],
 ]
 LEVEL = {name: i for i, names in enumerate(LEVELS) for name in names}
 
