@@ -208,6 +208,12 @@ def test_open_loop_tables_and_pictures(tmp_path):
     assert all((tmp_path / name).stat().st_size > 5000 for name in names)
 
 
+def test_brief_rate_leaves_nothing_out():
+    assert report.brief(report.Rate(13, 20, 0)) == "65 % (43 to 82), 13 of 20"
+    assert report.brief(report.Rate(0, 20, 1)) == "0 % (0 to 16), 0 of 20, 1 could not run"
+    assert report.brief(report.Rate(0, 0, 2)) == "0 of 0, 2 could not run"
+
+
 def test_open_loop_without_grippers_says_so(tmp_path):
     errors = {"l1": np.ones(2), "mse": np.ones(2), "samples": 5, "l1_step": np.ones(3),
               "l1_physical": np.ones(2), "l1_step_dim": np.ones((3, 2)), "grippers": {}}

@@ -170,7 +170,7 @@ def _sections(policy, workdir, directory, setup, runs, rates):
         page.Section(
             "How often it succeeds",
             f"{_same_episodes(setup)} The untrained policy is the same network with fresh random "
-            "parameters.", wide("success.png"),
+            "parameters. In brackets: 95 % Wilson intervals.", wide("success.png"),
             _task_table(runs, setup.groups) if len(setup.tasks) > 1 else (),
             whole=len(setup.tasks) <= _WHOLE),
         page.Section(
@@ -280,8 +280,8 @@ def _facts(policy, runs, rates, seconds):
 def _task_table(runs, groups):
     rates = {name: report.by_group(records, groups) | report.by_task(records)
              for name, records in runs.items()}
-    rows = [(task, *(str(rates[name].get(task, "no expert")) for name in runs))
-            for task in rates["trained"]]
+    rows = [(task, *(report.brief(rates[name][task]) if task in rates[name] else "no expert"
+                     for name in runs)) for task in rates["trained"]]
     return (("task", *runs), *rows)
 
 

@@ -63,6 +63,14 @@ class Rate:
                 f"95 % interval {low:.0f} to {high:.0f} %{errors}")
 
 
+def brief(r):
+    """Returns a `Rate` in as few words as a table has room for: "65 % (43 to 82), 13 of 20"."""
+    low, high = (100 * bound for bound in r.interval)
+    errors = f", {r.errors} could not run" if r.errors else ""
+    share = f"{100 * r.value:.0f} % ({low:.0f} to {high:.0f}), " if r.episodes else ""
+    return f"{share}{r.successes} of {r.episodes}{errors}"
+
+
 def rate(records):
     """Returns the `Rate` of rollout records."""
     outcomes = [record.success for record in records]
