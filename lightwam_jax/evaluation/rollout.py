@@ -26,7 +26,7 @@ from lightwam_jax.evaluation import episode_log
 from lightwam_jax.evaluation import worker as worker_lib
 
 ATTEMPTS = 2  # at an episode whose environment or process crashes
-START_TIMEOUT = 600.0  # seconds a process may take to start: imports, on a machine that is overloaded
+START_TIMEOUT = 600.0  # seconds a process may take to start: imports, on an overloaded machine
 _CONTEXT = multiprocessing.get_context("spawn")  # forking once jax has threads can deadlock
 
 
