@@ -152,34 +152,49 @@ def collect(out):
 
 def means(results):
     """Returns {"success", "action_l1": `Mean`} of the results of a cell that have them."""
-    found = {}
-    for column in COLUMNS:
-        values = [result[column] for result in results]
-        if None not in values:
-            if column == "success":
-                values = [v["successes"] / v["episodes"] for v in values]
-            found[column] = Mean(tuple(values))
-    return found
+    found = {column: [_value(result, column) for result in results] for column in COLUMNS}
+    return {column: Mean(tuple(v)) for column, v in found.items() if None not in v}
+
+
+def _value(result, column):
+    value = result[column]
+    return value["successes"] / value["episodes"] if isinstance(value, dict) else value
+
+
+def difference(cell, base):
+    """Returns the `Mean` over the seeds that both have of success in `cell` less that in `base`.
+
+    One seed draws the same parameters (where both have them) and the same batches in both, so that
+    the difference scatters less than either. None where they share no seed or have no success.
+    """
+    before = {result["seed"]: _value(result, "success") for result in base}
+    pairs = [(_value(r, "success"), before[r["seed"]]) for r in cell if r["seed"] in before]
+    if not pairs or any(None in pair for pair in pairs):
+        return None
+    return Mean(tuple(new - old for new, old in pairs))
 
 
 def markdown(results):
     """Returns the table of {cell: [result]} as Markdown.
 
-    FLOPs are of a training step, relative to the first cell.
+    FLOPs are of a training step, relative to the first cell; differences are to it, too.
     """
-    head = ["cell", "what it is", "seeds", "success, mean and 95 % interval", "each seed",
-            "action L1", "FLOPs"]
-    rows, first = [head, ["---"] * len(head)], next(iter(results.values()))[0]["flops"]
+    first = next(iter(results))
+    head = ["cell", "what it is", "success, mean and 95 % interval", "each seed",
+            f"less {first}, seed by seed", "action L1", "FLOPs"]
+    rows = [head, ["---"] * len(head)]
     for name, cell in results.items():
-        m = means(cell)
-        success, each, l1 = "not evaluated", "", "not evaluated"
+        m, less = means(cell), difference(cell, results[first])
+        success, each, l1, change = "not evaluated", "", "not evaluated", ""
         if "success" in m:
             success = f"{100 * m['success'].value:.0f} ± {100 * m['success'].half:.0f} %"
             each = ", ".join(f"{100 * value:.0f}" for value in m["success"].values)
+        if less and name != first:
+            change = f"{100 * less.value:+.0f} ± {100 * less.half:.0f} %"
         if "action_l1" in m:
             l1 = f"{m['action_l1'].value:.4f} ± {m['action_l1'].half:.4f}"
-        rows.append([name, cells_lib.CELLS[name], str(len(cell)), success, each, l1,
-                     f"{cell[0]['flops'] / first:.2f}"])
+        rows.append([name, cells_lib.CELLS[name], success, each, change, l1,
+                     f"{cell[0]['flops'] / results[first][0]['flops']:.2f}"])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
 
 
@@ -195,6 +210,7 @@ def write_table(out):
 
 
 def _chart(path, results):
+    """A row per cell; intervals (Student's t) are drawn from 0 to 100 only."""
     with page.chart(path, 9.4, 1.0 + 0.42 * len(results)) as axes:
         for row, cell in enumerate(results.values()):
             mean = means(cell)["success"]
@@ -209,8 +225,7 @@ def _chart(path, results):
                         fontsize=10)
         axes.invert_yaxis()
         axes.set_xlim(-2, 102)
-        axes.set_xlabel("episodes solved, %: seeds, their mean, and its 95 % interval "
-                        "(Student's t, cut at 0 and 100)")
+        axes.set_xlabel("episodes solved, %: seeds, mean, 95 % interval", fontsize=10)
 
 
 # ---- the command line --------------------------------------------------------------------------

@@ -56,19 +56,29 @@ def test_interval_is_students():
     assert ablations.Mean((0.4,)).half == float("inf")
 
 
-def result(successes, flops=10):
-    return {"success": {"successes": successes, "episodes": 10}, "action_l1": 0.25, "flops": flops}
+def result(successes, flops=10, seed=0):
+    return {"success": {"successes": successes, "episodes": 10}, "action_l1": 0.25, "flops": flops,
+            "seed": seed}
+
+
+def test_difference_is_taken_seed_by_seed():
+    base = [result(4, seed=0), result(6, seed=1), result(9, seed=7)]
+    cell = [result(8, seed=1), result(7, seed=0)]
+    less = ablations.difference(cell, base)
+    assert sorted(less.values) == pytest.approx([0.2, 0.3])
+    assert ablations.difference([result(1, seed=3)], base) is None
+    assert ablations.difference([result(1) | {"success": None}], base) is None
 
 
 def test_table_has_every_cell_with_a_result(tmp_path):
     for name, seed, successes in (("base", 0, 4), ("base", 10, 6), ("base", 2, 5), ("mean", 0, 1)):
         path = tmp_path / name / str(seed) / "result.json"
         path.parent.mkdir(parents=True)
-        path.write_text(json.dumps(result(successes, 10 if name == "base" else 5)))
+        path.write_text(json.dumps(result(successes, 10 if name == "base" else 5, seed)))
     table = ablations.write_table(tmp_path).splitlines()
-    assert table[2] == ("| base | as configured | 3 | 50 ± 25 % | 40, 50, 60 | 0.2500 ± 0.0000 "
+    assert table[2] == ("| base | as configured | 50 ± 25 % | 40, 50, 60 |  | 0.2500 ± 0.0000 "
                         "| 1.00 |")
-    assert table[3].endswith("| 1 | 10 ± inf % | 10 | 0.2500 ± inf | 0.50 |")
+    assert table[3].endswith("| 10 ± inf % | 10 | -30 ± inf % | 0.2500 ± inf | 0.50 |")
     assert (tmp_path / "ablations.png").read_bytes()[:4] == b"\x89PNG"
 
 
