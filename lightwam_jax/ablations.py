@@ -20,10 +20,10 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from configs import ablations as cells_lib
-from lightwam_jax import build, page, params
+from lightwam_jax import build, page
 from lightwam_jax import config as config_lib
 from lightwam_jax.data import loader
-from lightwam_jax.evaluation import open_loop, report, rollout
+from lightwam_jax.evaluation import closed_loop, open_loop, report, rollout
 from lightwam_jax.evaluation import setup as setup_lib
 from lightwam_jax.inference.policy import Policy
 from lightwam_jax.training import flops, loop, optimizer, workdir
@@ -86,19 +86,15 @@ def run(config, directory):
 
 
 def _closed_loop(policy, directory):
-    config = policy.config
-    suite = "demo" if config.data.source == "demo" else config.evaluation.suite
-    device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
-    weights = report.weights_hash(sorted(params.flatten(jax.device_get(policy.params)).items()))
+    config, suite = policy.config, config_lib.suite(policy.config)
     if not suite:
-        return None, report.manifest(config, policy.step, weights, device)
+        return None, closed_loop.manifest_of(policy)
     setup = setup_lib.of_config(config, suite)
-    manifest = report.manifest(config, policy.step, weights, device, setup,
-                               rollout.describe(setup.env, setup.episodes[0]))
+    manifest = closed_loop.manifest_of(policy, setup)
     policy.warm_up([config.evaluation.batch])
     rate = report.rate(rollout.run(
         policy.act, setup.env, setup.episodes, config.evaluation, directory / "episodes.jsonl",
-        report.log_manifest(manifest, weights), directory.parent.name))
+        report.log_manifest(manifest, manifest["weights"]), directory.parent.name))
     if rate.errors:
         raise RuntimeError(f"{rate.errors} of {len(setup.episodes)} episodes could not be run "
                            f"({directory / 'episodes.jsonl'}); the same command tries them again")
@@ -141,13 +137,22 @@ class Mean:
 
 
 def collect(out):
-    """Returns {cell: [result]} of all that is done in `out`, cells in their order."""
+    """Returns {cell: [result]} of all that is done in `out`, cells in their order.
+
+    A result is that of `run` and the number of "parameters", from the run's report.
+    """
     found = {}
     for name in cells_lib.CELLS:
         files = sorted(out.glob(f"{name}/*/result.json"), key=lambda path: int(path.parent.name))
         if files:
-            found[name] = [json.loads(path.read_text()) for path in files]
+            found[name] = [json.loads(path.read_text()) | {"parameters": _parameters(path.parent)}
+                           for path in files]
     return found
+
+
+def _parameters(directory):
+    rows = json.loads((directory / "params.json").read_text())
+    return next(row["total"] for row in rows if row["group"] == "total")
 
 
 def means(results):
@@ -164,8 +169,8 @@ def _value(result, column):
 def difference(cell, base):
     """Returns the `Mean` over the seeds that both have of success in `cell` less that in `base`.
 
-    One seed draws the same parameters (where both have them) and the same batches in both, so that
-    the difference scatters less than either. None where they share no seed or have no success.
+    One seed draws the same parameters (where both have them) and the same batches in both. None
+    where they share no seed or have no success.
     """
     before = {result["seed"]: _value(result, "success") for result in base}
     pairs = [(_value(r, "success"), before[r["seed"]]) for r in cell if r["seed"] in before]
@@ -181,7 +186,7 @@ def markdown(results):
     """
     first = next(iter(results))
     head = ["cell", "what it is", "success, mean and 95 % interval", "each seed",
-            f"less {first}, seed by seed", "action L1", "FLOPs"]
+            f"less {first}, seed by seed", "action L1", "FLOPs", "parameters"]
     rows = [head, ["---"] * len(head)]
     for name, cell in results.items():
         m, less = means(cell), difference(cell, results[first])
@@ -194,7 +199,8 @@ def markdown(results):
         if "action_l1" in m:
             l1 = f"{m['action_l1'].value:.4f} ± {m['action_l1'].half:.4f}"
         rows.append([name, cells_lib.CELLS[name], success, each, change, l1,
-                     f"{cell[0]['flops'] / results[first][0]['flops']:.2f}"])
+                     f"{cell[0]['flops'] / results[first][0]['flops']:.2f}",
+                     f"{cell[0]['parameters'] / 1e6:.2f} M"])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
 
 

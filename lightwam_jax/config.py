@@ -301,6 +301,11 @@ def state_width(config):
     return config.data.state_dim or config.model.proprio_dim
 
 
+def suite(config):
+    """Returns the name of the simulated suite a policy belongs to, "" where there is none."""
+    return "demo" if config.data.source == "demo" else config.evaluation.suite
+
+
 def action_width(config):
     """Returns the width of the actions in the data, before they are padded to the model's."""
     return config.data.action_dim or config.model.action_dim

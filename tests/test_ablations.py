@@ -1,19 +1,16 @@
 """Cells of the ablations, their statistics, and one whole run of two of them."""
 
 import json
-import os
-import subprocess
-import sys
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_end_to_end import ROOT, SMALL
 
 from configs import ablations as cells_lib
 from configs import libero
 from lightwam_jax import ablations
 from lightwam_jax.models import action
+from tests.test_end_to_end import SMALL, run
 
 
 def test_every_cell_is_one_change_of_any_config():
@@ -75,10 +72,12 @@ def test_table_has_every_cell_with_a_result(tmp_path):
         path = tmp_path / name / str(seed) / "result.json"
         path.parent.mkdir(parents=True)
         path.write_text(json.dumps(result(successes, 10 if name == "base" else 5, seed)))
+        rows = [{"group": "adapters", "total": 1000}, {"group": "total", "total": 1_230_000}]
+        (path.parent / "params.json").write_text(json.dumps(rows))
     table = ablations.write_table(tmp_path).splitlines()
     assert table[2] == ("| base | as configured | 50 ± 25 % | 40, 50, 60 |  | 0.2500 ± 0.0000 "
-                        "| 1.00 |")
-    assert table[3].endswith("| 10 ± inf % | 10 | -30 ± inf % | 0.2500 ± inf | 0.50 |")
+                        "| 1.00 | 1.23 M |")
+    assert table[3].endswith("| 10 ± inf % | 10 | -30 ± inf % | 0.2500 ± inf | 0.50 | 1.23 M |")
     assert (tmp_path / "ablations.png").read_bytes()[:4] == b"\x89PNG"
 
 
@@ -89,16 +88,9 @@ def test_two_cells_from_the_command_line_and_again(tmp_path):
     small = SMALL | {"evaluation.max_steps": 4}
     config += [f"--config.{key}={value}" for key, value in small.items()]
 
-    def run(*command):
-        done = subprocess.run(
-            [sys.executable, "-m", *command, *config], cwd=ROOT, capture_output=True, text=True,
-            env=os.environ | {"JAX_NUM_CPU_DEVICES": "1"})
-        assert done.returncode == 0, done.stderr[-3000:]
-        return done.stdout
-
-    run("lightwam_jax.precompute", "--what", "all")
-    command = ["lightwam_jax.ablations", "--cells=video_off,concat", "--seeds=0,3", "--out",
-               str(tmp_path / "out")]
+    run("-m", "lightwam_jax.precompute", *config, "--what", "all")
+    command = ["-m", "lightwam_jax.ablations", *config, "--cells=video_off,concat", "--seeds=0,3",
+               "--out", str(tmp_path / "out")]
     first = run(*command)
     assert "[4/4] concat, seed 3" in first
     results = json.loads((tmp_path / "out" / "ablations.json").read_text())

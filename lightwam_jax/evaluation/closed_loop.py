@@ -47,10 +47,7 @@ def evaluate(policy, suite, workdir, out, began):
     directory.mkdir(parents=True, exist_ok=True)
 
     # ---- episodes ------------------------------------------------------------------------------
-    device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
-    manifest = report.manifest(config, policy.step, _hash(policy), device, setup,
-                               rollout.describe(setup.env, setup.episodes[0]),
-                               report.gpu_driver(jax.default_backend()))
+    manifest = manifest_of(policy, setup)
     policy.warm_up([e.batch])
     actors, runs = {"trained": policy, "untrained": policy.untrained(config.seed)}, {}
     if setup.expert_tasks:
@@ -90,6 +87,17 @@ def evaluate(policy, suite, workdir, out, began):
     several = len(setup.tasks) > 1
     return {name: by_task[name] | by_group[name] | ({"all": rates[name]} if several else {})
             for name in runs}
+
+
+def manifest_of(policy, setup=None):
+    """Returns the `report.manifest` of a policy here and now, on a `setup.Setup` if there is one.
+
+    With a setup it starts an environment, to have it described.
+    """
+    device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+    environment = rollout.describe(setup.env, setup.episodes[0]) if setup else None
+    return report.manifest(policy.config, policy.step, _hash(policy), device, setup, environment,
+                           report.gpu_driver(jax.default_backend()))
 
 
 def _hash(policy):

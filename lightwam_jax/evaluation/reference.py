@@ -70,9 +70,9 @@ def published(records, manifest):
       records: of the trained policy. manifest: of `report.manifest`.
 
     Returns:
-      {suite: {"source", "successes", "episodes", "success_rate", "interval", "ours" (dict of the
-      same but for the source), "remark"}}; or {suite: {"not_comparable": [reasons]}}, without any
-      number, where the evaluation was another one. Without suites that they say nothing of.
+      {suite: {"source", "ours": `report.numbers`, "remark", and the published `report.numbers`}};
+      or {suite: {"not_comparable": [reasons]}}, without any number, where the evaluation was
+      another one. Without suites that they say nothing of.
     """
     found = {}
     for suite, tasks in _by_suite(records, manifest).items():
@@ -85,7 +85,7 @@ def published(records, manifest):
         ours = report.rate([record for played in tasks.values() for record in played])
         version = manifest["environment"]["versions"]["mujoco"]
         found[suite] = {
-            "source": _SOURCE.format(suite), **_numbers(theirs), "ours": _numbers(ours),
+            "source": _SOURCE.format(suite), **report.numbers(theirs), "ours": report.numbers(ours),
             "remark": "" if version == MUJOCO else (
                 f"MuJoCo {MUJOCO} there, {version} here: other pixels")}
     return found
@@ -133,11 +133,6 @@ def _unlike(suite, tasks, manifest):
             environment["image_size"] != 256,
     }
     return [reason for reason, holds in reasons.items() if holds]
-
-
-def _numbers(rate):
-    return {"successes": rate.successes, "episodes": rate.episodes,
-            "success_rate": rate.value if rate.episodes else None, "interval": list(rate.interval)}
 
 
 def _said(numbers):

@@ -63,6 +63,12 @@ class Rate:
                 f"95 % interval {low:.0f} to {high:.0f} %{errors}")
 
 
+def numbers(r):
+    """Returns a `Rate` as plain numbers; the rate is None when nothing ran."""
+    return {"success_rate": r.value if r.episodes else None, "interval": list(r.interval),
+            **dataclasses.asdict(r)}
+
+
 def brief(r):
     """Returns a `Rate` in as few words as a table has room for: "65 % (43 to 82), 13 of 20"."""
     low, high = (100 * bound for bound in r.interval)
@@ -127,9 +133,7 @@ def _turned(rates):
     found = {}
     for who, by_name in rates.items():
         for name, r in by_name.items():
-            found.setdefault(name, {})[who] = {
-                "success_rate": r.value if r.episodes else None, "interval": list(r.interval),
-                **dataclasses.asdict(r)}
+            found.setdefault(name, {})[who] = numbers(r)
     return found
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import pathlib
 
+from lightwam_jax import config as config_lib
 from lightwam_jax.data import episodes as episodes_lib
 from lightwam_jax.evaluation import envs, worker
 
@@ -47,7 +48,7 @@ def of_config(config, suite):
       ValueError: a policy of another suite, an unknown task, or episodes that were demonstrated.
     """
     e, module = config.evaluation, envs.suite(suite)
-    own = "demo" if config.data.source == "demo" else e.suite
+    own = config_lib.suite(config)
     if own != suite:
         raise ValueError(
             f"--mode {suite} evaluates policies of that suite; this one was trained on "

@@ -37,10 +37,7 @@ class Gripper(NamedTuple):
 
 def dims(config):
     """Returns the dimensions that are grippers: config.data.gripper_dims, else its suite's."""
-    data = config.data
-    if data.gripper_dims:
-        return data.gripper_dims
-    return OF_SUITE.get("demo" if data.source == "demo" else config.evaluation.suite, ())
+    return config.data.gripper_dims or OF_SUITE.get(config_lib.suite(config), ())
 
 
 def of_data(config, statistics, normalizer, name="", member=None):
