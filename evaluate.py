@@ -150,8 +150,13 @@ def visualize(policy, workdir, out, began):
 def _with_flags(config):
     tasks = tuple(_TASKS.value) if _TASKS.value else None
     env = {**config.evaluation.env, **json.loads(_ENV.value)}
-    given = {"tasks": tasks, "env": env, "episodes": _EPISODES.value, "first_seed": _SEED.value,
-             "workers": _WORKERS.value}
+    given = {
+        "tasks": tasks,
+        "env": env,
+        "episodes": _EPISODES.value,
+        "first_seed": _SEED.value,
+        "workers": _WORKERS.value,
+    }
     given = {name: value for name, value in given.items() if value is not None}
     return dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, **given))
 

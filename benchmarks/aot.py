@@ -70,8 +70,10 @@ ENVIRONMENT = {
     "TPU_STDERR_LOG_LEVEL": "0",
 }
 # Nothing that a GPU would have to time, nor softmax kernels that this compiler fails on.
-GPU_FLAGS = ("--xla_gpu_enable_triton_gemm=false --xla_gpu_autotune_level=0 "
-             "--xla_disable_hlo_passes=triton-softmax-rewriter")
+GPU_FLAGS = (
+    "--xla_gpu_enable_triton_gemm=false --xla_gpu_autotune_level=0 "
+    "--xla_disable_hlo_passes=triton-softmax-rewriter"
+)
 H100 = """
 gpu_device_info {
   threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
@@ -96,13 +98,17 @@ def devices(topology):
     """
     chip, _, shape = topology.partition(":")
     if chip not in CHIPS or not shape:
-        raise ValueError(f"--topology={topology!r}; expected CHIP:SHAPE with a chip of "
-                         f"{', '.join(CHIPS)}, such as v5e:4x4 or h100:8")
+        raise ValueError(
+            f"--topology={topology!r}; expected CHIP:SHAPE with a chip of "
+            f"{', '.join(CHIPS)}, such as v5e:4x4 or h100:8"
+        )
     if chip == "h100":
         return topologies.get_topology_desc(
-            platform="cuda", target_config=H100, topology=f"1x1x{shape}").devices
+            platform="cuda", target_config=H100, topology=f"1x1x{shape}"
+        ).devices
     return topologies.get_topology_desc(
-        topology, "tpu", chip_config_name="default", num_slices=1).devices
+        topology, "tpu", chip_config_name="default", num_slices=1
+    ).devices
 
 
 def state_shapes(config):
@@ -136,9 +142,14 @@ def compile_step(config, topology):
     batch = batch_shapes(config)
     step = step_lib.jit_train_step(
         step_lib.make_train_step(model, config, optimizer, shardings=places),
-        places, rows, sharding.replicated(mesh))
-    arguments = (sharding.with_shardings(shapes, places),
-                 sharding.with_shardings(batch, jax.tree.map(lambda x: rows, batch)))
+        places,
+        rows,
+        sharding.replicated(mesh),
+    )
+    arguments = (
+        sharding.with_shardings(shapes, places),
+        sharding.with_shardings(batch, jax.tree.map(lambda x: rows, batch)),
+    )
     traced, numbers = _compile(step, arguments)
 
     model_flops = flops.of_step(config, optimizer, shapes)
@@ -147,11 +158,16 @@ def compile_step(config, topology):
     limits = roofline(traced, program, topology)
     samples = config.train.batch_size
     return {
-        "chips": mesh.size, "mesh": dict(mesh.shape), "batch_size": samples,
-        "accum_steps": config.optimizer.accum_steps, "remat": config.model.remat,
-        "model": config.model.variant, **numbers,
+        "chips": mesh.size,
+        "mesh": dict(mesh.shape),
+        "batch_size": samples,
+        "accum_steps": config.optimizer.accum_steps,
+        "remat": config.model.remat,
+        "model": config.model.variant,
+        **numbers,
         "memory_plan_gib": {
-            name: size / GIB for name, size in memory.plan(config, shapes, places).items()},
+            name: size / GIB for name, size in memory.plan(config, shapes, places).items()
+        },
         "model_tflop_per_sample": model_flops / samples / 1e12,
         "planned": collectives.totals(plan),
         "plan": collectives.compare(plan, program),
@@ -178,18 +194,24 @@ def compile_policy(config, topology, rows):
     codec = wan.VAES[config.data.codec](dtype=dtype)
     canvas = jax.ShapeDtypeStruct((rows, *config.data.canvas, 3), jnp.float32)
     encoder = jax.eval_shape(
-        lambda x: codec.init(jax.random.key(0), x[:, None], method="encode")["params"], canvas)
+        lambda x: codec.init(jax.random.key(0), x[:, None], method="encode")["params"], canvas
+    )
 
     def act(params, encoder, canvas, batch):
         video = (canvas[:, None] - 0.5) / 0.5
         latents = codec.apply({"params": encoder}, video, method="encode")
-        actions, _ = model.apply({"params": params}, latents, batch["context"], batch["proprio"],
-                                 config.data.action_horizon, method="act")
+        actions, _ = model.apply(
+            {"params": params},
+            latents,
+            batch["context"],
+            batch["proprio"],
+            config.data.action_horizon,
+            method="act",
+        )
         return actions
 
     def stored(tree):  # weights as the policy keeps them
-        return jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=place), tree)
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=place), tree)
 
     def given(tree):
         return sharding.with_shardings(tree, jax.tree.map(lambda x: place, tree))
@@ -197,7 +219,8 @@ def compile_policy(config, topology, rows):
     batch = spec.batch_spec(config, rows)
     batch = {name: batch[name] for name in ("context", "proprio")}
     traced, numbers = _compile(
-        jax.jit(act), (stored(params), stored(encoder), given(canvas), given(batch)))
+        jax.jit(act), (stored(params), stored(encoder), given(canvas), given(batch))
+    )
     limits = roofline(traced, numbers.pop("program"), topology)
     return {"batch": rows, **numbers, "ms": 1000 * limits["compute_s"]}
 
@@ -220,7 +243,8 @@ def _compile(function, arguments):
         "collectives": collectives.totals(program),
         "largest_collectives": [
             f"{c.times} x {c.kind} {c.dtype}{list(c.shape)} over {c.group}"
-            for c in dict.fromkeys(c._replace(where="") for c in large)][:8],
+            for c in dict.fromkeys(c._replace(where="") for c in large)
+        ][:8],
         "program": program,
     }
 
@@ -232,8 +256,10 @@ def roofline(jaxpr, program, topology):
     """Returns the seconds per chip that products and communication take at least."""
     chip = CHIPS[topology.partition(":")[0]]
     return {
-        "compute_s": sum(times * max(work / chip.flops, size / chip.memory)
-                         for times, work, size in flops.products(jaxpr)),
+        "compute_s": sum(
+            times * max(work / chip.flops, size / chip.memory)
+            for times, work, size in flops.products(jaxpr)
+        ),
         "communication_s": sum(c.wire_bytes for c in program) / chip.links,
     }
 
@@ -242,9 +268,11 @@ def speeds(limits, samples, model_flops, chips, topology):
     """Returns step time, samples/s and MFU, [best, worst]: communication hidden, or not at all."""
     peak = chips * CHIPS[topology.partition(":")[0]].flops
     seconds = (max(limits.values()), sum(limits.values()))
-    return {"step_ms": [1000 * s for s in seconds],
-            "samples_per_s": [samples / s for s in seconds],
-            "mfu": [model_flops / s / peak for s in seconds]}
+    return {
+        "step_ms": [1000 * s for s in seconds],
+        "samples_per_s": [samples / s for s in seconds],
+        "mfu": [model_flops / s / peak for s in seconds],
+    }
 
 
 def scaling(config, shapes, limits, model_flops, topology, chips):
@@ -260,15 +288,25 @@ def scaling(config, shapes, limits, model_flops, topology, chips):
         mesh = AbstractMesh((count // fsdp, fsdp), sharding.AXES)
         batch = config.train.batch_size // chips * count
         there = dataclasses.replace(
-            config, train=dataclasses.replace(config.train, batch_size=batch))
+            config, train=dataclasses.replace(config.train, batch_size=batch)
+        )
         places = sharding.tree_shardings(mesh, shapes, config.mesh.frozen)
         plan = collectives.planned(there, shapes, places)
-        seconds = {"compute_s": limits["compute_s"],
-                   "communication_s": sum(c.wire_bytes for c in plan) / link}
+        seconds = {
+            "compute_s": limits["compute_s"],
+            "communication_s": sum(c.wire_bytes for c in plan) / link,
+        }
         held = memory.held(there, shapes, places)
-        rows.append({"chips": count, "mesh": dict(mesh.shape), "batch_size": batch,
-                     "memory_plan_gib": sum(held.values()) / GIB, **seconds,
-                     **speeds(seconds, batch, model_flops * batch, count, topology)})
+        rows.append(
+            {
+                "chips": count,
+                "mesh": dict(mesh.shape),
+                "batch_size": batch,
+                "memory_plan_gib": sum(held.values()) / GIB,
+                **seconds,
+                **speeds(seconds, batch, model_flops * batch, count, topology),
+            }
+        )
     return rows
 
 
@@ -281,7 +319,8 @@ def configure(config, topology, options):
     if chip not in RECIPES:
         raise ValueError(f"--topology={topology!r}; the chips are {', '.join(RECIPES)}")
     recipe = dataclasses.replace(
-        RECIPES[chip], **{name: value for name, value in options.items() if value is not None})
+        RECIPES[chip], **{name: value for name, value in options.items() if value is not None}
+    )
     chips = 1
     for side in shape.split("x"):
         chips *= int(side)
@@ -302,21 +341,35 @@ def compile_apart(config, topology, job):
         if topology.startswith("h100"):
             environment["XLA_FLAGS"] = GPU_FLAGS
         done = subprocess.run(
-            [sys.executable, "-m", "benchmarks.aot", f"--topology={topology}", f"--job={job}",
-             f"--job_config={given}", f"--out={made}"],
-            env=environment, stderr=subprocess.PIPE, text=True, errors="replace")
+            [
+                sys.executable,
+                "-m",
+                "benchmarks.aot",
+                f"--topology={topology}",
+                f"--job={job}",
+                f"--job_config={given}",
+                f"--out={made}",
+            ],
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+        )
         if done.returncode:
             raise RuntimeError(f"{job} for {topology} did not compile:\n{done.stderr[-6000:]}")
         # with its own command: a file of results may collect programs of several
         return json.loads(made.read_text()) | {
             "complaints": complaints(done.stderr),
-            "command": " ".join(["python -m benchmarks.aot", *sys.argv[1:]])}
+            "command": " ".join(["python -m benchmarks.aot", *sys.argv[1:]]),
+        }
 
 
 def complaints(text):
     """Returns how often a compiler complained of what makes a program slow or large."""
-    wanted = {"involuntary_full_rematerialization": "Involuntary full rematerialization",
-              "rematerialized_more_than_expected": "Can't reduce memory use below"}
+    wanted = {
+        "involuntary_full_rematerialization": "Involuntary full rematerialization",
+        "rematerialized_more_than_expected": "Can't reduce memory use below",
+    }
     return {name: text.count(words) for name, words in wanted.items()}
 
 
@@ -328,27 +381,37 @@ def main(argv):
     if f.job:
         config = config_lib.from_json(pathlib.Path(f.job_config).read_text())
         job, _, rows = f.job.partition("_")
-        numbers = (compile_step(config, f.topology) if job == "train"
-                   else compile_policy(config, f.topology, int(rows)))
+        numbers = (
+            compile_step(config, f.topology)
+            if job == "train"
+            else compile_policy(config, f.topology, int(rows))
+        )
         pathlib.Path(f.out).write_text(json.dumps(numbers))
         return
     if f.topology:
-        options = {"batch_per_chip": f.batch_per_chip, "fsdp": f.fsdp, "accum": f.accum,
-                   "remat": f.remat}
+        options = {
+            "batch_per_chip": f.batch_per_chip,
+            "fsdp": f.fsdp,
+            "accum": f.accum,
+            "remat": f.remat,
+        }
         try:
             config = configure(f.config, f.topology, options)
         except ValueError as error:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(2)
         jobs = ["train", *(f"policy_{rows}" for rows in POLICY_BATCHES)]
-        numbers = {job: compile_apart(config, f.topology, job)
-                   for job in jobs if job.split("_")[0] in f.jobs}
-        out = pathlib.Path(
-            f.out or aot_tables.RESULTS / f"aot_{f.topology.replace(':', '_')}.json")
+        numbers = {
+            job: compile_apart(config, f.topology, job)
+            for job in jobs
+            if job.split("_")[0] in f.jobs
+        }
+        out = pathlib.Path(f.out or aot_tables.RESULTS / f"aot_{f.topology.replace(':', '_')}.json")
         before = json.loads(out.read_text()) if out.exists() else {}
         kept = {job: before[job] for job in jobs if job in before}
-        results.write(out, "aot", {"topology": f.topology, "config": config.name,
-                                   **kept, **numbers})
+        results.write(
+            out, "aot", {"topology": f.topology, "config": config.name, **kept, **numbers}
+        )
     if f.docs:
         aot_tables.write(f.docs)
 

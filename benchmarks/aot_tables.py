@@ -27,26 +27,59 @@ def tables(found):
     trained = [x for x in found if "train" in x]
     parts = [
         _section("One training step, compiled", _STEP, [_step(x) for x in trained]),
-        _section("What the chips exchange in a step", _EXCHANGE,
-                 [row for x in trained for row in _exchange(x)]),
-        *(_section(f"Weak scaling on {x['topology'].partition(':')[0]}: predicted from the plan, "
-                   f"not compiled; products as in {x['topology']}", _SCALING,
-                   map(_scaling, x["train"]["scaling"]))
-          for x in trained),
-        _section("The deployed policy on one chip, compiled", _POLICY,
-                 [_policy(x, x[job]) for x in found for job in x if job.startswith("policy_")]),
+        _section(
+            "What the chips exchange in a step",
+            _EXCHANGE,
+            [row for x in trained for row in _exchange(x)],
+        ),
+        *(
+            _section(
+                f"Weak scaling on {x['topology'].partition(':')[0]}: predicted from the plan, "
+                f"not compiled; products as in {x['topology']}",
+                _SCALING,
+                map(_scaling, x["train"]["scaling"]),
+            )
+            for x in trained
+        ),
+        _section(
+            "The deployed policy on one chip, compiled",
+            _POLICY,
+            [_policy(x, x[job]) for x in found for job in x if job.startswith("policy_")],
+        ),
     ]
-    notes = [f"\n{x['topology']}, step: {x['train']['note']}\n" for x in trained
-             if "note" in x["train"]]
+    notes = [
+        f"\n{x['topology']}, step: {x['train']['note']}\n" for x in trained if "note" in x["train"]
+    ]
     return "\n".join(part for part in [*parts, *notes] if part)
 
 
-_STEP = ("topology", "batch", "data x fsdp", "accumulation", "remat", "compile s", "GiB per chip",
-         "of them arguments", "TFLOP per chip", "roofline ms", "samples/s", "MFU %",
-         "full remat. warnings", "unplanned")
+_STEP = (
+    "topology",
+    "batch",
+    "data x fsdp",
+    "accumulation",
+    "remat",
+    "compile s",
+    "GiB per chip",
+    "of them arguments",
+    "TFLOP per chip",
+    "roofline ms",
+    "samples/s",
+    "MFU %",
+    "full remat. warnings",
+    "unplanned",
+)
 _EXCHANGE = ("topology", "kind", "arrays per step", "GiB", "overlapped %", "planned GiB")
-_SCALING = ("chips", "batch", "data x fsdp", "GiB per chip, without activations", "compute ms",
-            "communication ms", "roofline ms", "samples/s")
+_SCALING = (
+    "chips",
+    "batch",
+    "data x fsdp",
+    "GiB per chip, without activations",
+    "compute ms",
+    "communication ms",
+    "roofline ms",
+    "samples/s",
+)
 _POLICY = ("topology", "batch", "compile s", "GiB", "TFLOP", "roofline ms")
 
 
@@ -61,11 +94,22 @@ def _section(title, header, rows):
 def _step(x):
     t = x["train"]
     memory, limits = t["memory_gib_per_chip"], t["roofline"]
-    return (x["topology"], t["batch_size"], _mesh(t), t["accum_steps"], t["remat"],
-            f"{t['compile_s']:.0f}", f"{memory['peak']:.2f}", f"{memory['arguments']:.2f}",
-            f"{t['tflop_per_chip']:.0f}", _range(limits["step_ms"]),
-            _range(limits["samples_per_s"]), _range([100 * m for m in limits["mfu"]]),
-            t["complaints"]["involuntary_full_rematerialization"], len(t["plan"]["unplanned"]))
+    return (
+        x["topology"],
+        t["batch_size"],
+        _mesh(t),
+        t["accum_steps"],
+        t["remat"],
+        f"{t['compile_s']:.0f}",
+        f"{memory['peak']:.2f}",
+        f"{memory['arguments']:.2f}",
+        f"{t['tflop_per_chip']:.0f}",
+        _range(limits["step_ms"]),
+        _range(limits["samples_per_s"]),
+        _range([100 * m for m in limits["mfu"]]),
+        t["complaints"]["involuntary_full_rematerialization"],
+        len(t["plan"]["unplanned"]),
+    )
 
 
 def _exchange(x):
@@ -73,20 +117,38 @@ def _exchange(x):
     plan = t["planned"]
     for kind in dict.fromkeys([*t["collectives"], *plan]):
         got = t["collectives"].get(kind, {"count": 0, "gib": 0, "overlapped": 0})
-        yield (x["topology"], kind, got["count"], f"{got['gib']:.2f}",
-               f"{100 * got['overlapped']:.0f}", f"{plan.get(kind, {'gib': 0})['gib']:.2f}")
+        yield (
+            x["topology"],
+            kind,
+            got["count"],
+            f"{got['gib']:.2f}",
+            f"{100 * got['overlapped']:.0f}",
+            f"{plan.get(kind, {'gib': 0})['gib']:.2f}",
+        )
 
 
 def _scaling(row):
-    return (row["chips"], row["batch_size"], _mesh(row), f"{row['memory_plan_gib']:.2f}",
-            f"{1000 * row['compute_s']:.0f}", f"{1000 * row['communication_s']:.0f}",
-            _range(row["step_ms"]), _range(row["samples_per_s"]))
+    return (
+        row["chips"],
+        row["batch_size"],
+        _mesh(row),
+        f"{row['memory_plan_gib']:.2f}",
+        f"{1000 * row['compute_s']:.0f}",
+        f"{1000 * row['communication_s']:.0f}",
+        _range(row["step_ms"]),
+        _range(row["samples_per_s"]),
+    )
 
 
 def _policy(x, p):
-    return (x["topology"].partition(":")[0], p["batch"], f"{p['compile_s']:.0f}",
-            f"{p['memory_gib_per_chip']['peak']:.2f}", f"{p['tflop_per_chip']:.2f}",
-            f"{p['ms']:.1f}")
+    return (
+        x["topology"].partition(":")[0],
+        p["batch"],
+        f"{p['compile_s']:.0f}",
+        f"{p['memory_gib_per_chip']['peak']:.2f}",
+        f"{p['tflop_per_chip']:.2f}",
+        f"{p['ms']:.1f}",
+    )
 
 
 def _mesh(x):

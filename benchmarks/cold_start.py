@@ -40,10 +40,21 @@ def first_step(arguments, folder, cache):
     start = time.perf_counter()
     with log.open("w") as out:
         process = subprocess.Popen(
-            [sys.executable, "train.py", *arguments, f"--workdir={workdir}",
-             "--config.train.log_every=1", "--config.train.steps=2",
-             "--config.train.checkpoint_every=0", "--config.train.eval_every=0"],
-            cwd=ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT)
+            [
+                sys.executable,
+                "train.py",
+                *arguments,
+                f"--workdir={workdir}",
+                "--config.train.log_every=1",
+                "--config.train.steps=2",
+                "--config.train.checkpoint_every=0",
+                "--config.train.eval_every=0",
+            ],
+            cwd=ROOT,
+            env=environment,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+        )
     metrics = workdir / "metrics.jsonl"
     try:
         while not (metrics.exists() and metrics.stat().st_size):
@@ -63,12 +74,18 @@ def main(argv):
     f = flags.FLAGS
     with tempfile.TemporaryDirectory() as place:
         place = pathlib.Path(place)
-        seconds = [first_step(argv[1:], place / str(i), place / "cache")
-                   for i in range(1 + f.warm)]
+        seconds = [first_step(argv[1:], place / str(i), place / "cache") for i in range(1 + f.warm)]
         config = json.loads((place / "0" / "run" / "config.json").read_text())
-    results.write(f.out, "cold_start", {
-        "config": config["name"], "data": config["data"]["source"],
-        "cold_s": seconds[0], "warm_s": seconds[1:]})
+    results.write(
+        f.out,
+        "cold_start",
+        {
+            "config": config["name"],
+            "data": config["data"]["source"],
+            "cold_s": seconds[0],
+            "warm_s": seconds[1:],
+        },
+    )
 
 
 if __name__ == "__main__":  # flags are global: importing this module must not define any

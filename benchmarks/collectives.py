@@ -102,13 +102,28 @@ def _of(leaf, shape, kind, group, times, where):
 
 # ---- the program -------------------------------------------------------------------------------
 
-_ITEMSIZE = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4,
-             "s32": 4, "u32": 4, "f64": 8, "s64": 8, "u64": 8}
+_ITEMSIZE = {
+    "pred": 1,
+    "s8": 1,
+    "u8": 1,
+    "bf16": 2,
+    "f16": 2,
+    "s16": 2,
+    "u16": 2,
+    "f32": 4,
+    "s32": 4,
+    "u32": 4,
+    "f64": 8,
+    "s64": 8,
+    "u64": 8,
+}
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) (?:\(.*)?\{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
 _ARRAY = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
-_CALLED = re.compile(r"\b(?:calls|body|condition|to_apply|branch_computations|called_computations)="
-                     r"(\{[^}]*\}|%?[\w.\-]+)")
+_CALLED = re.compile(
+    r"\b(?:calls|body|condition|to_apply|branch_computations|called_computations)="
+    r"(\{[^}]*\}|%?[\w.\-]+)"
+)
 _OPERATION = re.compile(rf"(?:^|\s)({'|'.join(KINDS)})(-start)?\(")
 
 
@@ -138,17 +153,20 @@ def found(hlo):
                 continue
             seen.add(key)
             kind, start = match[1], bool(match[2])
-            arrays = _arrays(text[:match.start(1)])
+            arrays = _arrays(text[: match.start(1)])
             if start and kind != "all-reduce":
-                arrays = arrays[len(arrays) // 2:]  # inputs come first
+                arrays = arrays[len(arrays) // 2 :]  # inputs come first
             group = _group_size(text)
             if kind == "reduce-scatter":
                 arrays = [(dtype, (group, *shape)) for dtype, shape in arrays]
             elif "all-reduce-scatter" in name:  # a fusion that keeps one part of the sum
                 kind = "reduce-scatter"
             over = start or bool(chain) or "async" in name
-            result += [Collective(kind, dtype, shape, group, times(name), over, instruction)
-                       for dtype, shape in arrays if group > 1]
+            result += [
+                Collective(kind, dtype, shape, group, times(name), over, instruction)
+                for dtype, shape in arrays
+                if group > 1
+            ]
     if math.isinf(sum(c.times for c in result)):
         raise ValueError("a loop around a collective has no length in the program's text")
     return result
@@ -206,14 +224,19 @@ def _executions(callers, entry):
 
 def _length(condition):
     """Length of a loop that counts from 0 up to a constant: the one its condition compares with."""
-    constants = [int(m[1]) for _, text in condition
-                 if (m := re.match(r"[su]32\[\]\S* constant\((\d+)\)", text))]
+    constants = [
+        int(m[1])
+        for _, text in condition
+        if (m := re.match(r"[su]32\[\]\S* constant\((\d+)\)", text))
+    ]
     return constants[0] if len(constants) == 1 else math.inf
 
 
 def _arrays(text):
-    return [(dtype, tuple(int(n) for n in shape.split(",") if n))
-            for dtype, shape in _ARRAY.findall(re.sub(r"\{[^{}]*\}", "", text))]
+    return [
+        (dtype, tuple(int(n) for n in shape.split(",") if n))
+        for dtype, shape in _ARRAY.findall(re.sub(r"\{[^{}]*\}", "", text))
+    ]
 
 
 def _group_size(text):
@@ -241,8 +264,11 @@ def totals(collectives):
         if rows:
             size = sum(c.times * c.bytes for c in rows)
             hidden = sum(c.times * c.bytes for c in rows if c.overlapped)
-            table[kind] = {"count": sum(c.times for c in rows), "gib": size / 2**30,
-                           "overlapped": hidden / size}
+            table[kind] = {
+                "count": sum(c.times for c in rows),
+                "gib": size / 2**30,
+                "overlapped": hidden / size,
+            }
     return table
 
 
@@ -269,23 +295,34 @@ def compare(plan, program):
         used[key] += c.times
         if key not in sizes:
             extra.append(f"{c.times} x {c.kind} {c.dtype}{list(c.shape)} over {c.group}: {c.where}")
-    extra += [f"{used[key]} x {key[0]} of {key[1]} values, planned {sizes[key]}"
-              for key in used if key in sizes and used[key] > sizes[key]]
+    extra += [
+        f"{used[key]} x {key[0]} of {key[1]} values, planned {sizes[key]}"
+        for key in used
+        if key in sizes and used[key] > sizes[key]
+    ]
 
     def gib(rows):
-        return {name: sum(c.times * c.bytes for c in rows if _purpose(c) == name) / 2**30
-                for name in ("weights", "gradients")}
+        return {
+            name: sum(c.times * c.bytes for c in rows if _purpose(c) == name) / 2**30
+            for name in ("weights", "gradients")
+        }
 
     def largest(rows):
         return max((c.bytes for c in rows), default=0) / 2**20
 
-    return {"planned_gib": gib(plan), "found_gib": gib(program),
-            "largest_planned_mib": largest(plan), "largest_found_mib": largest(program),
-            "gradient_dtypes": sorted({c.dtype for c in program if _purpose(c) == "gradients"
-                                       and c.bytes >= SMALL_BYTES}),
-            "unplanned": extra}
+    return {
+        "planned_gib": gib(plan),
+        "found_gib": gib(program),
+        "largest_planned_mib": largest(plan),
+        "largest_found_mib": largest(program),
+        "gradient_dtypes": sorted(
+            {c.dtype for c in program if _purpose(c) == "gradients" and c.bytes >= SMALL_BYTES}
+        ),
+        "unplanned": extra,
+    }
 
 
 def _purpose(c):
-    return {"all-gather": "weights", "reduce-scatter": "gradients",
-            "all-reduce": "gradients"}.get(c.kind, c.kind)
+    return {"all-gather": "weights", "reduce-scatter": "gradients", "all-reduce": "gradients"}.get(
+        c.kind, c.kind
+    )

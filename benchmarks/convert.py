@@ -33,14 +33,25 @@ LIMITS_GB = {"dit": 2.0, "t5": 4.0}
 def shapes(kind):
     """{key: shape} of the published file."""
     if kind == "t5":
-        fields = {name: field.default for name, field in
-                  t5.UMT5Encoder.__dataclass_fields__.items() if isinstance(field.default, int)}
+        fields = {
+            name: field.default
+            for name, field in t5.UMT5Encoder.__dataclass_fields__.items()
+            if isinstance(field.default, int)
+        }
         del fields["max_distance"]
         config = {"text_encoder": fields}
     else:
         table = variants.VARIANTS["wan21_1_3b"]
-        config = {"model": dict({name: table[name] for name in layouts.BACKBONE_SIZES}, lora_rank=0,
-                                lora_targets=(), lora_layers=(), adapter_layers=(), adapter_dim=0)}
+        config = {
+            "model": dict(
+                {name: table[name] for name in layouts.BACKBONE_SIZES},
+                lora_rank=0,
+                lora_targets=(),
+                lora_layers=(),
+                adapter_layers=(),
+                adapter_dim=0,
+            )
+        }
     return layouts.expected_shapes(layouts.find(kind, "", "official"), config)
 
 
@@ -62,6 +73,7 @@ def write_safetensors(path, shapes, dtype, name):
 def write_pth(path, shapes, dtype):
     """The same as a PyTorch file, by way of a mapped file: torch.save wants tensors."""
     import torch
+
     raw = path.with_suffix(".raw")
     with open(raw, "wb") as file:
         for number, shape in enumerate(tqdm.tqdm(shapes.values(), desc=path.name)):
@@ -71,7 +83,7 @@ def write_pth(path, shapes, dtype):
     tensors, start = {}, 0
     for key, shape in shapes.items():
         size = math.prod(shape)
-        tensors[key] = flat[start:start + size].view(shape)
+        tensors[key] = flat[start : start + size].view(shape)
         start += size
     torch.save({key: value.clone() for key, value in tensors.items()}, path)
     raw.unlink()
@@ -129,10 +141,14 @@ def main():
                 source = folder / "models_t5_umt5-xxl-enc-bf16.pth"
                 write_pth(source, sizes, ml_dtypes.bfloat16)
             seconds, peak = convert(kind, source, folder / "out")
-            found[kind] = {"file": source.name, "file_gb": round(source.stat().st_size / 1e9, 2),
-                           "values": sum(map(math.prod, sizes.values())),
-                           "seconds": round(seconds, 1), "peak_rss_gb": round(peak, 2),
-                           "limit_gb": LIMITS_GB[kind]}
+            found[kind] = {
+                "file": source.name,
+                "file_gb": round(source.stat().st_size / 1e9, 2),
+                "values": sum(map(math.prod, sizes.values())),
+                "seconds": round(seconds, 1),
+                "peak_rss_gb": round(peak, 2),
+                "limit_gb": LIMITS_GB[kind],
+            }
             print(kind, json.dumps(found[kind]), flush=True)
         finally:
             shutil.rmtree(folder)

@@ -36,9 +36,15 @@ TARGET = 1500  # samples per second from the cache
 
 def make_config(directory, **overrides):
     c = base.get_config()
-    c.data.update(source="lerobot", path=f"{directory}/lerobot", cache=f"{directory}/cache",
-                  codec="pca", text_encoder="hashed", check_frames="none",
-                  **{"cameras": ("scene", "wrist"), **overrides})
+    c.data.update(
+        source="lerobot",
+        path=f"{directory}/lerobot",
+        cache=f"{directory}/cache",
+        codec="pca",
+        text_encoder="hashed",
+        check_frames="none",
+        **{"cameras": ("scene", "wrist"), **overrides},
+    )
     c.data.fields.image = "observation.images.{camera}"
     return config_lib.from_config_dict(c)
 
@@ -54,12 +60,16 @@ def episodes():
             frames[:] = (ramp[:, None, None] + rng.uniform(0, 1, 3) * ramp[:, None]) / 2
             top, left = rng.integers(0, SIZE - 50, 2)
             for step, frame in enumerate(frames):
-                frame[top:top + 50, (left + 2 * step) % (SIZE - 50):][:, :50] = 255
+                frame[top : top + 50, (left + 2 * step) % (SIZE - 50) :][:, :50] = 255
             images[camera] = frames
         yield episodes_lib.ArrayEpisode(
-            id=f"{number}", fps=20.0, task=f"put object {number % 10} into the bowl",
+            id=f"{number}",
+            fps=20.0,
+            task=f"put object {number % 10} into the bowl",
             state=rng.standard_normal((STEPS, 8)).astype(np.float32),
-            action=rng.uniform(-1, 1, (STEPS, 7)).astype(np.float32), images=images)
+            action=rng.uniform(-1, 1, (STEPS, 7)).astype(np.float32),
+            images=images,
+        )
 
 
 class RandomLatents:
@@ -81,30 +91,46 @@ def make_data(config):
     codec = codec_lib.PcaCodec.fit(noise, config.model.latent_channels)
     codec.save(f"{config.data.cache}/assets/codec")
     found = episodes_lib.load_episodes(config)
-    cache_build.build(config, {"train": found, "val": []}, codec,
-                      imported={"train": (RandomLatents(config), "random")})
+    cache_build.build(
+        config,
+        {"train": found, "val": []},
+        codec,
+        imported={"train": (RandomLatents(config), "random")},
+    )
 
 
 def columns(folder, count=2500, steps=150):
     """Seconds of `precompute --what stats` on a LeRobot v2.1 data set without pictures."""
     rng = np.random.default_rng(1)
-    made = (episodes_lib.ArrayEpisode(
-        f"{number}", 20.0, f"task {number % 40}",
-        rng.standard_normal((steps, 8)).astype(np.float32).cumsum(0),
-        rng.uniform(-1, 1, (steps, 7)).astype(np.float32), {}) for number in range(count))
+    made = (
+        episodes_lib.ArrayEpisode(
+            f"{number}",
+            20.0,
+            f"task {number % 40}",
+            rng.standard_normal((steps, 8)).astype(np.float32).cumsum(0),
+            rng.uniform(-1, 1, (steps, 7)).astype(np.float32),
+            {},
+        )
+        for number in range(count)
+    )
     config = make_config(f"{folder}/columns", cameras=())
     lerobot_write.write(made, config.data.path)
     start = time.perf_counter()
     precompute.precompute(config, ("stats",))
-    return {"episodes": count, "steps": count * steps,
-            "seconds": round(time.perf_counter() - start, 1)}
+    return {
+        "episodes": count,
+        "steps": count * steps,
+        "seconds": round(time.perf_counter() - start, 1),
+    }
 
 
 def speed(config, batch_size, batches, **values):
     """Samples per second of a loader in steady state: what was read ahead is used up first."""
     config = dataclasses.replace(
-        config, data=dataclasses.replace(config.data, **values),
-        train=dataclasses.replace(config.train, batch_size=batch_size))
+        config,
+        data=dataclasses.replace(config.data, **values),
+        train=dataclasses.replace(config.train, batch_size=batch_size),
+    )
     iterator = loader.train_loader(config)
     for _ in range(2 * max(config.data.threads, -(-config.data.prefetch // batch_size))):
         next(iterator)
@@ -128,8 +154,9 @@ def memory(config, samples, points=10):
         for _ in range(each):
             next(iterator)
             resident.append(_resident())
-        rows.append([point * each * config.train.batch_size,
-                     round(statistics.median(resident) / 1e6, 1)])
+        rows.append(
+            [point * each * config.train.batch_size, round(statistics.median(resident) / 1e6, 1)]
+        )
     iterator.close()
     slope, _ = np.polyfit(*np.array(rows[1:]).T, 1)
     return {"samples_and_mb": rows, "mb_per_1000_samples": round(1000 * float(slope), 3)}
@@ -162,8 +189,9 @@ def main():
     try:
         config = make_config(folder)
         make_data(config)
-        found = {"cache": measure("cache", config, args.rounds,
-                                  [(1, 0), (2, 0), (4, 0), (2, 2)], 64, 40)}
+        found = {
+            "cache": measure("cache", config, args.rounds, [(1, 0), (2, 0), (4, 0), (2, 2)], 64, 40)
+        }
         best = max(row["samples_per_s"] for row in found["cache"])
         found |= {"cache_best": best, "cache_target": TARGET, "cache_ok": best >= TARGET}
         found["memory"] = memory(config, args.samples)

@@ -19,11 +19,17 @@ def write(path, name, numbers):
     result = {
         "benchmark": name,
         **numbers,
-        "device": {"kind": device.device_kind, "platform": device.platform,
-                   "count": jax.device_count(), "host_cores": os.cpu_count(),
-                   "machine": platform.machine()},
-        "versions": {"python": platform.python_version(),
-                     **{package: importlib.metadata.version(package) for package in PACKAGES}},
+        "device": {
+            "kind": device.device_kind,
+            "platform": device.platform,
+            "count": jax.device_count(),
+            "host_cores": os.cpu_count(),
+            "machine": platform.machine(),
+        },
+        "versions": {
+            "python": platform.python_version(),
+            **{package: importlib.metadata.version(package) for package in PACKAGES},
+        },
         "command": " ".join(["python -m", f"benchmarks.{name}", *sys.argv[1:]]),
         "date": datetime.date.today().isoformat(),
     }

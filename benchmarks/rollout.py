@@ -47,8 +47,9 @@ class Timed:
 
     def __init__(self, directory, factory, kwargs):
         self._env = worker.EnvSpec(factory, kwargs).make()
-        self._file = os.open(pathlib.Path(directory, str(os.getpid())),
-                             os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        self._file = os.open(
+            pathlib.Path(directory, str(os.getpid())), os.O_WRONLY | os.O_CREAT | os.O_APPEND
+        )
 
     def reset(self, episode):
         """See `worker.py`; so are the others."""
@@ -76,12 +77,22 @@ def make_policy(config):
     clips = rng.integers(0, 256, (16, 5, *config.data.canvas, 3), np.uint8)
     model = build.build_model(config.model)
     params = build.init_params(model, jax.random.key(0), config.model)
-    state, action = (normalize.min_max(np.full(width, -1.0), np.full(width, 1.0))
-                     for width in (config.model.proprio_dim, config.model.action_dim))
-    return policy_lib.Policy(model, params, config, assets.Assets(
-        state=state, action=action,
-        codec=codec.PcaCodec.fit(clips, config.model.latent_channels),
-        text_encoder=text.HashedTextEncoder(config.model.text_dim), statistics={}))
+    state, action = (
+        normalize.min_max(np.full(width, -1.0), np.full(width, 1.0))
+        for width in (config.model.proprio_dim, config.model.action_dim)
+    )
+    return policy_lib.Policy(
+        model,
+        params,
+        config,
+        assets.Assets(
+            state=state,
+            action=action,
+            codec=codec.PcaCodec.fit(clips, config.model.latent_channels),
+            text_encoder=text.HashedTextEncoder(config.model.text_dim),
+            statistics={},
+        ),
+    )
 
 
 def length(spans):
@@ -110,9 +121,13 @@ def split(simulators, plans, start, end):
     simulators = [np.clip(spans, start, end) for spans in simulators]
     simulating, everything = length(np.concatenate(simulators)), np.clip(plans, start, end)
     busy = length(np.concatenate([*simulators, everything]))
-    return {"wall": end - start, "simulating": simulating, "policy": busy - simulating,
-            "overhead": end - start - busy,
-            "balance": sum(map(length, simulators)) / (len(simulators) * simulating)}
+    return {
+        "wall": end - start,
+        "simulating": simulating,
+        "policy": busy - simulating,
+        "overhead": end - start - busy,
+        "balance": sum(map(length, simulators)) / (len(simulators) * simulating),
+    }
 
 
 def measure(policy, spec, episodes, evaluation):
@@ -126,42 +141,59 @@ def measure(policy, spec, episodes, evaluation):
         return actions
 
     with tempfile.TemporaryDirectory() as directory:
-        timed = worker.EnvSpec("benchmarks.rollout:Timed", {
-            "directory": directory, "factory": spec.factory, "kwargs": spec.kwargs})
+        timed = worker.EnvSpec(
+            "benchmarks.rollout:Timed",
+            {"directory": directory, "factory": spec.factory, "kwargs": spec.kwargs},
+        )
         log = pathlib.Path(directory, "log.jsonl")
-        records = rollout.run(act, timed, episodes, evaluation, log,
-                              label=f"batch {evaluation.batch}")
+        records = rollout.run(
+            act, timed, episodes, evaluation, log, label=f"batch {evaluation.batch}"
+        )
         end = time.monotonic()
-        spans = [np.frombuffer(file.read_bytes()).reshape(-1, 4)
-                 for file in pathlib.Path(directory).iterdir() if file != log]
+        spans = [
+            np.frombuffer(file.read_bytes()).reshape(-1, 4)
+            for file in pathlib.Path(directory).iterdir()
+            if file != log
+        ]
     if failed := [record for record in records if record.error]:
-        raise RuntimeError(f"{len(failed)} of {len(records)} episodes could not be run, so nothing "
-                           f"was measured; the first error:\n{failed[0].error}")
+        raise RuntimeError(
+            f"{len(failed)} of {len(records)} episodes could not be run, so nothing "
+            f"was measured; the first error:\n{failed[0].error}"
+        )
     plans = np.array(plans)
     each = split([own[:, :2] for own in spans], plans[:, :2], plans[0, 0], end)
-    counts = {"plans": len(plans), "steps": sum(record.steps for record in records),
-              "engine_cpu": sum(map(between, [plans, *spans])),
-              "simulation_cpu": sum((own[:, 3] - own[:, 2]).sum() for own in spans)}
+    counts = {
+        "plans": len(plans),
+        "steps": sum(record.steps for record in records),
+        "engine_cpu": sum(map(between, [plans, *spans])),
+        "simulation_cpu": sum((own[:, 3] - own[:, 2]).sum() for own in spans),
+    }
     balance = each.pop("balance")
     each = {key: round(value / len(episodes), 5) for key, value in (each | counts).items()}
-    return each | {"balance": round(balance, 4),
-                   "overhead_of_simulation": round(each["overhead"] / each["simulating"], 4),
-                   "engine_cpu_of_simulation_cpu": round(
-                       counts["engine_cpu"] / counts["simulation_cpu"], 4),
-                   "policy_ms_per_plan": round(1000 * length(plans[:, :2]) / len(plans), 3),
-                   "overhead_ms_per_plan": round(1000 * each["overhead"] / each["plans"], 3)}
+    return each | {
+        "balance": round(balance, 4),
+        "overhead_of_simulation": round(each["overhead"] / each["simulating"], 4),
+        "engine_cpu_of_simulation_cpu": round(counts["engine_cpu"] / counts["simulation_cpu"], 4),
+        "policy_ms_per_plan": round(1000 * length(plans[:, :2]) / len(plans), 3),
+        "overhead_ms_per_plan": round(1000 * each["overhead"] / each["plans"], 3),
+    }
 
 
 def main():
     """The command line; see the top of this file."""
     installed = importlib.util.find_spec("metaworld") is not None
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--suite", choices=sorted(SUITES),
-                        default="metaworld" if installed else "demo")
+    parser.add_argument(
+        "--suite", choices=sorted(SUITES), default="metaworld" if installed else "demo"
+    )
     parser.add_argument("--episodes", type=int, default=32)
     parser.add_argument("--steps", type=int, default=60, help="at most, of an episode")
-    parser.add_argument("--workers", type=int, default=1,
-                        help="of batch 8; with more than there are free cores they take turns")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=1,
+        help="of batch 8; with more than there are free cores they take turns",
+    )
     parser.add_argument("--out", help="JSON file to write")
     given = parser.parse_args()
     if given.episodes < 8:
@@ -176,17 +208,30 @@ def main():
     batches = {}
     for batch in (1, 8):
         evaluation = dataclasses.replace(
-            config.evaluation, workers=given.workers, batch=batch, max_steps=given.steps)
+            config.evaluation, workers=given.workers, batch=batch, max_steps=given.steps
+        )
         batches[batch] = measure(policy, spec, episodes, evaluation)
     one, eight = batches[1], batches[8]
-    results.write(given.out, "rollout", {
-        "what": "seconds per episode from the first plan on; balance and ratios without unit",
-        "suite": given.suite, "task": task, "episodes": given.episodes,
-        "workers": given.workers, "replan": config.evaluation.replan,
-        "batch_1": one, "batch_8": eight,
-        "policy_time_batch_8_of_batch_1": round(
-            eight["policy_ms_per_plan"] * eight["plans"]
-            / (one["policy_ms_per_plan"] * one["plans"]), 4)})
+    results.write(
+        given.out,
+        "rollout",
+        {
+            "what": "seconds per episode from the first plan on; balance and ratios without unit",
+            "suite": given.suite,
+            "task": task,
+            "episodes": given.episodes,
+            "workers": given.workers,
+            "replan": config.evaluation.replan,
+            "batch_1": one,
+            "batch_8": eight,
+            "policy_time_batch_8_of_batch_1": round(
+                eight["policy_ms_per_plan"]
+                * eight["plans"]
+                / (one["policy_ms_per_plan"] * one["plans"]),
+                4,
+            ),
+        },
+    )
 
 
 if __name__ == "__main__":

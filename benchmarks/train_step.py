@@ -43,8 +43,10 @@ def measure(config, steps):
     state, *_ = _run(train_step, state, batch, WARM_UP)
     state, metrics, seconds = _run(train_step, state, batch, steps)
     if not bool(metrics["finite"]):
-        raise FloatingPointError(f"the loss is {float(metrics['loss'])} after {int(state.step)} "
-                                 "steps: what was timed was not training")
+        raise FloatingPointError(
+            f"the loss is {float(metrics['loss'])} after {int(state.step)} "
+            "steps: what was timed was not training"
+        )
     mean = sum(seconds) / steps
     samples = config.train.batch_size
     return {
@@ -53,8 +55,10 @@ def measure(config, steps):
         "batch_size": samples,
         "accum_steps": config.optimizer.accum_steps,
         "mesh": dict(run.mesh.shape),
-        "model": {name: getattr(config.model, name) for name in
-                  ("variant", "dtype", "frozen_dtype", "attention", "remat", "scan_unroll")},
+        "model": {
+            name: getattr(config.model, name)
+            for name in ("variant", "dtype", "frozen_dtype", "attention", "remat", "scan_unroll")
+        },
         "compile_s": compile_s,
         "steps": steps,
         "ms_step": 1000 * mean,

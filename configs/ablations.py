@@ -79,8 +79,10 @@ def _taps(last, count):
     """`count` layers, evenly spaced, that end with `last`: 8, 16, 24 for 3 up to 24."""
     layers = tuple(round(last * (i + 1) / count) for i in range(count))
     if len(set(layers)) < count:
-        raise ValueError(f"{count} layers up to layer {last} cannot be read; this model is not "
-                         "deep enough (configs/ablations.py:deep is)")
+        raise ValueError(
+            f"{count} layers up to layer {last} cannot be read; this model is not "
+            "deep enough (configs/ablations.py:deep is)"
+        )
     return layers
 
 

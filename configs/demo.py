@@ -12,13 +12,32 @@ from configs import base
 
 def get_config():
     c = base.get_config(
-        "tiny", dim=128, num_heads=4, head_dim=32, ffn_dim=256, num_layers=2, text_dim=64,
-        freq_dim=64, latent_channels=32, lora_rank=0, lora_layers=(), lora_targets=(),
-        adapter_layers=(0, 1), adapter_dim=32,
-        num_queries=8, pool_heads=4, per_layer_dim=256, trunk_dim=384, step_pos_dim=64,
+        "tiny",
+        dim=128,
+        num_heads=4,
+        head_dim=32,
+        ffn_dim=256,
+        num_layers=2,
+        text_dim=64,
+        freq_dim=64,
+        latent_channels=32,
+        lora_rank=0,
+        lora_layers=(),
+        lora_targets=(),
+        adapter_layers=(0, 1),
+        adapter_dim=32,
+        num_queries=8,
+        pool_heads=4,
+        per_layer_dim=256,
+        trunk_dim=384,
+        step_pos_dim=64,
         query_init=1.0,  # at the release's 0.02, queries from scratch look everywhere for long
         gate_init=1.0,  # ... and at 0 the blocks' own contribution takes hundreds of steps to grow
-        action_dim=4, proprio_dim=5, dtype="float32", frozen_dtype="float32")
+        action_dim=4,
+        proprio_dim=5,
+        dtype="float32",
+        frozen_dtype="float32",
+    )
     c.name = "demo"
 
     c.data.source = "demo"

@@ -39,30 +39,48 @@ def _own():
     c.data.path = "data/own"
     # (3) Where an episode keeps what (lightwam_jax/data/hdf5.py and fields.py explain how),
     #     and how many steps a second has.
-    c.data.fields.update(state=("observations/qpos",), action=("action",), fps=30.0,
-                         image="observations/images/{camera}", task="text:fold the towel")
+    c.data.fields.update(
+        state=("observations/qpos",),
+        action=("action",),
+        fps=30.0,
+        image="observations/images/{camera}",
+        task="text:fold the towel",
+    )
     # (4) Which cameras, how mounted, and where on the canvas (its sides are multiples of 32).
-    c.data.update(cameras=("front", "wrist"), orientation=("", ""), layout="horizontal",
-                  canvas=(224, 448))
+    c.data.update(
+        cameras=("front", "wrist"), orientation=("", ""), layout="horizontal", canvas=(224, 448)
+    )
     # (5) Which action dimensions are deltas, and which the gripper, with its values.
     c.data.update(delta_mask=(False,) * 7, gripper_dims=(6,), gripper_closed_open=(0.0, 1.0))
     return c
 
 
-def _libero(action="actions[1:]", rows="[:-1]",
-            task="/data@problem_info#/language_instruction"):
+def _libero(action="actions[1:]", rows="[:-1]", task="/data@problem_info#/language_instruction"):
     c = base.get_config("wan21_1_3b", action_dim=7, proprio_dim=8)
     c.data.path = "data/libero_hdf5/libero_spatial"
     # What LIBERO's script recorded in a row was seen after that row's action: the action that
     # follows a frame stands one row further down.
-    c.data.fields.update(episodes="data/demo_*", action=(action,), fps=20.0, task=task,
-                         state=(f"obs/ee_states{rows}", f"obs/gripper_states{rows}"),
-                         image=f"obs/{{camera}}_rgb{rows}")
+    c.data.fields.update(
+        episodes="data/demo_*",
+        action=(action,),
+        fps=20.0,
+        task=task,
+        state=(f"obs/ee_states{rows}", f"obs/gripper_states{rows}"),
+        image=f"obs/{{camera}}_rgb{rows}",
+    )
     # OpenGL's pictures are upside down; turning them is the convention of every other LIBERO set.
-    c.data.update(cameras=("agentview", "eye_in_hand"), orientation=("rotate_180",) * 2,
-                  layout="horizontal", canvas=(224, 448))
-    c.data.update(delta_mask=(True,) * 6 + (False,), gripper_dims=(6,),
-                  gripper_closed_open=(1.0, -1.0), gripper_snap=True)
+    c.data.update(
+        cameras=("agentview", "eye_in_hand"),
+        orientation=("rotate_180",) * 2,
+        layout="horizontal",
+        canvas=(224, 448),
+    )
+    c.data.update(
+        delta_mask=(True,) * 6 + (False,),
+        gripper_dims=(6,),
+        gripper_closed_open=(1.0, -1.0),
+        gripper_snap=True,
+    )
     return c
 
 
@@ -80,11 +98,19 @@ def _robotwin():
     # As RoboTwin's own conversions: the action is the joint vector of the next row. Its pictures
     # were RGB when OpenCV, which takes BGR, encoded them. 250 simulation steps a second, 15 a row.
     c.data.fields.update(
-        state=("joint_action/vector[:-1]",), action=("joint_action/vector[1:]",),
-        image="observation/{camera}/rgb[:-1]", colour="bgr", fps=250 / 15,
-        task="file:../instructions/{name}.json#/seen/0")
-    c.data.update(cameras=("head_camera", "left_camera", "right_camera"), camera_size=(240, 320),
-                  layout="robotwin", canvas=(384, 320))
+        state=("joint_action/vector[:-1]",),
+        action=("joint_action/vector[1:]",),
+        image="observation/{camera}/rgb[:-1]",
+        colour="bgr",
+        fps=250 / 15,
+        task="file:../instructions/{name}.json#/seen/0",
+    )
+    c.data.update(
+        cameras=("head_camera", "left_camera", "right_camera"),
+        camera_size=(240, 320),
+        layout="robotwin",
+        canvas=(384, 320),
+    )
     c.data.update(gripper_dims=(6, 13), gripper_closed_open=(0.0, 1.0), normalization="z_score")
     c.loss.prefix_steps = 24
     c.evaluation.replan = 24
@@ -95,13 +121,27 @@ def _aloha():
     c = base.get_config("wan21_1_3b", action_dim=14, proprio_dim=14)
     c.data.path = "data/aloha"
     # colour: look at the report. Compressed pictures come in both orders, whoever encoded them.
-    c.data.fields.update(state=("observations/qpos",), action=("action",), fps=50.0,
-                         image="observations/images/{camera}", task="text:transfer the cube")
-    c.data.update(cameras=("cam_high", "cam_left_wrist", "cam_right_wrist"), camera_size=(240, 320),
-                  layout="robotwin", canvas=(384, 320))
+    c.data.fields.update(
+        state=("observations/qpos",),
+        action=("action",),
+        fps=50.0,
+        image="observations/images/{camera}",
+        task="text:transfer the cube",
+    )
+    c.data.update(
+        cameras=("cam_high", "cam_left_wrist", "cam_right_wrist"),
+        camera_size=(240, 320),
+        layout="robotwin",
+        canvas=(384, 320),
+    )
     c.data.update(gripper_dims=(6, 13), gripper_closed_open=(0.0, 1.0))
     return c
 
 
-LAYOUTS = {"own": _own, "libero": _libero, "libero_replayed": _libero_replayed,
-           "robotwin": _robotwin, "aloha": _aloha}
+LAYOUTS = {
+    "own": _own,
+    "libero": _libero,
+    "libero_replayed": _libero_replayed,
+    "robotwin": _robotwin,
+    "aloha": _aloha,
+}

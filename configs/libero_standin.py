@@ -38,8 +38,9 @@ def get_config(suite="object"):
     c.loss.prefix_steps = 10
     c.evaluation.suite = "libero"
     c.evaluation.tasks = (suite,)
-    c.evaluation.env = dict(protocol="lightwam", assets="tests/libero_standins", rendering="fast",
-                            image_size=128)
+    c.evaluation.env = dict(
+        protocol="lightwam", assets="tests/libero_standins", rendering="fast", image_size=128
+    )
     c.evaluation.episodes = 5
     c.evaluation.replan = 10
     c.evaluation.max_steps = 400

@@ -24,8 +24,13 @@ def get_config(suite="spatial"):
     suites = SUITES[:-1] if suite == "all" else (suite,)  # each directory holds one version, 1.0.0
     c.data.path = ",".join(f"data/modified_libero_rlds/libero_{name}_no_noops" for name in suites)
     c.data.cache = f"data/rlds_cache/libero_{suite}"
-    c.data.fields.update(state=("observation/state",), action=("action",),
-                         image="observation/{camera}", task="language_instruction", fps=20.0)
+    c.data.fields.update(
+        state=("observation/state",),
+        action=("action",),
+        image="observation/{camera}",
+        task="language_instruction",
+        fps=20.0,
+    )
     c.data.gripper_dims = (6,)
     c.data.gripper_closed_open = (1.0, -1.0)  # as the simulator's command
     c.data.gripper_snap = True

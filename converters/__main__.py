@@ -22,19 +22,27 @@ import sys
 # Conversion moves bytes, and parity is shown in float32 on the CPU. Models here are tiny and run
 # once: compile quickly rather than well.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 "
-                                   "--xla_llvm_disable_expensive_passes=true")
+os.environ.setdefault(
+    "XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+)
 
-KINDS = {"lightwam": "a released Light-WAM .pt", "dit": "a Wan video transformer",
-         "vae": "a Wan 2.1 or 2.2 VAE", "t5": "the umT5 text encoder"}
+KINDS = {
+    "lightwam": "a released Light-WAM .pt",
+    "dit": "a Wan video transformer",
+    "vae": "a Wan 2.1 or 2.2 VAE",
+    "t5": "the umT5 text encoder",
+}
 
 
 def main(argv=None):
     """Runs one command; returns the exit code."""
     parser = _parser()
     args, args.overrides = parser.parse_known_args(argv)
-    if unknown := [flag for flag in args.overrides if not (
-            args.run is _import and flag.startswith("--config."))]:
+    if unknown := [
+        flag
+        for flag in args.overrides
+        if not (args.run is _import and flag.startswith("--config."))
+    ]:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     try:
         return args.run(args)
@@ -45,33 +53,48 @@ def main(argv=None):
 
 def _verify(args):
     from converters.verify import verify
+
     return 0 if verify(args.directory) else 1
 
 
 def _convert(args):
     from converters import convert
+
     told = {}
     if args.command in ("lightwam", "dit"):
         told = dict(head_dim=args.head_dim, variant=args.variant)
     if args.command == "lightwam":
-        told.update(pool_heads=args.pool_heads, lora_alpha=args.lora_alpha,
-                    adapter_scale=args.adapter_scale, attention_mask=args.attention_mask,
-                    sources=tuple(args.sources.split(",")) if args.sources else ())
-    convert.convert(args.command, getattr(args, "in"), args.out, told, verify=args.verify,
-                    beside=[args.beside] if args.beside else [])
+        told.update(
+            pool_heads=args.pool_heads,
+            lora_alpha=args.lora_alpha,
+            adapter_scale=args.adapter_scale,
+            attention_mask=args.attention_mask,
+            sources=tuple(args.sources.split(",")) if args.sources else (),
+        )
+    convert.convert(
+        args.command,
+        getattr(args, "in"),
+        args.out,
+        told,
+        verify=args.verify,
+        beside=[args.beside] if args.beside else [],
+    )
     return 0
 
 
 def _export(args):
     from converters import convert
+
     convert.export(getattr(args, "in"), args.out, args.layout)
     return 0
 
 
 def _policy(args):
     from converters import policy
-    policy.assemble(args.weights, args.config, args.vae, args.text, args.out, args.stats,
-                    args.prompts)
+
+    policy.assemble(
+        args.weights, args.config, args.vae, args.text, args.out, args.stats, args.prompts
+    )
     return 0
 
 
@@ -81,6 +104,7 @@ def _import(args):
 
     from converters import cache_import
     from lightwam_jax import config
+
     argv = ["converters", f"--config={args.config}", *args.overrides]
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
@@ -95,14 +119,18 @@ def _import(args):
 
 def _inspect(args):
     from converters import inspect
+
     told = {"head_dim": args.head_dim, "pool_heads": args.pool_heads}
     inspect.inspect(args.path, {key: value for key, value in told.items() if value})
     return 0
 
 
 def _parser():
-    parser = argparse.ArgumentParser("python -m converters", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "python -m converters",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     verify = commands.add_parser("verify", help="check parity against a directory of fixtures")
     verify.add_argument("directory")
@@ -115,8 +143,13 @@ def _parser():
     export.add_argument("--layout", help="default: the one it came in")
     export.set_defaults(run=_export)
     policy = commands.add_parser("policy", help="converted weights + config -> a policy that acts")
-    for name, text in (("weights", "what `lightwam` wrote"), ("config", "configs/libero.py:all"),
-                       ("vae", "what `vae` wrote"), ("text", "what `t5` wrote"), ("out", "DIR")):
+    for name, text in (
+        ("weights", "what `lightwam` wrote"),
+        ("config", "configs/libero.py:all"),
+        ("vae", "what `vae` wrote"),
+        ("text", "what `t5` wrote"),
+        ("out", "DIR"),
+    ):
         policy.add_argument(f"--{name}", required=True, help=text)
     policy.add_argument("--stats", help="dataset_stats.json; default: the one kept with --weights")
     policy.add_argument("--prompts", help="file of instructions to encode now, one per line")
@@ -128,8 +161,11 @@ def _parser():
         taken.add_argument("--trust", action="store_true", help="encode nothing to compare with")
         taken.set_defaults(run=_import)
         if name == "latents":
-            taken.add_argument("--val_in", default="", help="its cache of the validation split; "
-                               "without one, that split is encoded")
+            taken.add_argument(
+                "--val_in",
+                default="",
+                help="its cache of the validation split; without one, that split is encoded",
+            )
     inspect = commands.add_parser("inspect", help="what a weight file or a checkpoint is")
     inspect.add_argument("path")
     inspect.add_argument("--head_dim", type=int, help="default: 128")
@@ -142,10 +178,13 @@ def _add_conversion(commands, name, text):
     command = commands.add_parser(name, help=f"{text} -> checkpoint directory")
     command.add_argument("--in", required=True)
     command.add_argument("--out", required=True)
-    command.add_argument("--verify", action="store_true",
-                         help="read the result back and print each module's error")
-    beside = {"lightwam": ("--stats", "dataset_stats.json of the release"),
-              "t5": ("--tokenizer", "tokenizer.json (google/umt5-xxl)")}.get(name)
+    command.add_argument(
+        "--verify", action="store_true", help="read the result back and print each module's error"
+    )
+    beside = {
+        "lightwam": ("--stats", "dataset_stats.json of the release"),
+        "t5": ("--tokenizer", "tokenizer.json (google/umt5-xxl)"),
+    }.get(name)
     if beside:
         command.add_argument(beside[0], dest="beside", help=f"{beside[1]}; default: beside --in")
     command.set_defaults(run=_convert, beside=None)

@@ -43,18 +43,21 @@ class LatentFiles:
         if not 0 <= index < len(self):
             raise IndexError(f"window {index} of the {len(self)} in {self.name}")
         if index not in self:
-            raise KeyError(f"{self.name} lacks the latents of window {index}; finish it with the "
-                           "reference's precompute, or make a cache with python -m "
-                           "lightwam_jax.precompute")
+            raise KeyError(
+                f"{self.name} lacks the latents of window {index}; finish it with the "
+                "reference's precompute, or make a cache with python -m "
+                "lightwam_jax.precompute"
+            )
         shard, offset = int(self._shard_of[index]), int(self._offset_of[index])
         if self._open[0] != shard:
             self._open = None, None  # the old one's memory first
             self._open = shard, self._load(shard)
         number, latents = self._open[1]
-        if not 0 <= offset < len(latents) or (
-                number is not None and number[offset] != index):
-            raise ValueError(f"{self._paths[shard]} of {self.name} does not hold window {index} at "
-                             f"place {offset}, as index.pt says: one of them is damaged")
+        if not 0 <= offset < len(latents) or (number is not None and number[offset] != index):
+            raise ValueError(
+                f"{self._paths[shard]} of {self.name} does not hold window {index} at "
+                f"place {offset}, as index.pt says: one of them is damaged"
+            )
         return np.ascontiguousarray(np.moveaxis(files.to_numpy(latents[offset]), 0, -1))
 
     def _load(self, shard):
@@ -65,8 +68,10 @@ class LatentFiles:
         if hasattr(latents, "ndim") and latents.ndim == 4 and number is None:
             latents = latents[None]
         if not hasattr(latents, "ndim") or latents.ndim != 5:
-            raise ValueError(f"{path} holds {', '.join(content) or 'nothing'}; expected "
-                             "video_latents [C, F, H, W], or [n, C, F, H, W] in a shard")
+            raise ValueError(
+                f"{path} holds {', '.join(content) or 'nothing'}; expected "
+                "video_latents [C, F, H, W], or [n, C, F, H, W] in a shard"
+            )
         return (None if number is None else number.tolist()), latents
 
 
@@ -84,8 +89,10 @@ def read_latent_cache(directory):
         return _open_index(directory)
     names = [path.name for path in directory.glob("*.pt") if re.fullmatch(r"\d{8}\.pt", path.name)]
     if not names:
-        raise FileNotFoundError(f"{directory} holds no latent cache; expected index.pt and its "
-                                "shards, or 00000000.pt, 00000001.pt, ...")
+        raise FileNotFoundError(
+            f"{directory} holds no latent cache; expected index.pt and its "
+            "shards, or 00000000.pt, 00000001.pt, ..."
+        )
     paths = sorted(names)
     numbers = np.array([int(name[:8]) for name in paths])
     shard_of = np.full(numbers[-1] + 1, -1)
@@ -96,25 +103,33 @@ def read_latent_cache(directory):
 def _open_index(directory):
     index = files.read_torch(directory / "index.pt")
     if index.get("storage_format", _STORAGE[0]) not in _STORAGE:
-        raise ValueError(f"{directory}/index.pt is of storage_format "
-                         f"{index['storage_format']!r}; expected one of {', '.join(_STORAGE)}")
+        raise ValueError(
+            f"{directory}/index.pt is of storage_format "
+            f"{index['storage_format']!r}; expected one of {', '.join(_STORAGE)}"
+        )
     lacks = {"sample_to_shard", "sample_to_offset", "shard_paths"} - set(index)
     if lacks:
-        raise ValueError(f"{directory}/index.pt lacks {', '.join(sorted(lacks))}; expected the "
-                         "index of a latent cache")
-    shard_of, offset_of = (files.to_numpy(index[key]).astype(np.int64)
-                           for key in ("sample_to_shard", "sample_to_offset"))
+        raise ValueError(
+            f"{directory}/index.pt lacks {', '.join(sorted(lacks))}; expected the "
+            "index of a latent cache"
+        )
+    shard_of, offset_of = (
+        files.to_numpy(index[key]).astype(np.int64)
+        for key in ("sample_to_shard", "sample_to_offset")
+    )
     paths = [str(path) for path in index["shard_paths"]]
     count = index.get("num_samples", len(shard_of))
     if not len(shard_of) == len(offset_of) == count or (shard_of >= len(paths)).any():
         raise ValueError(
             f"{directory}/index.pt is damaged: it speaks of {count} windows, places "
             f"{len(shard_of)} and {len(offset_of)} of them, in shards up to number "
-            f"{shard_of.max(initial=-1)} of {len(paths)}")
+            f"{shard_of.max(initial=-1)} of {len(paths)}"
+        )
     outside = [path for path in paths if Path(path).is_absolute() or ".." in Path(path).parts]
     if outside:
-        raise ValueError(f"{directory}/index.pt names {outside[0]}; expected paths inside of "
-                         f"{directory}")
+        raise ValueError(
+            f"{directory}/index.pt names {outside[0]}; expected paths inside of {directory}"
+        )
     return LatentFiles(directory, np.where(offset_of < 0, -1, shard_of), offset_of, paths)
 
 
@@ -147,17 +162,21 @@ class TextFiles:
     def _read(self, prompt):
         path = self.path(prompt)
         if not path.is_file():
-            raise KeyError(f"{self.name} has no embedding of {prompt!r} (no {path.name}); other "
-                           "instructions, or another prompt template, were encoded there")
+            raise KeyError(
+                f"{self.name} has no embedding of {prompt!r} (no {path.name}); other "
+                "instructions, or another prompt template, were encoded there"
+            )
         content = files.read_torch(path)
         if {"context", "mask"} - set(content):
             raise ValueError(f"{path} holds {', '.join(content)}; expected context and mask")
         context, mask = files.to_numpy(content["context"]), files.to_numpy(content["mask"])
         mask = mask.astype(bool)
         if context.ndim != 2 or mask.shape != (self.text_len,) or len(context) != self.text_len:
-            raise ValueError(f"{path} holds context {list(context.shape)} and mask "
-                             f"{list(mask.shape)}; expected [{self.text_len}, dim] and "
-                             f"[{self.text_len}]")
+            raise ValueError(
+                f"{path} holds context {list(context.shape)} and mask "
+                f"{list(mask.shape)}; expected [{self.text_len}, dim] and "
+                f"[{self.text_len}]"
+            )
         return np.where(mask[:, None], context, np.zeros((), context.dtype)), mask
 
 
@@ -171,15 +190,21 @@ def read_text_cache(directory, text_len=0):
       FileNotFoundError: no cache there. ValueError: of several lengths or encoders.
     """
     pattern = re.compile(r"[0-9a-f]{64}\.t5_len(\d+)\.(.+)\.pt")
-    found = {(int(match[1]), match[2]) for path in Path(directory).glob("*.pt")
-             if (match := pattern.fullmatch(path.name))}
+    found = {
+        (int(match[1]), match[2])
+        for path in Path(directory).glob("*.pt")
+        if (match := pattern.fullmatch(path.name))
+    }
     found = {kind for kind in found if text_len in (0, kind[0])}
     if not found:
         length = f" of {text_len} rows" if text_len else ""
-        raise FileNotFoundError(f"{directory} holds no text embeddings{length}; expected files "
-                                "<sha256 of the prompt>.t5_len<L>.<encoder>.pt")
+        raise FileNotFoundError(
+            f"{directory} holds no text embeddings{length}; expected files "
+            "<sha256 of the prompt>.t5_len<L>.<encoder>.pt"
+        )
     if len(found) > 1:
         kinds = ", ".join(f"t5_len{length}.{encoder}" for length, encoder in sorted(found))
-        raise ValueError(f"{directory} holds embeddings of several kinds ({kinds}); keep one kind "
-                         "in a folder")
+        raise ValueError(
+            f"{directory} holds embeddings of several kinds ({kinds}); keep one kind in a folder"
+        )
     return TextFiles(directory, *found.pop())

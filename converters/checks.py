@@ -36,8 +36,10 @@ class Check(NamedTuple):
     def row(self):
         """Its line of the table that `verify` prints."""
         tensor = self.tensor if len(self.tensor) <= 58 else "..." + self.tensor[-55:]
-        return (f"{self.group:<15} {self.component:<22} {tensor:<58} {self.error:9.2e} "
-                f"{self.relative:9.2e} {self.tolerance:9.2e}  {'ok' if self.ok else 'FAIL'}")
+        return (
+            f"{self.group:<15} {self.component:<22} {tensor:<58} {self.error:9.2e} "
+            f"{self.relative:9.2e} {self.tolerance:9.2e}  {'ok' if self.ok else 'FAIL'}"
+        )
 
 
 class NotCovered(NamedTuple):
@@ -76,8 +78,10 @@ class Fixtures:
         found = [path for path in self.root.glob("ckpt/step_*") if path.suffix in self.suffixes]
         if not found:
             raise FileNotFoundError(f"{self.root}/ckpt holds no step_*.pt")
-        return sorted(found, key=lambda path: (
-            "bf16" in path.name, self.suffixes.index(path.suffix), path.name))
+        return sorted(
+            found,
+            key=lambda path: ("bf16" in path.name, self.suffixes.index(path.suffix), path.name),
+        )
 
     def weight_files(self, group):
         """Weight files of a group, one per stem, preferred suffix first."""
@@ -99,10 +103,14 @@ class Fixtures:
         tensors = self.tensors(f"a_dit/{name}.safetensors")
         told = self.json(f"a_dit/{name}_config.json")
         shapes = {key: tensor.shape for key, tensor in tensors.items()}
-        fields = dict(wan_dit.model_fields(shapes, told["attn_head_dim"]), dtype="float32",
-                      lora_alpha=float(told["lora_alpha"]),
-                      adapter_scale=float(told["adapter_scale"]),
-                      attention_mask=told["video_attention_mask_mode"], eps=told["eps"])
+        fields = dict(
+            wan_dit.model_fields(shapes, told["attn_head_dim"]),
+            dtype="float32",
+            lora_alpha=float(told["lora_alpha"]),
+            adapter_scale=float(told["adapter_scale"]),
+            attention_mask=told["video_attention_mask_mode"],
+            eps=told["eps"],
+        )
         config = lightwam.configs.ModelConfig(**variants.variant("tiny", **fields))
         flat = rules.to_params(wan_dit.RULES, tensors, name)
         tree = params.segmented(params.unflatten(flat), config)["dit"]
@@ -117,8 +125,9 @@ class Fixtures:
             model = build.build_model(config)
             flat = rules.to_params(lightwam.CHECKPOINT, tensors, str(path))
             tree = params.segmented(params.unflatten(flat), config)
-            shapes = jax.eval_shape(lambda key: build.init_params(model, key, config),
-                                    jax.random.key(0))
+            shapes = jax.eval_shape(
+                lambda key: build.init_params(model, key, config), jax.random.key(0)
+            )
             params.check_same_structure(tree, shapes, str(path))
             self._checkpoint = model, tree, config
         return self._checkpoint
@@ -136,8 +145,9 @@ class Fixtures:
         version = fields.pop("version")
         if self.has("f_vae/info.json"):
             told = self.json("f_vae/info.json").get(version.replace("wan", "vae"), {})
-            fields.update({f"latent_{name}": tuple(told[name]) for name in ("mean", "std")
-                           if name in told})
+            fields.update(
+                {f"latent_{name}": tuple(told[name]) for name in ("mean", "std") if name in told}
+            )
         return version, (wan.VAES[version](**fields), params.unflatten(flat))
 
     def text_encoder(self):
@@ -149,8 +159,13 @@ class Fixtures:
         flat = rules.to_params(layouts.detect(tensors, str(path)).table, tensors, str(path))
         told = self.json("g_text/config.json") if self.has("g_text/config.json") else {}
         fields = umt5.model_fields({name: leaf.shape for name, leaf in flat.items()})
-        fields.update({ours: told[theirs] for ours, theirs in (("eps", "eps"), (
-            "max_distance", "max_dist")) if theirs in told})
+        fields.update(
+            {
+                ours: told[theirs]
+                for ours, theirs in (("eps", "eps"), ("max_distance", "max_dist"))
+                if theirs in told
+            }
+        )
         return t5.UMT5Encoder(**fields), params.unflatten(flat)
 
     def model_config(self, tensors):
@@ -159,10 +174,12 @@ class Fixtures:
         pooling = self.manifest.get("state_fusion_config", {})
         return lightwam.model_config(
             {key: tensor.shape for key, tensor in tensors.items()},
-            head_dim=told["attn_head_dim"], lora_alpha=told["lora_alpha"],
+            head_dim=told["attn_head_dim"],
+            lora_alpha=told["lora_alpha"],
             adapter_scale=float(told["adapter_scale"]),
             attention_mask=told["video_attention_mask_mode"],
-            pool_heads=pooling.get("token_pooling_num_heads"))
+            pool_heads=pooling.get("token_pooling_num_heads"),
+        )
 
 
 def compare(group, component, tensor, got, expected, noise=None, tolerance=None):
@@ -173,8 +190,14 @@ def compare(group, component, tensor, got, expected, noise=None, tolerance=None)
     """
     got, expected = np.asarray(got, np.float64), np.asarray(expected, np.float64)
     if got.shape != expected.shape:
-        return Check(group, component, f"{tensor} {got.shape} not {expected.shape}",
-                     float("inf"), float("inf"), 0.0)
+        return Check(
+            group,
+            component,
+            f"{tensor} {got.shape} not {expected.shape}",
+            float("inf"),
+            float("inf"),
+            0.0,
+        )
     size = float(np.abs(expected).max(initial=0.0))
     error = float(np.abs(got - expected).max(initial=0.0))
     if tolerance is None:

@@ -15,8 +15,11 @@ from lightwam_jax.data import actions, episodes, normalize, text
 
 _MODES = {"min/max": "min_max", "z-score": "z_score_reference", "q01/q99": "quantile"}
 # Arrays of the samples that come from the reference's caches.
-_CACHED = {"context": ("text_cache",), "context_mask": ("text_cache",),
-           "video_latents": ("latent_single", "latent_sharded")}
+_CACHED = {
+    "context": ("text_cache",),
+    "context_mask": ("text_cache",),
+    "video_latents": ("latent_single", "latent_sharded"),
+}
 _EXACT = 8 * 2.0**-24  # float32 rounding of a few operations, relative
 
 
@@ -54,27 +57,43 @@ class _Group:
 
     def normalizer(self, name):
         """Of "state" or "action", by dataset_stats.json and the mode of dataset_info.json."""
-        return normalize.from_statistics(self.json("dataset_stats.json"), name,
-                                         _mode(self.info()["norm_mode"], "/"))
+        return normalize.from_statistics(
+            self.json("dataset_stats.json"), name, _mode(self.info()["norm_mode"], "/")
+        )
 
     def config(self):
         """The `Config` that reads the episodes as the samples were made."""
         from configs import base  # its prompt is the release's
+
         told, features = self.info(), self.json("lerobot/meta/info.json")["features"]
-        cameras = tuple(name.removeprefix("observation.images.") for name, feature
-                        in features.items() if feature["dtype"] in ("image", "video"))
-        c = base.get_config("tiny", action_dim=features["action"]["shape"][0],
-                            proprio_dim=features["observation.state"]["shape"][0])
-        c.data.update(source="lerobot", path=str(self.directory / "lerobot"), cameras=cameras,
-                      layout="single" if len(cameras) == 1 else "horizontal",
-                      delta_mask=self.delta_mask())
+        cameras = tuple(
+            name.removeprefix("observation.images.")
+            for name, feature in features.items()
+            if feature["dtype"] in ("image", "video")
+        )
+        c = base.get_config(
+            "tiny",
+            action_dim=features["action"]["shape"][0],
+            proprio_dim=features["observation.state"]["shape"][0],
+        )
+        c.data.update(
+            source="lerobot",
+            path=str(self.directory / "lerobot"),
+            cameras=cameras,
+            layout="single" if len(cameras) == 1 else "horizontal",
+            delta_mask=self.delta_mask(),
+        )
         if "samples" in told:
             frames = told["video_sample_indices"]
             _, _, height, width = told["samples"][0]["video_shape"]
             horizon = len(self.arrays("dataset_samples.npz")["0.action"])
-            c.data.update(canvas=(height, width), camera_size=(height, width // len(cameras)),
-                          num_frames=frames[-1] + 1, frame_stride=frames[1] - frames[0],
-                          action_horizon=horizon)
+            c.data.update(
+                canvas=(height, width),
+                camera_size=(height, width // len(cameras)),
+                num_frames=frames[-1] + 1,
+                frame_stride=frames[1] - frames[0],
+                action_horizon=horizon,
+            )
             c.evaluation.replan = min(c.evaluation.replan, horizon)
         return configs.from_config_dict(c)
 
@@ -92,7 +111,8 @@ def _mode(name, separator):
         return types.SimpleNamespace(normalization=known[name])
     return types.SimpleNamespace(
         normalization="constants",
-        normalization_range=tuple(float(end) for end in name.split(separator)))
+        normalization_range=tuple(float(end) for end in name.split(separator)),
+    )
 
 
 # ---- windows and normalisation -------------------------------------------------------------------
@@ -106,8 +126,9 @@ def _frame_indices(group):
             yield NotCovered(f"h_data/frame_indices.npz/{key}")
             continue
         length, count, stride = (int(number) for number in match.groups()[:3])
-        windows = [episodes.window(length, start, count * stride, stride, 1)
-                   for start in range(length)]
+        windows = [
+            episodes.window(length, start, count * stride, stride, 1) for start in range(length)
+        ]
         got = [w.frames if match[4] == "frame_index" else w.image_is_pad for w in windows]
         yield compare("h_data", "frame_indices", key, got, data[key], tolerance=0.0)
 
@@ -118,8 +139,12 @@ def _delta_mask(group):
         return
     data = group.arrays("delta_mask.npz")
     x = actions.zero_padded_deltas(data["raw_action"], data["action_is_pad"], group.delta_mask())
-    yield _relative("delta_mask", "normalized_action", group.normalizer("action").normalize(x),
-                    data["normalized_action"])
+    yield _relative(
+        "delta_mask",
+        "normalized_action",
+        group.normalizer("action").normalize(x),
+        data["normalized_action"],
+    )
 
 
 def _normalizers(group):
@@ -129,9 +154,12 @@ def _normalizers(group):
         name = key.removesuffix(".scale")
         made = normalize.from_statistics({"x": {"default": table}}, "x", _mode(name, "_"))
         forward = data[f"{name}.forward"]
-        for tensor, got in (("scale", made.scale), ("offset", made.offset),
-                            ("forward", made.normalize(data["x"])),
-                            ("backward_of_forward", made.inverse(forward))):
+        for tensor, got in (
+            ("scale", made.scale),
+            ("offset", made.offset),
+            ("forward", made.normalize(data["x"])),
+            ("backward_of_forward", made.inverse(forward)),
+        ):
             yield _relative("normalizers", f"{name}.{tensor}", got, data[f"{name}.{tensor}"])
 
 
@@ -144,15 +172,20 @@ def _relative(component, tensor, got, expected, tolerance=_EXACT):
 def _libero_postprocess(group):
     data = group.arrays("libero_postprocess.npz")
     if group.has("dataset_stats.json", "dataset_info.json"):
-        yield _relative("libero_postprocess", "denormalized", group.normalizer("action").inverse(
-            data["normalized"]), data["denormalized"])
+        yield _relative(
+            "libero_postprocess",
+            "denormalized",
+            group.normalizer("action").inverse(data["normalized"]),
+            data["denormalized"],
+        )
     else:
         yield NotCovered("h_data/libero_postprocess.npz/normalized, whose statistics are not there")
     gripper = (data["denormalized"].shape[-1] - 1,)
     for tensor, snap in (("gripper_flipped", False), ("gripper_binarized", True)):
         pair = actions.ActionTransform(gripper_dims=gripper, closed_open=(1, -1), snap=snap)
-        yield _relative("libero_postprocess", tensor, pair.inverse(data["denormalized"], None),
-                        data[tensor])
+        yield _relative(
+            "libero_postprocess", tensor, pair.inverse(data["denormalized"], None), data[tensor]
+        )
 
 
 # ---- the data set --------------------------------------------------------------------------------
@@ -160,15 +193,28 @@ def _libero_postprocess(group):
 
 def _lerobot(group):
     found, _, problems = group.episodes()
-    yield compare("h_data", "lerobot", f"problems {'; '.join(problems)}", len(problems), 0,
-                  tolerance=0.0)
+    yield compare(
+        "h_data", "lerobot", f"problems {'; '.join(problems)}", len(problems), 0, tolerance=0.0
+    )
     told = group.info()
     if "episode_lengths" in told:
-        yield compare("h_data", "lerobot", "episode_lengths", [e.length for e in found],
-                      told["episode_lengths"], tolerance=0.0)
+        yield compare(
+            "h_data",
+            "lerobot",
+            "episode_lengths",
+            [e.length for e in found],
+            told["episode_lengths"],
+            tolerance=0.0,
+        )
     if "fps" in told:
-        yield compare("h_data", "lerobot", "fps", [e.fps for e in found],
-                      np.full(len(found), told["fps"]), tolerance=0.0)
+        yield compare(
+            "h_data",
+            "lerobot",
+            "fps",
+            [e.fps for e in found],
+            np.full(len(found), told["fps"]),
+            tolerance=0.0,
+        )
 
 
 def _dataset_stats(group):
@@ -182,8 +228,13 @@ def _dataset_stats(group):
         want, have = normalize.table_of(told, name), normalize.table_of(got, name)
         for key in sorted(want):
             if key in have:
-                yield _relative("dataset_stats", f"{name} {key}", np.array(have[key]),
-                                np.array(want[key]), tolerance=1e-6)
+                yield _relative(
+                    "dataset_stats",
+                    f"{name} {key}",
+                    np.array(have[key]),
+                    np.array(want[key]),
+                    tolerance=1e-6,
+                )
             else:
                 yield NotCovered(f"h_data/dataset_stats.json/{name}/{key}")
     for key in ("num_episodes", "num_transition"):
@@ -195,16 +246,29 @@ def _dataset_info(group):
     for key, want in told.get("splits", {}).items():
         name, fraction = key.rsplit("_", 1)
         count = int(name) if name.isdigit() else len(told["episode_lengths"])
-        train, val = episodes.split([types.SimpleNamespace(id=i) for i in range(count)],
-                                    float(fraction))
+        train, val = episodes.split(
+            [types.SimpleNamespace(id=i) for i in range(count)], float(fraction)
+        )
         got = {"train": train, "val": val}
         for part, numbers in want.items():
             ids = got[re.fullmatch(r"(?:n_)?(train|val).*", part)[1]]
-            got_part = (sum(told["episode_lengths"][i] for i in ids) if part.startswith("n_")
-                        else ids[:len(numbers)] if "first" in part else ids)
+            got_part = (
+                sum(told["episode_lengths"][i] for i in ids)
+                if part.startswith("n_")
+                else ids[: len(numbers)]
+                if "first" in part
+                else ids
+            )
             yield compare("h_data", "splits", f"{key} {part}", got_part, numbers, tolerance=0.0)
-    known = {"samples", "norm_mode", "delta_action_dim_mask", "splits", "fps", "episode_lengths",
-             "video_sample_indices"}
+    known = {
+        "samples",
+        "norm_mode",
+        "delta_action_dim_mask",
+        "splits",
+        "fps",
+        "episode_lengths",
+        "video_sample_indices",
+    }
     yield from (NotCovered(f"h_data/dataset_info.json/{key}") for key in sorted(set(told) - known))
 
 
@@ -214,7 +278,10 @@ def _dataset_samples(group):
         yield NotCovered(f"h_data/dataset_samples.npz, which needs {', '.join(needed)}")
         return
     data, told, (found, config, _) = (
-        group.arrays("dataset_samples.npz"), group.info(), group.episodes())
+        group.arrays("dataset_samples.npz"),
+        group.info(),
+        group.episodes(),
+    )
     got = [_sample(found, int(index), config, group) for index in data["index"]]
     for k, fields in enumerate(got):
         for key in [key for key in data if key.startswith(f"{k}.video_frames_")]:
@@ -228,15 +295,26 @@ def _dataset_samples(group):
             yield compare("h_data", "dataset_samples", field, have, want, tolerance=0.0)
         else:
             yield _relative("dataset_samples", field, have, want)
-    wrong = sum(fields["prompt"] != sample["prompt"]
-                for fields, sample in zip(got, told["samples"], strict=True))
+    wrong = sum(
+        fields["prompt"] != sample["prompt"]
+        for fields, sample in zip(got, told["samples"], strict=True)
+    )
     yield compare("h_data", "dataset_samples", "prompts that differ", wrong, 0, tolerance=0.0)
-    yield compare("h_data", "dataset_samples", "length", sum(e.length for e in found),
-                  data["length"], tolerance=0.0)
+    yield compare(
+        "h_data",
+        "dataset_samples",
+        "length",
+        sum(e.length for e in found),
+        data["length"],
+        tolerance=0.0,
+    )
     for key in sorted(set(data) - {"index", "length"}):
         field = key.split(".", 1)[1]
-        if not (field in got[0] or field.startswith("video_frames_")
-                or any(map(group.has, _CACHED.get(field, ())))):
+        if not (
+            field in got[0]
+            or field.startswith("video_frames_")
+            or any(map(group.has, _CACHED.get(field, ())))
+        ):
             yield NotCovered(f"h_data/dataset_samples.npz/{key}")
 
 
@@ -245,22 +323,27 @@ def _sample(found, index, config, group):
     data, ends = config.data, np.cumsum([episode.length for episode in found])
     episode = found[int(np.searchsorted(ends, index, side="right"))]
     start = index - int(ends[found.index(episode)]) + episode.length
-    window = episodes.window(episode.length, start, data.num_frames, data.frame_stride,
-                             data.action_horizon)
+    window = episodes.window(
+        episode.length, start, data.num_frames, data.frame_stride, data.action_horizon
+    )
     states = episodes.window(episode.length, start, data.num_frames, 1, data.num_frames - 1)
     x = actions.from_config(config).forward(
-        episode.action[window.actions], episode.state[start], window.action_is_pad)
+        episode.action[window.actions], episode.state[start], window.action_is_pad
+    )
 
     def images(frames):
         chosen = window.frames[frames]
-        return {camera: np.moveaxis(episode.frames(camera, chosen), -1, 1)
-                for camera in data.cameras}
+        return {
+            camera: np.moveaxis(episode.frames(camera, chosen), -1, 1) for camera in data.cameras
+        }
 
     return {
         "action": group.normalizer("action").normalize(x),
         "proprio": group.normalizer("state").normalize(episode.state[states.actions]),
-        "action_is_pad": window.action_is_pad, "image_is_pad": window.image_is_pad,
-        "proprio_is_pad": states.image_is_pad, "images": images,
+        "action_is_pad": window.action_is_pad,
+        "image_is_pad": window.image_is_pad,
+        "proprio_is_pad": states.image_is_pad,
+        "images": images,
         "prompt": text.prompt(episode.task_at(start), data.prompt_template),
     }
 
@@ -277,15 +360,32 @@ def _text_cache(group):
     prompts = [sample["prompt"] for sample in group.info()["samples"]]
     named = {cache.path(prompt).name for prompt in prompts}
     there = {path.name for path in (group.directory / "text_cache").iterdir()}
-    yield compare("h_data", "text_cache", "files of the prompts not there", len(named - there), 0,
-                  tolerance=0.0)
+    yield compare(
+        "h_data",
+        "text_cache",
+        "files of the prompts not there",
+        len(named - there),
+        0,
+        tolerance=0.0,
+    )
     context, mask = cache.table(prompts)
-    yield compare("h_data", "text_cache", "context", context.astype(np.float32),
-                  np.stack([data[f"{k}.context"] for k in range(len(prompts))]), tolerance=0.0)
+    yield compare(
+        "h_data",
+        "text_cache",
+        "context",
+        context.astype(np.float32),
+        np.stack([data[f"{k}.context"] for k in range(len(prompts))]),
+        tolerance=0.0,
+    )
     # The release shows attention the zeroed padding too: config.loss.mask_text_padding=False.
-    yield compare("h_data", "text_cache", "context_mask", np.ones_like(mask),
-                  np.stack([data[f"{k}.context_mask"] for k in range(len(prompts))]),
-                  tolerance=0.0)
+    yield compare(
+        "h_data",
+        "text_cache",
+        "context_mask",
+        np.ones_like(mask),
+        np.stack([data[f"{k}.context_mask"] for k in range(len(prompts))]),
+        tolerance=0.0,
+    )
 
 
 def _latents(name):
@@ -298,6 +398,7 @@ def _latents(name):
         got = [np.moveaxis(cache[int(index)].astype(np.float32), -1, 0) for index in data["index"]]
         want = [data[f"{k}.video_latents"] for k in range(len(got))]
         yield compare("h_data", name, "video_latents", got, want, tolerance=0.0)
+
     return check
 
 

@@ -12,9 +12,18 @@ from converters.checks import channels_first, channels_last, compare, matching
 from lightwam_jax import build, flow, params
 from lightwam_jax.models import adapters, dit, layers, variants
 
-SOURCES = {"h": "backbone", "base": "backbone", "frozen": "backbone", "backbone": "backbone",
-           "h'": "adapted", "h_prime": "adapted", "hprime": "adapted", "adapter": "adapted",
-           "adapted": "adapted", "delta": "delta"}
+SOURCES = {
+    "h": "backbone",
+    "base": "backbone",
+    "frozen": "backbone",
+    "backbone": "backbone",
+    "h'": "adapted",
+    "h_prime": "adapted",
+    "hprime": "adapted",
+    "adapter": "adapted",
+    "adapted": "adapted",
+    "delta": "delta",
+}
 
 
 # ---- a_dit -------------------------------------------------------------------------------------
@@ -30,30 +39,48 @@ def a_dit(fixtures):
     video = fixtures.arrays("a_dit/video_pass.npz")
     full = fixtures.arrays("a_dit/video_pass_full_mask.npz")
     out = _run(module, tree, dict(video, context_mask=None))
-    yield compare("a_dit", "video_pass_full_mask", "pred", out["pred"], full["pred"],
-                  fixtures.noise("a_dit/video_pass.pred"))
+    yield compare(
+        "a_dit",
+        "video_pass_full_mask",
+        "pred",
+        out["pred"],
+        full["pred"],
+        fixtures.noise("a_dit/video_pass.pred"),
+    )
     alt, alt_tree, _ = fixtures.dit("dit_alt")
-    yield from _passes(fixtures, "alt_video_pass", alt, alt_tree,
-                       fixtures.arrays("a_dit/alt_video_pass.npz"))
+    yield from _passes(
+        fixtures, "alt_video_pass", alt, alt_tree, fixtures.arrays("a_dit/alt_video_pass.npz")
+    )
     yield from _tables(fixtures)
     yield from _masks(fixtures)
 
 
 def _run(module, tree, data):
     """One pass with everything a fixture may record, jitted."""
+
     @jax.jit
     def run(tree, latents, t, context, mask):
         def body(model):
             embedded = model.embed_context(context)
             kv = model.keys_values(embedded)
             tokens, taps, e = model.backbone(latents, t, kv, mask)
-            return {"ctx_emb": embedded, "tokens_out": tokens, "taps": taps,
-                    "pred": model.read_velocity(tokens, e, latents.shape)}
+            return {
+                "ctx_emb": embedded,
+                "tokens_out": tokens,
+                "taps": taps,
+                "pred": model.read_velocity(tokens, e, latents.shape),
+            }
+
         return module.apply({"params": tree}, method=body)
 
     mask = data["context_mask"]
-    out = run(tree, channels_last(data["latents"]), jnp.asarray(data["timestep"]),
-              data["context"], None if mask is None else jnp.asarray(mask))
+    out = run(
+        tree,
+        channels_last(data["latents"]),
+        jnp.asarray(data["timestep"]),
+        data["context"],
+        None if mask is None else jnp.asarray(mask),
+    )
     return {**out, "pred": channels_first(out["pred"])}
 
 
@@ -74,8 +101,9 @@ def _passes(fixtures, name, module, tree, data):
     got["grid"] = np.array([frames, height, width])
     for tensor, value in got.items():
         if tensor in data:
-            yield compare("a_dit", name, tensor, value, data[tensor],
-                          fixtures.noise(f"a_dit/{name}.{tensor}"))
+            yield compare(
+                "a_dit", name, tensor, value, data[tensor], fixtures.noise(f"a_dit/{name}.{tensor}")
+            )
 
 
 def _blocks(name, module, flat, data):
@@ -83,35 +111,58 @@ def _blocks(name, module, flat, data):
     frames = data["latents"].shape[2]
     height, width = (side // 2 for side in data["latents"].shape[-2:])
     rope = layers.rope_table(frames, height, width, module.head_dim)
-    stacked = {path.removeprefix("dit/blocks/"): leaf for path, leaf in flat.items()
-               if path.startswith("dit/blocks/")}
+    stacked = {
+        path.removeprefix("dit/blocks/"): leaf
+        for path, leaf in flat.items()
+        if path.startswith("dit/blocks/")
+    }
     lora_index = {layer: i for i, layer in enumerate(sorted(module.lora_layers))}
     block = dit.Block(**module.block_fields(True))  # the fixture has LoRA in every block
+
     # Keys and values first, as in a real pass; then the block with its inner results captured.
     @jax.jit
     def run(tree, x):
         _, kv = block.apply({"params": tree}, None, data["ctx_emb"], method="keys_values")
         rows = jnp.asarray(data["t_mod"])
-        (out, _), seen = block.apply({"params": tree}, x, kv, rows, rope,
-                                     jnp.asarray(data["context_mask"]), capture_intermediates=True)
+        (out, _), seen = block.apply(
+            {"params": tree},
+            x,
+            kv,
+            rows,
+            rope,
+            jnp.asarray(data["context_mask"]),
+            capture_intermediates=True,
+        )
         return out, seen["intermediates"]
 
     x = data["tokens_in"]
     for i in range(module.num_layers):
         if i not in lora_index:
             continue
-        tree = params.unflatten({
-            path: leaf[lora_index[i] if path.endswith(("lora_a", "lora_b")) else i]
-            for path, leaf in stacked.items()})
+        tree = params.unflatten(
+            {
+                path: leaf[lora_index[i] if path.endswith(("lora_a", "lora_b")) else i]
+                for path, leaf in stacked.items()
+            }
+        )
         out, seen = run(tree, x)
         yield compare("a_dit", f"{name} block {i}", f"block_out_{i}", out, data[f"block_out_{i}"])
         if i == 0:
             attention = seen["self_attn"]
-            inner = {"q_normed": attention["norm_q"], "k_normed": attention["norm_k"],
-                     "self_attn": attention, "cross_attn": seen["cross_attn"]}
+            inner = {
+                "q_normed": attention["norm_q"],
+                "k_normed": attention["norm_k"],
+                "self_attn": attention,
+                "cross_attn": seen["cross_attn"],
+            }
             for tensor, value in inner.items():
-                yield compare("a_dit", f"{name} block 0", f"block0_{tensor}",
-                              value["__call__"][0], data[f"block0_{tensor}"])
+                yield compare(
+                    "a_dit",
+                    f"{name} block 0",
+                    f"block0_{tensor}",
+                    value["__call__"][0],
+                    data[f"block0_{tensor}"],
+                )
         x = data.get(f"adapter_out_{i}", data[f"block_out_{i}"])
 
 
@@ -137,17 +188,22 @@ def _tables(fixtures):
                 name = f"rope{head_dim}_{letter}_{kind}"
                 yield compare("a_dit", "tables", name, part, tables[name])
     told = fixtures.json("a_dit/default_adapter_layers.json")
-    wrong = sum(list(adapters.default_adapter_layers(int(n))) != chosen
-                for n, chosen in told.items())
+    wrong = sum(
+        list(adapters.default_adapter_layers(int(n))) != chosen for n, chosen in told.items()
+    )
     yield compare("a_dit", "tables", "default_adapter_layers", wrong, 0, tolerance=0.0)
 
 
 def _masks(fixtures):
     """The frame rules, read off as which keys change which queries."""
-    for name in matching([p.name for p in (fixtures.root / "a_dit").iterdir()],
-                         "self_attention_masks_*tok_*perframe.npz"):
-        tokens, per_frame = (int("".join(filter(str.isdigit, part))) for part in
-                             name.removeprefix("self_attention_masks_").split("_")[:2])
+    for name in matching(
+        [p.name for p in (fixtures.root / "a_dit").iterdir()],
+        "self_attention_masks_*tok_*perframe.npz",
+    ):
+        tokens, per_frame = (
+            int("".join(filter(str.isdigit, part)))
+            for part in name.removeprefix("self_attention_masks_").split("_")[:2]
+        )
         for mode, mask in fixtures.arrays(f"a_dit/{name}").items():
             # One-hot values: the output of a query is its weights over keys.
             q = k = jnp.zeros((1, tokens, 1, tokens))
@@ -163,21 +219,35 @@ def b_state_fusion(fixtures):
     """The action expert in every configuration of the directory."""
     states = fixtures.arrays("b_state_fusion/inputs.npz")
     count = len(matching(states, "adapted_*"))
-    states = [{source: states[f"{source}_{i}"] for source in ("backbone", "adapted", "delta")}
-              for i in range(count)]
+    states = [
+        {source: states[f"{source}_{i}"] for source in ("backbone", "adapted", "delta")}
+        for i in range(count)
+    ]
     for path in sorted((fixtures.root / "b_state_fusion").glob("*.json")):
         case, told = path.stem, json.loads(path.read_text())
         tensors = fixtures.tensors(f"b_state_fusion/{case}.safetensors")
         fields = lightwam.expert_fields(
-            {key: tensor.shape for key, tensor in tensors.items()}, told["video_hidden_dim"],
-            told.get("token_pooling_num_heads"), told["resolved_layer_sources"])
-        config = lightwam.configs.ModelConfig(**variants.variant(
-            "tiny", **fields, dtype="float32", adapter_layers=tuple(range(count)),
-            num_layers=count))
+            {key: tensor.shape for key, tensor in tensors.items()},
+            told["video_hidden_dim"],
+            told.get("token_pooling_num_heads"),
+            told["resolved_layer_sources"],
+        )
+        config = lightwam.configs.ModelConfig(
+            **variants.variant(
+                "tiny",
+                **fields,
+                dtype="float32",
+                adapter_layers=tuple(range(count)),
+                num_layers=count,
+            )
+        )
         expert = build.build_model(config).expert
         tree = params.unflatten(rules.to_params(lightwam.EXPERT, tensors, case))["expert"]
-        run = jax.jit(lambda tree, expert=expert, n=told["action_horizon"]: expert.apply(
-            {"params": tree}, states, n))
+        run = jax.jit(
+            lambda tree, expert=expert, n=told["action_horizon"]: expert.apply(
+                {"params": tree}, states, n
+            )
+        )
         data = fixtures.arrays(f"b_state_fusion/{case}.npz")
         yield from _expert(fixtures, case, data, *run(tree))
 
@@ -188,8 +258,14 @@ def _expert(fixtures, case, data, action, taps):
     got.update(attentions(taps))
     for tensor, value in got.items():
         if tensor in data:
-            yield compare("b_state_fusion", case, tensor, value, data[tensor],
-                          fixtures.noise(f"b_state_fusion/{case}.{tensor}"))
+            yield compare(
+                "b_state_fusion",
+                case,
+                tensor,
+                value,
+                data[tensor],
+                fixtures.noise(f"b_state_fusion/{case}.{tensor}"),
+            )
 
 
 def attentions(taps):
@@ -198,10 +274,14 @@ def attentions(taps):
     for key in matching(taps, "attention_*"):
         name = key.removeprefix("attention_")
         weights, importance = taps[key], taps[f"query_importance_{name}"]
-        got.update({f"attn_{name}.per_query_attention": weights,
-                    f"attn_{name}.query_importance": importance,
-                    f"attn_{name}.summary_attention": jnp.einsum("q,bqs->bs", importance, weights),
-                    f"attn_{name}.top_query_idx": jnp.argmax(importance)})
+        got.update(
+            {
+                f"attn_{name}.per_query_attention": weights,
+                f"attn_{name}.query_importance": importance,
+                f"attn_{name}.summary_attention": jnp.einsum("q,bqs->bs", importance, weights),
+                f"attn_{name}.top_query_idx": jnp.argmax(importance),
+            }
+        )
     return got
 
 
@@ -224,9 +304,14 @@ def c_scheduler(fixtures):
             yield compare("c_scheduler", name, key, got, constants[key], tolerance=1e-12)
         times = flow.sample_time(data["u"], shift)
         yield check(f"{name}_sampled_t", times)
-        yield compare("c_scheduler", name, f"{name}_sampled_t_bf16_as_f32",
-                      np.asarray(times).astype(ml_dtypes.bfloat16).astype(np.float32),
-                      data[f"{name}_sampled_t_bf16_as_f32"], tolerance=0.0)
+        yield compare(
+            "c_scheduler",
+            name,
+            f"{name}_sampled_t_bf16_as_f32",
+            np.asarray(times).astype(ml_dtypes.bfloat16).astype(np.float32),
+            data[f"{name}_sampled_t_bf16_as_f32"],
+            tolerance=0.0,
+        )
         yield check(f"{name}_weight_grid", flow.weight(data["t_grid"], shift))
         for key in matching(data, f"{name}_*timesteps*"):
             middle, steps = key.removeprefix(f"{name}_").split("timesteps")

@@ -26,8 +26,13 @@ def _resize_noise(size):
 
 def _declared(cameras, layout, canvas, camera_size):
     """The part of a `DataConfig` that says how pictures become a canvas."""
-    return types.SimpleNamespace(cameras=tuple(cameras), orientation=(), layout=layout,
-                                 canvas=tuple(canvas), camera_size=tuple(camera_size))
+    return types.SimpleNamespace(
+        cameras=tuple(cameras),
+        orientation=(),
+        layout=layout,
+        canvas=tuple(canvas),
+        camera_size=tuple(camera_size),
+    )
 
 
 def video(images, data):
@@ -35,10 +40,18 @@ def video(images, data):
     images = {camera: np.moveaxis(image, 1, -1) for camera, image in images.items()}
     canvas = transforms.to_float(transforms.canvas(images, data))
     places, whole = transforms.layout(data)
-    steps = ([(image.shape[1:3], data.camera_size) for image in images.values()],
-             [(data.camera_size, place[2:]) for place in places.values()], [(whole, data.canvas)])
-    noise = [max((_resize_noise(given) for given, wanted in step if tuple(given) != tuple(wanted)),
-                 default=0.0) for step in steps]
+    steps = (
+        [(image.shape[1:3], data.camera_size) for image in images.values()],
+        [(data.camera_size, place[2:]) for place in places.values()],
+        [(whole, data.canvas)],
+    )
+    noise = [
+        max(
+            (_resize_noise(given) for given, wanted in step if tuple(given) != tuple(wanted)),
+            default=0.0,
+        )
+        for step in steps
+    ]
     tolerance = FACTOR * RELATIVE_NOISE + 2 * sum(noise)
     return np.moveaxis((canvas - 0.5) / 0.5, -1, 0), tolerance
 
@@ -49,11 +62,23 @@ def _recorded_video(name, data, video, tolerance):
     for tensor in sorted(data):
         if match := re.fullmatch(r"video_every(\d+)", tensor):
             step = int(match[1])
-            yield compare("h_data", name, tensor, video[..., ::step, ::step], data[tensor],
-                          tolerance=tolerance)
+            yield compare(
+                "h_data",
+                name,
+                tensor,
+                video[..., ::step, ::step],
+                data[tensor],
+                tolerance=tolerance,
+            )
         elif tensor == "video_rows":
-            yield compare("h_data", name, tensor, video[..., data["rows"], :], data[tensor],
-                          tolerance=tolerance)
+            yield compare(
+                "h_data",
+                name,
+                tensor,
+                video[..., data["rows"], :],
+                data[tensor],
+                tolerance=tolerance,
+            )
         elif not tensor.startswith("cam_") and tensor not in ("rows", "video_shape"):
             yield NotCovered(f"h_data/{name}/{tensor}")
 
@@ -68,6 +93,7 @@ def libero_image(group):
 
 def robotwin_image(group):
     from configs import robotwin  # the size of its cameras is in no file
+
     data = group.arrays("robotwin_image.npz")
     images = {key: value for key, value in data.items() if key.startswith("cam_")}
     canvas = tuple(int(side) for side in data["video_shape"][-2:])
@@ -82,23 +108,40 @@ def small_images(group):
         name = key.removesuffix("_raw")
         raw, size = data[key], [int(side) for side in data[f"{name}_size"]]  # raw [V, T, 3, h, w]
         images = {str(camera): frames for camera, frames in enumerate(raw)}
-        layout = ("single" if len(raw) == 1 else
-                  "vertical" if name.startswith("v") else "horizontal")
+        layout = "single" if len(raw) == 1 else "vertical" if name.startswith("v") else "horizontal"
         got, tolerance = video(images, _declared(images, layout, size, raw.shape[-2:]))
         read |= {key, f"{name}_size", f"{name}_video"}
-        yield compare("h_data", "small_images", f"{name}: {layout} {raw.shape[-2:]} to {size}",
-                      got, data[f"{name}_video"], tolerance=tolerance)
+        yield compare(
+            "h_data",
+            "small_images",
+            f"{name}: {layout} {raw.shape[-2:]} to {size}",
+            got,
+            data[f"{name}_video"],
+            tolerance=tolerance,
+        )
     for key in matching(data, "resize_bi*"):
         how, name = key.removeprefix("resize_").split("_", 1)
         given, wanted = (np.moveaxis(data[k], -3, -1) for k in (f"resize_in_{name}", key))
         got = transforms.resize(given, wanted.shape[-3:-1], Image.Resampling[how.upper()])
         read |= {key, f"resize_in_{name}"}
-        yield compare("h_data", "small_images", key, got, wanted, tolerance=(
-            FACTOR * RELATIVE_NOISE + _resize_noise(given.shape[-3:-1])))
+        yield compare(
+            "h_data",
+            "small_images",
+            key,
+            got,
+            wanted,
+            tolerance=(FACTOR * RELATIVE_NOISE + _resize_noise(given.shape[-3:-1])),
+        )
     yield from (NotCovered(f"h_data/small_images.npz/{key}") for key in sorted(set(data) - read))
 
 
 def uint8_roundtrip(group):
     data = group.arrays("uint8_roundtrip.npz")
-    yield compare("h_data", "uint8_roundtrip", "to float and back", transforms.to_uint8(
-        transforms.to_float(data["v"])), data["back"], tolerance=0.0)
+    yield compare(
+        "h_data",
+        "uint8_roundtrip",
+        "to float and back",
+        transforms.to_uint8(transforms.to_float(data["v"])),
+        data["back"],
+        tolerance=0.0,
+    )

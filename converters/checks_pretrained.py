@@ -29,8 +29,9 @@ def f_vae(fixtures):
 
 def _vae(fixtures, name, data, model, tree):
     def run(method, **options):
-        function = jax.jit(lambda tree, x: model.apply(
-            {"params": tree}, x, method=method, **options))
+        function = jax.jit(
+            lambda tree, x: model.apply({"params": tree}, x, method=method, **options)
+        )
         return lambda x: channels_first(function(tree, channels_last(x)))
 
     # The policy loads one half of the parameters: each direction must do with its own.
@@ -42,7 +43,8 @@ def _vae(fixtures, name, data, model, tree):
         # What the normalisation was applied to: its inverse, not a second compilation.
         mean, std = (np.reshape(x, (-1, 1, 1, 1)) for x in (model.latent_mean, model.latent_std))
         got["video_mu_unscaled"] = (got["video_latent"] * std + mean)[
-            :len(data["video_mu_unscaled"])]
+            : len(data["video_mu_unscaled"])
+        ]
     tree = halves["decode"]
     unclamped = run("decode", clip=False)
     got["decoded_unclamped"] = unclamped(data["latent"])
@@ -51,8 +53,14 @@ def _vae(fixtures, name, data, model, tree):
     for tensor in sorted(data):
         if tensor in got:
             kin = "decoded_unclamped" if tensor.startswith("decoded") else "video_latent"
-            yield compare("f_vae", name, tensor, got[tensor], data[tensor],
-                          fixtures.noise(f"{name}.{tensor}") or fixtures.noise(f"{name}.{kin}"))
+            yield compare(
+                "f_vae",
+                name,
+                tensor,
+                got[tensor],
+                data[tensor],
+                fixtures.noise(f"{name}.{tensor}") or fixtures.noise(f"{name}.{kin}"),
+            )
         elif tensor not in ("image", "video", "latent"):
             yield NotCovered(f"f_vae/{name}/{tensor}")
 
@@ -74,16 +82,27 @@ def _encoder(fixtures, data):
     model, tree = fixtures.text_encoder()
     ids, mask = data["ids"].astype(np.int32), data["mask"].astype(bool)
     run = jax.jit(lambda tree, mask: model.apply({"params": tree}, ids, mask))
-    got = {"embedding": run(tree, mask), "embedding_without_mask": run(tree, None),
-           "encode_prompt_context": wan.encode_ids(model, tree, ids, mask),
-           # The release shows attention the zeroed padding too: loss.mask_text_padding=False.
-           "encode_prompt_mask": np.ones_like(mask), "rel_bucket": _buckets(model, data)}
+    got = {
+        "embedding": run(tree, mask),
+        "embedding_without_mask": run(tree, None),
+        "encode_prompt_context": wan.encode_ids(model, tree, ids, mask),
+        # The release shows attention the zeroed padding too: loss.mask_text_padding=False.
+        "encode_prompt_mask": np.ones_like(mask),
+        "rel_bucket": _buckets(model, data),
+    }
     got.update(_blocks(model, tree, ids, mask, data))
     for tensor in sorted(data):
         if tensor in got:
             exact = data[tensor].dtype.kind in "bi"
-            yield compare("g_text", "encoder", tensor, got[tensor], data[tensor],
-                          fixtures.noise("g_text.embedding"), tolerance=0.0 if exact else None)
+            yield compare(
+                "g_text",
+                "encoder",
+                tensor,
+                got[tensor],
+                data[tensor],
+                fixtures.noise("g_text.embedding"),
+                tolerance=0.0 if exact else None,
+            )
         elif tensor not in ("ids", "mask", "rel_pos"):
             yield NotCovered(f"g_text/encoder/{tensor}")
 
@@ -98,8 +117,14 @@ def _buckets(model, data):
 def _blocks(model, tree, ids, mask, data):
     """Each block alone, fed the recorded input, so that an error names its block."""
     positions = t5.relative_buckets(ids.shape[1], model.num_buckets, model.max_distance)
-    block = t5.Block(model.num_heads, model.attention_dim, model.ffn_dim, model.num_buckets,
-                     model.eps, model.dtype)
+    block = t5.Block(
+        model.num_heads,
+        model.attention_dim,
+        model.ffn_dim,
+        model.num_buckets,
+        model.eps,
+        model.dtype,
+    )
     run = jax.jit(lambda tree, x: block.apply({"params": tree}, x, positions, mask)[0])
     x, got = tree["token_embedding"]["embedding"][ids], {}
     for i in range(model.num_layers):
@@ -114,10 +139,17 @@ def _cleaning(told):
         if mode not in text.CLEANING:
             yield NotCovered(f"g_text/cleaning {mode}")
             continue
-        wrong = [case["raw"] for case in told["cases"] if text.clean(case["raw"], mode)
-                 != case[mode]]
-        yield compare("g_text", "cleaning", f"{mode}: texts that differ {wrong or ''}", len(wrong),
-                      0, tolerance=0.0)
+        wrong = [
+            case["raw"] for case in told["cases"] if text.clean(case["raw"], mode) != case[mode]
+        ]
+        yield compare(
+            "g_text",
+            "cleaning",
+            f"{mode}: texts that differ {wrong or ''}",
+            len(wrong),
+            0,
+            tolerance=0.0,
+        )
 
 
 def _prompts(told):

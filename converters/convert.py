@@ -43,8 +43,10 @@ def convert(kind, place, out, told, beside=(), verify=False, say=print):
     check_beside(beside, meta["config"])
 
     total = sum(_bytes(entry) for entry in source.entries.values())
-    with (tqdm.tqdm(total=total, unit="B", unit_scale=True, desc=path.name) as bar,
-          tempfile.TemporaryDirectory() as assets):
+    with (
+        tqdm.tqdm(total=total, unit="B", unit_scale=True, desc=path.name) as bar,
+        tempfile.TemporaryDirectory() as assets,
+    ):
         tree = rules.to_streams(layout.table, source, bar.update)
         for file in beside:
             shutil.copyfile(file, Path(assets, file.name))
@@ -71,17 +73,28 @@ def read(path, kind, told):
     source, prefix = _without_prefix(source)
     layout = layouts.detect(source.entries, source.name)
     if layout.kind != kind:
-        raise ValueError(f"{path} is a {layout.kind} file ({layout.name} names), not {kind}; run: "
-                         f"python -m converters {layout.kind} --in {path} ...")
+        raise ValueError(
+            f"{path} is a {layout.kind} file ({layout.name} names), not {kind}; run: "
+            f"python -m converters {layout.kind} --in {path} ..."
+        )
     _drop_tied(source)
     odd = [key for key, entry in source.entries.items() if str(entry.dtype) not in FLOATS]
     if odd:
-        raise ValueError(f"{path}: {odd[0]} is {source.entries[odd[0]].dtype}; expected weights "
-                         f"in {', '.join(FLOATS)}")
+        raise ValueError(
+            f"{path}: {odd[0]} is {source.entries[odd[0]].dtype}; expected weights "
+            f"in {', '.join(FLOATS)}"
+        )
     config = read_config(source, layout, told)
-    meta = {"config": config, "source": {
-        "file": path.name, "kind": kind, "layout": layout.name, "version": layout.version,
-        "prefix": prefix}}
+    meta = {
+        "config": config,
+        "source": {
+            "file": path.name,
+            "kind": kind,
+            "layout": layout.name,
+            "version": layout.version,
+            "prefix": prefix,
+        },
+    }
     if kind == "lightwam":
         meta.update(checkpoint=rest, step=rest.get("step", 0))
     return source, layout, meta
@@ -140,7 +153,9 @@ def export(place, out, layout=None, say=print):
         tensors = {origin["prefix"] + key: x for key, x in tensors.items()}
     if origin["kind"] == "lightwam":
         rest = stored.meta.get("checkpoint") or {
-            "step": stored.meta["step"], "torch_dtype": "torch.float32"}
+            "step": stored.meta["step"],
+            "torch_dtype": "torch.float32",
+        }
         files.write_checkpoint(out, tensors, rest)
     else:
         files.write_tensors(out, tensors)
@@ -166,10 +181,13 @@ def _drop_tied(source):
     rows = streams.rows_per_part(*first)
     copies = first == second and all(
         np.array_equal(*(source.read(key, i, min(i + rows, first.shape[0])) for key in umt5.TIED))
-        for i in range(0, first.shape[0], rows))
+        for i in range(0, first.shape[0], rows)
+    )
     if not copies:
-        raise ValueError(f"{source.name}: {umt5.TIED[1]} is not equal to {umt5.TIED[0]}; expected "
-                         "one token table")
+        raise ValueError(
+            f"{source.name}: {umt5.TIED[1]} is not equal to {umt5.TIED[0]}; expected "
+            "one token table"
+        )
     del source.entries[umt5.TIED[1]]
 
 
@@ -179,14 +197,18 @@ def _check_complete(name, shapes, expected):
     Raises:
       ValueError: names the file and the keys.
     """
-    lines = [f"  {key} is {list(shapes[key])}, expected {list(expected[key])}"
-             for key in shapes if key in expected and tuple(shapes[key]) != tuple(expected[key])]
+    lines = [
+        f"  {key} is {list(shapes[key])}, expected {list(expected[key])}"
+        for key in shapes
+        if key in expected and tuple(shapes[key]) != tuple(expected[key])
+    ]
     lines += [f"  missing {key} {list(expected[key])}" for key in expected if key not in shapes]
     lines += [f"  unexpected {key} {list(shapes[key])}" for key in shapes if key not in expected]
     if lines:
         more = f"\n  and {len(lines) - 10} more" if len(lines) > 10 else ""
-        raise ValueError(f"{name} is not the complete model its sizes describe:\n"
-                         + "\n".join(lines[:10]) + more)
+        raise ValueError(
+            f"{name} is not the complete model its sizes describe:\n" + "\n".join(lines[:10]) + more
+        )
 
 
 def _beside(path, kind):
@@ -211,21 +233,27 @@ def _read_back(out, source, layout, say):
     for path, stream in rules.to_streams(layout.table, source).items():
         stored, start = storage.read_array(out, "params", path, meta), 0
         for part in stream.parts():
-            got = stored[start:start + len(part)]
+            got = stored[start : start + len(part)]
             start += len(part)
             if part.dtype != got.dtype or part.tobytes() != got.tobytes():
                 changed.append(path)
             _add(rows.setdefault(_module(path), np.zeros(5)), part, got, start == len(part))
     if changed:
         shutil.rmtree(out)
-        raise ValueError(f"{len(set(changed))} arrays changed on the way, {out} was removed: "
-                         f"{rules.some_of(set(changed))}")
-    say(f"{'module':<28} {'arrays':>7} {'values':>15} {'largest':>10} {'float32':>9} "
-        f"{'bfloat16':>9}")
+        raise ValueError(
+            f"{len(set(changed))} arrays changed on the way, {out} was removed: "
+            f"{rules.some_of(set(changed))}"
+        )
+    say(
+        f"{'module':<28} {'arrays':>7} {'values':>15} {'largest':>10} {'float32':>9} "
+        f"{'bfloat16':>9}"
+    )
     for name, (arrays, values, largest, exact, rounded) in rows.items():
         scale = largest or 1.0
-        say(f"{name:<28} {int(arrays):>7} {int(values):>15,} {largest:10.3e} "
-            f"{exact / scale:9.1e} {rounded / scale:9.1e}")
+        say(
+            f"{name:<28} {int(arrays):>7} {int(values):>15,} {largest:10.3e} "
+            f"{exact / scale:9.1e} {rounded / scale:9.1e}"
+        )
     say(f"read back: all {len(source.entries)} tensors identical, byte for byte")
 
 
@@ -233,8 +261,11 @@ def _add(row, part, got, first):
     """Adds a part to [arrays, values, largest, error in float32, error in bfloat16]."""
     true, half = part.astype(np.float32), got.astype(ml_dtypes.bfloat16)
     row += (first, part.size, 0, 0, 0)
-    found = (np.abs(true).max(), np.abs(got.astype(np.float32) - true).max(),
-             np.abs(half.astype(np.float32) - true).max())
+    found = (
+        np.abs(true).max(),
+        np.abs(got.astype(np.float32) - true).max(),
+        np.abs(half.astype(np.float32) - true).max(),
+    )
     row[2:] = np.maximum(row[2:], found)
 
 

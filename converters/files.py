@@ -16,9 +16,18 @@ from safetensors.numpy import save_file
 from converters import lightwam
 from converters.rules import Entry
 
-_NUMPY = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
-          "I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8, "U8": np.uint8,
-          "BOOL": np.bool_}
+_NUMPY = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+    "I64": np.int64,
+    "I32": np.int32,
+    "I16": np.int16,
+    "I8": np.int8,
+    "U8": np.uint8,
+    "BOOL": np.bool_,
+}
 _REOPEN_BYTES = 256 << 20  # pages of a mapped file count as memory until it is closed
 
 
@@ -31,11 +40,14 @@ class SafetensorsFiles:
             with _open_safetensors(path) as file:
                 for key in file.keys():  # noqa: SIM118 (no dictionary)
                     if key in self._path:
-                        raise ValueError(f"{path.name} and {self._path[key].name} of {name} both "
-                                         f"hold {key}; delete the one that does not belong")
+                        raise ValueError(
+                            f"{path.name} and {self._path[key].name} of {name} both "
+                            f"hold {key}; delete the one that does not belong"
+                        )
                     part = file.get_slice(key)
-                    self.entries[key] = Entry(tuple(part.get_shape()),
-                                              _dtype(part.get_dtype(), key, path))
+                    self.entries[key] = Entry(
+                        tuple(part.get_shape()), _dtype(part.get_dtype(), key, path)
+                    )
                     self._path[key] = path
 
     def read(self, key, start=None, stop=None):
@@ -193,8 +205,10 @@ def _open_index(path):
             raise ValueError(f"{path} names the shard {name!r}; expected a file beside the index")
         if not shard.is_file():
             keys = [key for key, place in place_of.items() if place == name]
-            raise FileNotFoundError(f"{path} names {name} for {len(keys)} tensors (such as "
-                                    f"{keys[0]}), and there is no {shard}; get the missing shard")
+            raise FileNotFoundError(
+                f"{path} names {name} for {len(keys)} tensors (such as "
+                f"{keys[0]}), and there is no {shard}; get the missing shard"
+            )
     source = SafetensorsFiles(shards.values(), str(path))
     absent = sorted(set(place_of) - set(source.entries))
     if absent:
@@ -228,12 +242,15 @@ def read_torch(path):
             mapped = file.read(2) == b"PK"
         content = torch.load(path, mmap=mapped, **options)
     except Exception as error:  # torch raises pickle, zip, runtime and end-of-file errors here
-        raise ValueError(f"{path} is truncated, no PyTorch file, or holds more than tensors "
-                         "(refused: loading it could run code): "
-                         f"{str(error).splitlines()[0]}") from error
+        raise ValueError(
+            f"{path} is truncated, no PyTorch file, or holds more than tensors "
+            "(refused: loading it could run code): "
+            f"{str(error).splitlines()[0]}"
+        ) from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, "
-                         "expected a dictionary of tensors")
+        raise ValueError(
+            f"{path} holds a {type(content).__name__}, expected a dictionary of tensors"
+        )
     return content
 
 
@@ -243,7 +260,8 @@ def _torch(path):
     except ImportError as error:
         raise ModuleNotFoundError(
             f"{path.name} is a PyTorch file and PyTorch is not installed; its CPU build is enough: "
-            "pip install -r requirements-torch.txt") from error
+            "pip install -r requirements-torch.txt"
+        ) from error
     return torch
 
 
@@ -252,6 +270,7 @@ def to_numpy(tensor):
     tensor = tensor.detach().contiguous()
     if str(tensor.dtype) == "torch.bfloat16":  # numpy has no bfloat16: move the bits
         import torch
+
         return tensor.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
     return tensor.numpy()
 

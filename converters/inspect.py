@@ -33,8 +33,11 @@ def _is_checkpoint(place):
 
 
 def _file(place, told, say):
-    path = locate.locate(place, _kind_of_folder(Path(place)))[0] if Path(place).is_dir() else (
-        Path(place))
+    path = (
+        locate.locate(place, _kind_of_folder(Path(place)))[0]
+        if Path(place).is_dir()
+        else (Path(place))
+    )
     kind = _kind(path)
     source, layout, meta = convert.read(path, kind, told)
     say(f"{path}: {kind} {layout.version} ({layout.name} names)".replace("  ", " "))
@@ -70,22 +73,34 @@ def _kind_of_folder(folder):
         except FileNotFoundError:
             continue
     if len(found) != 1:
-        raise ValueError(f"{folder} holds weights of {', '.join(found) or 'no known kind'}; give "
-                         "one file")
+        raise ValueError(
+            f"{folder} holds weights of {', '.join(found) or 'no known kind'}; give one file"
+        )
     return found[0]
 
 
 def _checkpoint(directory, say):
     meta = storage.read_meta(directory)
     source = meta.get("source")
-    made = (f"converted from {source['file']} ({source['kind']}, {source['layout']} names, sha256 "
-            f"{source['sha256'][:12]})" if source else "written by train.py")
+    made = (
+        f"converted from {source['file']} ({source['kind']}, {source['layout']} names, sha256 "
+        f"{source['sha256'][:12]})"
+        if source
+        else "written by train.py"
+    )
     say(f"{directory}: checkpoint of step {meta['step']}, {made}")
     _config(meta["config"] or {}, say)
-    leaves = {path: (shape, dtype) for name, arrays in meta["arrays"].items()
-              if name != "optimizer" for path, (shape, dtype, _) in arrays.items()}
-    _counts(leaves, say, lambda path: next(
-        name for name, pattern in params.GROUPS if pattern.search(path)))
+    leaves = {
+        path: (shape, dtype)
+        for name, arrays in meta["arrays"].items()
+        if name != "optimizer"
+        for path, (shape, dtype, _) in arrays.items()
+    }
+    _counts(
+        leaves,
+        say,
+        lambda path: next(name for name, pattern in params.GROUPS if pattern.search(path)),
+    )
 
 
 def _config(config, say):
@@ -97,9 +112,12 @@ def _config(config, say):
 
 def _short(value):
     """A long run of layer numbers as its ends."""
-    if isinstance(value, (list, tuple)) and len(value) > 4 and all(
-            isinstance(x, int) for x in value) and list(value) == list(
-                range(value[0], value[-1] + 1)):
+    if (
+        isinstance(value, (list, tuple))
+        and len(value) > 4
+        and all(isinstance(x, int) for x in value)
+        and list(value) == list(range(value[0], value[-1] + 1))
+    ):
         return f"{value[0]}..{value[-1]}"
     return value
 
@@ -112,5 +130,7 @@ def _counts(leaves, say, group_of):
         dtypes[dtype] += math.prod(shape)
     for name, values in groups.items():
         say(f"  {name:<28} {values:>15,}")
-    say(f"  {'total':<28} {sum(groups.values()):>15,} values in {len(leaves)} tensors, "
-        + ", ".join(f"{values:,} {dtype}" for dtype, values in dtypes.items()))
+    say(
+        f"  {'total':<28} {sum(groups.values()):>15,} values in {len(leaves)} tensors, "
+        + ", ".join(f"{values:,} {dtype}" for dtype, values in dtypes.items())
+    )

@@ -14,8 +14,16 @@ from lightwam_jax import config as configs
 from lightwam_jax.data import wan
 from lightwam_jax.models import t5, variants
 
-BACKBONE_SIZES = ("dim", "num_heads", "head_dim", "ffn_dim", "num_layers", "text_dim", "freq_dim",
-                  "latent_channels")
+BACKBONE_SIZES = (
+    "dim",
+    "num_heads",
+    "head_dim",
+    "ffn_dim",
+    "num_layers",
+    "text_dim",
+    "freq_dim",
+    "latent_channels",
+)
 
 
 class Layout(NamedTuple):
@@ -29,6 +37,7 @@ class Layout(NamedTuple):
       table: rows of `rules.py`.
       read_config: function (shapes {key: shape}, told) -> the checkpoint's config.
     """
+
     kind: str
     version: str
     name: str
@@ -56,13 +65,13 @@ def _diffusers_dit_config(shapes, told):
 
 
 def _vae_config(table):
-    return lambda shapes, told: {
-        "vae": wan_vae.model_fields(rules.target_shapes(table, shapes))}
+    return lambda shapes, told: {"vae": wan_vae.model_fields(rules.target_shapes(table, shapes))}
 
 
 def _t5_config(table):
     def read(shapes, told):
         return {"text_encoder": umt5.model_fields(rules.target_shapes(table, shapes))}
+
     return read
 
 
@@ -83,17 +92,29 @@ def _t5(name, signature, table):
 
 
 LAYOUTS = (
-    Layout("lightwam", "", "official", "state_fusion_action_expert.fused_norm.weight",
-           lightwam.CHECKPOINT, _lightwam_config),
+    Layout(
+        "lightwam",
+        "",
+        "official",
+        "state_fusion_action_expert.fused_norm.weight",
+        lightwam.CHECKPOINT,
+        _lightwam_config,
+    ),
     Layout("dit", "", "official", "head.modulation", wan_dit.RULES, _dit_config),
-    Layout("dit", "", "diffusers", "condition_embedder.time_proj.weight", wan_dit.DIFFUSERS,
-           _diffusers_dit_config),
+    Layout(
+        "dit",
+        "",
+        "diffusers",
+        "condition_embedder.time_proj.weight",
+        wan_dit.DIFFUSERS,
+        _diffusers_dit_config,
+    ),
     _vae("wan21", "official", "encoder.downsamples.0.residual.0.gamma", wan_vae.RULES),
-    _vae("wan22", "official", "encoder.downsamples.0.downsamples.0.residual.0.gamma",
-         wan_vae.RULES22),
+    _vae(
+        "wan22", "official", "encoder.downsamples.0.downsamples.0.residual.0.gamma", wan_vae.RULES22
+    ),
     _vae("wan21", "diffusers", "encoder.down_blocks.0.norm1.gamma", wan_vae.DIFFUSERS),
-    _vae("wan22", "diffusers", "encoder.down_blocks.0.resnets.0.norm1.gamma",
-         wan_vae.DIFFUSERS22),
+    _vae("wan22", "diffusers", "encoder.down_blocks.0.resnets.0.norm1.gamma", wan_vae.DIFFUSERS22),
     _t5("official", "token_embedding.weight", umt5.OFFICIAL),
     _t5("huggingface", "encoder.final_layer_norm.weight", umt5.HUGGINGFACE),
 )
@@ -108,10 +129,13 @@ def detect(keys, name):
     for layout in LAYOUTS:
         if layout.signature in keys:
             return layout
-    known = "; ".join(f"{layout.kind} {layout.version} ({layout.name}): {layout.signature}"
-                      for layout in LAYOUTS)
-    raise ValueError(f"{name}: no layout is known that has keys like {rules.some_of(keys, 3)}; "
-                     f"expected a file with one of these keys: {known}")
+    known = "; ".join(
+        f"{layout.kind} {layout.version} ({layout.name}): {layout.signature}" for layout in LAYOUTS
+    )
+    raise ValueError(
+        f"{name}: no layout is known that has keys like {rules.some_of(keys, 3)}; "
+        f"expected a file with one of these keys: {known}"
+    )
 
 
 def find(kind, version, name):
@@ -120,11 +144,15 @@ def find(kind, version, name):
     Raises:
       ValueError: this kind has no such layout.
     """
-    there = {layout.name: layout for layout in LAYOUTS
-             if (layout.kind, layout.version) == (kind, version)}
+    there = {
+        layout.name: layout
+        for layout in LAYOUTS
+        if (layout.kind, layout.version) == (kind, version)
+    }
     if name not in there:
-        raise ValueError(f"--layout {name}: a {kind} {version} checkpoint can be written as "
-                         f"{' or '.join(there)}")
+        raise ValueError(
+            f"--layout {name}: a {kind} {version} checkpoint can be written as {' or '.join(there)}"
+        )
     return there[name]
 
 
@@ -148,8 +176,10 @@ def of_variant(config, name):
       ValueError: unknown variant, or a model that has none.
     """
     if "model" not in config or name not in variants.VARIANTS:
-        raise ValueError(f"--variant {name}: expected one of {', '.join(variants.VARIANTS)}, for "
-                         "a dit or lightwam file")
+        raise ValueError(
+            f"--variant {name}: expected one of {', '.join(variants.VARIANTS)}, for "
+            "a dit or lightwam file"
+        )
     sizes = {key: variants.VARIANTS[name][key] for key in BACKBONE_SIZES}
     return {**config, "model": {**config["model"], **sizes}}
 
@@ -157,12 +187,19 @@ def of_variant(config, name):
 def expected_shapes(layout, config):
     """{source key: shape} of a complete file, for a layout and the config read from it."""
     if "vae" in config:
-        flat = params.flatten(jax.eval_shape(
-            vae_model(config).init, jax.random.key(0), jnp.zeros((1, 1, 16, 16, 3)))["params"])
+        flat = params.flatten(
+            jax.eval_shape(vae_model(config).init, jax.random.key(0), jnp.zeros((1, 1, 16, 16, 3)))[
+                "params"
+            ]
+        )
     elif "text_encoder" in config:
-        flat = params.flatten(jax.eval_shape(
-            t5.UMT5Encoder(**config["text_encoder"]).init, jax.random.key(0),
-            jnp.zeros((1, 2), jnp.int32))["params"])
+        flat = params.flatten(
+            jax.eval_shape(
+                t5.UMT5Encoder(**config["text_encoder"]).init,
+                jax.random.key(0),
+                jnp.zeros((1, 2), jnp.int32),
+            )["params"]
+        )
     else:
         flat = _lightwam_shapes(config["model"])
     shapes = {path: tuple(leaf.shape) for path, leaf in flat.items()}
@@ -184,9 +221,15 @@ def _lightwam_shapes(fields):
         fields = variants.variant("tiny", **{**fields, **none})
     config = configs.ModelConfig(**fields)
     model = build.build_model(config)
-    flat = params.flatten(jax.eval_shape(
-        lambda key: params.canonical(build.init_params(model, key, config)), jax.random.key(0)))
+    flat = params.flatten(
+        jax.eval_shape(
+            lambda key: params.canonical(build.init_params(model, key, config)), jax.random.key(0)
+        )
+    )
     if alone:
-        flat = {path: leaf for path, leaf in flat.items() if path.startswith("dit/")
-                and (adapters or not path.startswith("dit/adapters_"))}
+        flat = {
+            path: leaf
+            for path, leaf in flat.items()
+            if path.startswith("dit/") and (adapters or not path.startswith("dit/adapters_"))
+        }
     return flat

@@ -13,9 +13,11 @@ MOT_PREFIX = "mixtures.video."
 
 def _norm_mlp(source, target, names=("norm", "fc1", "fc2")):
     norm, fc1, fc2 = names
-    return [*norm_rows(f"{source}{norm}", f"{target}/norm"),
-            *linear_rows(f"{source}{fc1}", f"{target}/fc1"),
-            *linear_rows(f"{source}{fc2}", f"{target}/fc2")]
+    return [
+        *norm_rows(f"{source}{norm}", f"{target}/norm"),
+        *linear_rows(f"{source}{fc1}", f"{target}/fc1"),
+        *linear_rows(f"{source}{fc2}", f"{target}/fc2"),
+    ]
 
 
 _POOLER, _OURS = "layer_poolers.{i}.{source}", "expert/poolers_{i}_{source}"
@@ -45,11 +47,17 @@ def _prefixed(rules, prefix):
 
 
 # One flat key space: the checkpoint's sections become prefixes.
-CHECKPOINT = (*_prefixed(wan_dit.RULES, f"mot.{MOT_PREFIX}"),
-              *_prefixed(EXPERT, "state_fusion_action_expert."), *PROPRIO)
+CHECKPOINT = (
+    *_prefixed(wan_dit.RULES, f"mot.{MOT_PREFIX}"),
+    *_prefixed(EXPERT, "state_fusion_action_expert."),
+    *PROPRIO,
+)
 # torch's named_parameters() of the training module, as gradient files name them.
-TRAINING = (*_prefixed(wan_dit.RULES, "video_expert."),
-            *_prefixed(EXPERT, "state_fusion_action_expert."), *PROPRIO)
+TRAINING = (
+    *_prefixed(wan_dit.RULES, "video_expert."),
+    *_prefixed(EXPERT, "state_fusion_action_expert."),
+    *PROPRIO,
+)
 
 
 def flatten_checkpoint(checkpoint):
@@ -61,17 +69,26 @@ def flatten_checkpoint(checkpoint):
     Raises:
       ValueError: a section is missing.
     """
-    sections = {"mot": dict(checkpoint.get("mot", {})), **{
-        name: dict(checkpoint.get(name, {}))
-        for name in ("state_fusion_action_expert", "proprio_encoder")}}
+    sections = {
+        "mot": dict(checkpoint.get("mot", {})),
+        **{
+            name: dict(checkpoint.get(name, {}))
+            for name in ("state_fusion_action_expert", "proprio_encoder")
+        },
+    }
     if not sections["mot"] and "dit" in checkpoint:
         sections["mot"] = {MOT_PREFIX + key: value for key, value in checkpoint["dit"].items()}
     empty = [name for name, section in sections.items() if not section]
     if empty:
-        raise ValueError(f"section {', '.join(empty)} is missing; top level has "
-                         f"{some_of(map(str, checkpoint))}: is this a Light-WAM checkpoint?")
-    flat = {f"{name}.{key}": value for name, section in sections.items()
-            for key, value in section.items()}
+        raise ValueError(
+            f"section {', '.join(empty)} is missing; top level has "
+            f"{some_of(map(str, checkpoint))}: is this a Light-WAM checkpoint?"
+        )
+    flat = {
+        f"{name}.{key}": value
+        for name, section in sections.items()
+        for key, value in section.items()
+    }
     return flat, {key: value for key, value in checkpoint.items() if key not in (*sections, "dit")}
 
 
@@ -84,8 +101,17 @@ def unflatten_checkpoint(flat, rest):
     return {**checkpoint, **rest}
 
 
-def model_config(shapes, *, head_dim=None, pool_heads=None, lora_alpha=None, adapter_scale=1.0,
-                 attention_mask="first_frame_causal", sources=(), dtype="float32"):
+def model_config(
+    shapes,
+    *,
+    head_dim=None,
+    pool_heads=None,
+    lora_alpha=None,
+    adapter_scale=1.0,
+    attention_mask="first_frame_causal",
+    sources=(),
+    dtype="float32",
+):
     """The `ModelConfig` of a Light-WAM checkpoint, read from its keys and shapes.
 
     Args:
@@ -111,8 +137,23 @@ def model_config(shapes, *, head_dim=None, pool_heads=None, lora_alpha=None, ada
     fields.update(adapter_scale=adapter_scale, attention_mask=attention_mask, dtype=dtype)
     fields = {**variants.variant("wan21_1_3b"), **fields}
     known = variants.VARIANTS.items()
-    same = [name for name, table in known if all(fields[k] == table[k] for k in table if k not in (
-        "action_dim", "proprio_dim", "dtype", "frozen_dtype", "layer_sources", "sources"))]
+    same = [
+        name
+        for name, table in known
+        if all(
+            fields[k] == table[k]
+            for k in table
+            if k
+            not in (
+                "action_dim",
+                "proprio_dim",
+                "dtype",
+                "frozen_dtype",
+                "layer_sources",
+                "sources",
+            )
+        )
+    ]
     fields["variant"] = same[0] if same else "custom"
     return configs.ModelConfig(**fields)
 
@@ -121,11 +162,17 @@ def expert_fields(expert, dim, pool_heads=None, sources=()):
     """Fields of a `ModelConfig` that the action expert's keys and shapes tell."""
     layers = _numbers(expert, "layer_compressors")
     if not layers:
-        raise ValueError("key layer_compressors.0.norm.weight is missing; "
-                         "is this an action expert?")
-    pooled = {i: tuple(dict.fromkeys(
-        m[1] for key in expert if (m := re.match(rf"layer_poolers\.{i}\.(\w+)\.", key))))
-        for i in layers}
+        raise ValueError(
+            "key layer_compressors.0.norm.weight is missing; is this an action expert?"
+        )
+    pooled = {
+        i: tuple(
+            dict.fromkeys(
+                m[1] for key in expert if (m := re.match(rf"layer_poolers\.{i}\.(\w+)\.", key))
+            )
+        )
+        for i in layers
+    }
     first = f"layer_poolers.0.{pooled[0][0]}" if pooled[0] else None
     if first:
         queries = expert[f"{first}.query_tokens"][0]
@@ -135,23 +182,36 @@ def expert_fields(expert, dim, pool_heads=None, sources=()):
     else:
         queries, slots, merge = 1, 2, 0
         widths = [expert[f"layer_compressors.{i}.norm.weight"][0] // dim for i in layers]
-        layer_sources = tuple(_given(sources, i) or (SOURCES if n == len(SOURCES) else ())
-                              for i, n in zip(layers, widths))
+        layer_sources = tuple(
+            _given(sources, i) or (SOURCES if n == len(SOURCES) else ())
+            for i, n in zip(layers, widths)
+        )
         if not all(layer_sources):
-            raise ValueError(f"mean pooling over {widths} sources per layer: the file does not "
-                             f"tell which; pass --sources with names of {SOURCES}")
+            raise ValueError(
+                f"mean pooling over {widths} sources per layer: the file does not "
+                f"tell which; pass --sources with names of {SOURCES}"
+            )
     heads = pool_heads or 8
     if first and dim % heads:
-        raise ValueError(f"pooling width {dim} is not a multiple of {heads} heads; the file does "
-                         "not tell the heads: pass --pool_heads")
+        raise ValueError(
+            f"pooling width {dim} is not a multiple of {heads} heads; the file does "
+            "not tell the heads: pass --pool_heads"
+        )
     same = len(set(layer_sources)) == 1
-    return dict(pooling="learned_query" if first else "mean", num_queries=queries, pool_heads=heads,
-                merge_dim=merge, merge_slots=slots, trunk_blocks=len(_numbers(expert, "trunk")),
-                sources=layer_sources[0], layer_sources=() if same else layer_sources,
-                per_layer_dim=expert["layer_compressors.0.fc1.weight"][0],
-                trunk_dim=expert["fused_proj.weight"][0],
-                step_pos_dim=expert["step_pos_proj.0.weight"][0],
-                action_dim=expert["output.2.weight"][0])
+    return dict(
+        pooling="learned_query" if first else "mean",
+        num_queries=queries,
+        pool_heads=heads,
+        merge_dim=merge,
+        merge_slots=slots,
+        trunk_blocks=len(_numbers(expert, "trunk")),
+        sources=layer_sources[0],
+        layer_sources=() if same else layer_sources,
+        per_layer_dim=expert["layer_compressors.0.fc1.weight"][0],
+        trunk_dim=expert["fused_proj.weight"][0],
+        step_pos_dim=expert["step_pos_proj.0.weight"][0],
+        action_dim=expert["output.2.weight"][0],
+    )
 
 
 def _numbers(keys, prefix):

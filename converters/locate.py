@@ -11,13 +11,20 @@ _DIT = ("diffusion_pytorch_model*.safetensors.index.json", "diffusion_pytorch_mo
 _TEXT = ("model.safetensors.index.json", "model*.safetensors")
 PLACES = {
     "dit": (*_DIT, *(f"transformer/{place}" for place in _DIT)),
-    "vae": ("Wan2.*_VAE.pth", "diffusion_pytorch_model*.safetensors",
-            "vae/diffusion_pytorch_model*.safetensors"),
+    "vae": (
+        "Wan2.*_VAE.pth",
+        "diffusion_pytorch_model*.safetensors",
+        "vae/diffusion_pytorch_model*.safetensors",
+    ),
     "t5": ("models_t5*.pth", *_TEXT, *(f"text_encoder/{place}" for place in _TEXT)),
     "lightwam": ("*.pt",),
 }
-TOKENIZERS = ("tokenizer.json", "tokenizer/tokenizer.json", "../tokenizer/tokenizer.json",
-              "google/umt5-xxl/tokenizer.json")
+TOKENIZERS = (
+    "tokenizer.json",
+    "tokenizer/tokenizer.json",
+    "../tokenizer/tokenizer.json",
+    "google/umt5-xxl/tokenizer.json",
+)
 _BESIDE = ("*tokenizer.json", "*dataset_stats.json")  # small files that go with the weights
 _HUB = re.compile(r"hf:(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w.-]+))?(?::(?P<file>.+))?")
 
@@ -50,13 +57,16 @@ def _choose(names, kind, where):
     for pattern in PLACES[kind]:
         found = sorted(fnmatch.filter(names, pattern))
         if len(found) > 1:
-            raise ValueError(f"{where} holds {len(found)} files that could be meant: "
-                             f"{rules.some_of(found)}; name one of them (hf:owner/name:FILE, or "
-                             "its path)")
+            raise ValueError(
+                f"{where} holds {len(found)} files that could be meant: "
+                f"{rules.some_of(found)}; name one of them (hf:owner/name:FILE, or "
+                "its path)"
+            )
         if found:
             return found[0]
-    raise FileNotFoundError(f"{where} holds no {kind} weights; expected one of "
-                            f"{', '.join(PLACES[kind])} in it")
+    raise FileNotFoundError(
+        f"{where} holds no {kind} weights; expected one of {', '.join(PLACES[kind])} in it"
+    )
 
 
 def tokenizer(weights):
@@ -69,14 +79,16 @@ def _download(place, kind):
     """Brings the files of one kind of a hub repository here: (local path, commit)."""
     match = _HUB.fullmatch(place)
     if not match:
-        raise ValueError(f"{place}: expected hf:owner/name, hf:owner/name@revision or "
-                         "hf:owner/name:path/of/file")
+        raise ValueError(
+            f"{place}: expected hf:owner/name, hf:owner/name@revision or hf:owner/name:path/of/file"
+        )
     repo, wanted, file = match["repo"], match["revision"], match["file"]
     try:
         import huggingface_hub
     except ImportError as error:
-        raise ModuleNotFoundError(f"{place} needs huggingface_hub: pip install huggingface_hub, or "
-                                  f"{_by_hand(repo, kind)}") from error
+        raise ModuleNotFoundError(
+            f"{place} needs huggingface_hub: pip install huggingface_hub, or {_by_hand(repo, kind)}"
+        ) from error
     try:
         info = huggingface_hub.HfApi().repo_info(repo, revision=wanted)
         names = [sibling.rfilename for sibling in info.siblings]
@@ -87,11 +99,14 @@ def _download(place, kind):
         raise
     except (OSError, huggingface_hub.errors.HfHubHTTPError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ConnectionError(f"{place} could not be downloaded ({reason}); "
-                              f"{_by_hand(repo, kind)}") from error
+        raise ConnectionError(
+            f"{place} could not be downloaded ({reason}); {_by_hand(repo, kind)}"
+        ) from error
     return Path(folder) / file, info.sha
 
 
 def _by_hand(repo, kind):
-    return (f"without a network: get {' or '.join(PLACES[kind][:2])} of "
-            f"https://huggingface.co/{repo} elsewhere, place it here and give its path as --in")
+    return (
+        f"without a network: get {' or '.join(PLACES[kind][:2])} of "
+        f"https://huggingface.co/{repo} elsewhere, place it here and give its path as --in"
+    )

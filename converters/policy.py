@@ -40,20 +40,26 @@ def assemble(weights, config, vae, text, out, stats=None, prompts=None, say=prin
     stored = checkpoint.load_params(weights)
     fields = (stored.meta["config"] or {}).get("model", {})
     if "action_dim" not in fields:
-        raise ValueError(f"{weights} holds no whole Light-WAM; expected what python -m converters "
-                         "lightwam wrote")
+        raise ValueError(
+            f"{weights} holds no whole Light-WAM; expected what python -m converters lightwam wrote"
+        )
     config = _config(config, fields, str(vae), str(text))
     stats = Path(stats) if stats else Path(stored.assets or ".", "dataset_stats.json")
     if not stats.is_file():
-        raise FileNotFoundError(f"{stats} is missing; give the release's dataset_stats.json as "
-                                "--stats")
+        raise FileNotFoundError(
+            f"{stats} is missing; give the release's dataset_stats.json as --stats"
+        )
     with tempfile.TemporaryDirectory(dir=out.parent) as assets:
         shutil.copyfile(stats, Path(assets, "dataset_stats.json"))
         wan.WanCodec(vae, config.data.codec, config.model.dtype).save(Path(assets, "codec"))
         _write_texts(Path(assets, "text"), config, prompts)
         assets_lib.load_assets(assets, config)  # whether all of it fits together
-        meta = {"config": dataclasses.asdict(config), "step": stored.meta["step"],
-                "source": stored.meta.get("source"), "checkpoint": stored.meta.get("checkpoint")}
+        meta = {
+            "config": dataclasses.asdict(config),
+            "step": stored.meta["step"],
+            "source": stored.meta.get("source"),
+            "checkpoint": stored.meta.get("checkpoint"),
+        }
         checkpoint.save_params(out, stored.params, meta, assets)
     say(f"{out}: a policy of {config.name}; lightwam_jax.inference.policy.Policy.load reads it")
 
@@ -80,5 +86,6 @@ def _write_texts(directory, config, prompts):
     prompts = [text_lib.prompt(task, config.data.prompt_template) for task in tasks if task]
     data = config.data
     encoder = text_lib.make_encoder(data.text_encoder, config.model.text_dim, data.text_weights)
-    text_lib.write_cache(directory, encoder, prompts, data.text_len, data.text_encoder,
-                         data.prompt_template)
+    text_lib.write_cache(
+        directory, encoder, prompts, data.text_len, data.text_encoder, data.prompt_template
+    )

@@ -41,6 +41,7 @@ class Rule(NamedTuple):
 
 class Entry(NamedTuple):
     """What is known of a tensor before it is read."""
+
     shape: tuple
     dtype: np.dtype
 
@@ -75,8 +76,10 @@ class Renamed:
 
 def linear_rows(source, target, transform=KERNEL):
     """Rows of a layer with weight and bias; `transform` is its kernel's (of a convolution, say)."""
-    return [Rule(f"{source}.weight", f"{target}/kernel", transform),
-            Rule(f"{source}.bias", f"{target}/bias")]
+    return [
+        Rule(f"{source}.weight", f"{target}/kernel", transform),
+        Rule(f"{source}.bias", f"{target}/bias"),
+    ]
 
 
 def norm_rows(source, target):
@@ -100,9 +103,11 @@ def match_sources(rules, keys, what="file"):
     """
     claimed, unknown = _claims(rules, keys, "source")
     if unknown:
-        raise ValueError(f"{what} has {len(unknown)} keys this converter does not know: "
-                         f"{some_of(unknown)}; is it a file of another model, or do its keys have "
-                         "a prefix?")
+        raise ValueError(
+            f"{what} has {len(unknown)} keys this converter does not know: "
+            f"{some_of(unknown)}; is it a file of another model, or do its keys have "
+            "a prefix?"
+        )
     found = {}
     for key, (rule, fields) in claimed.items():
         stacking = _stacking_field(rule)
@@ -173,8 +178,9 @@ def from_params(rules, params, layers):
     for path, (rule, keys, stacked) in match_targets(rules, params, layers).items():
         parts = params[path] if stacked else [params[path]]
         if len(parts) != len(keys):
-            raise ValueError(f"{path} stacks {len(parts)} layers, expected {len(keys)}: "
-                             f"{some_of(keys)}")
+            raise ValueError(
+                f"{path} stacks {len(parts)} layers, expected {len(keys)}: {some_of(keys)}"
+            )
         for key, part in zip(keys, parts):
             tensors[key] = np.ascontiguousarray(rule.transform.inverse(part))
     return tensors
@@ -224,11 +230,14 @@ def _claims(rules, names, side):
     patterns = [(rule, _pattern(getattr(rule, side))) for rule in rules]
     claimed, unknown = {}, []
     for name in names:
-        hits = [(rule, m.groupdict()) for rule, pattern in patterns
-                if (m := pattern.fullmatch(name))]
+        hits = [
+            (rule, m.groupdict()) for rule, pattern in patterns if (m := pattern.fullmatch(name))
+        ]
         if len(hits) > 1:
-            raise ValueError(f"{name} is claimed by {len(hits)} rows of the table: "
-                             f"{[getattr(rule, side) for rule, _ in hits]}")
+            raise ValueError(
+                f"{name} is claimed by {len(hits)} rows of the table: "
+                f"{[getattr(rule, side) for rule, _ in hits]}"
+            )
         if hits:
             claimed[name] = hits[0]
         else:
@@ -260,8 +269,11 @@ def _single(source, key, transform, advance):
 
     def parts():
         for start in range(0, target[0], rows):
-            part = (source.read(key, start, min(start + rows, target[0])) if transform is SAME
-                    else transform.forward(source.read(key)))
+            part = (
+                source.read(key, start, min(start + rows, target[0]))
+                if transform is SAME
+                else transform.forward(source.read(key))
+            )
             advance(part.nbytes)
             yield part
 
@@ -274,15 +286,17 @@ def _stack(source, target, layers, advance):
     for _, key, _ in layers:
         if source.entries[key] != source.entries[first]:
             (shape, dtype), (shape0, dtype0) = source.entries[key], source.entries[first]
-            raise ValueError(f"{source.name}: {key} is {dtype}{list(shape)}, but {first}, which "
-                             f"stacks into the same {target}, is {dtype0}{list(shape0)}")
+            raise ValueError(
+                f"{source.name}: {key} is {dtype}{list(shape)}, but {first}, which "
+                f"stacks into the same {target}, is {dtype0}{list(shape0)}"
+            )
     shape, dtype = source.entries[first]
     shape = (len(layers), *_shape_after(transform.forward, shape))
     rows = rows_per_part(shape, dtype)
 
     def parts():
         for start in range(0, len(layers), rows):
-            some = layers[start:start + rows]
+            some = layers[start : start + rows]
             part = np.empty((len(some), *shape[1:]), dtype)
             for place, (_, key, change) in enumerate(some):
                 part[place] = change.forward(source.read(key))

@@ -43,8 +43,10 @@ TIED = ("shared.weight", "encoder.embed_tokens.weight")
 
 def _table(names):
     """Rows of `models.t5.UMT5Encoder` for one naming."""
-    rows = [Rule(names["token_embedding"], "token_embedding/embedding"),
-            Rule(names["norm"], "norm/scale")]
+    rows = [
+        Rule(names["token_embedding"], "token_embedding/embedding"),
+        Rule(names["norm"], "norm/scale"),
+    ]
     for part, source in names.items():
         source = names["block"] + source
         if part in ("norm1", "norm2"):
@@ -64,9 +66,15 @@ def model_fields(flat):
     vocab, dim = flat["token_embedding/embedding"]
     _, buckets, heads = flat["blocks/pos_embedding/embedding"]
     layers = max(shape[0] for path, shape in flat.items() if path.startswith("blocks/"))
-    return dict(vocab=vocab, dim=dim, attention_dim=flat["blocks/attn/q/kernel"][-1],
-                ffn_dim=flat["blocks/ffn/fc1/kernel"][-1], num_heads=heads, num_layers=layers,
-                num_buckets=buckets)
+    return dict(
+        vocab=vocab,
+        dim=dim,
+        attention_dim=flat["blocks/attn/q/kernel"][-1],
+        ffn_dim=flat["blocks/ffn/fc1/kernel"][-1],
+        num_heads=heads,
+        num_layers=layers,
+        num_buckets=buckets,
+    )
 
 
 def cache_name(prompt, text_len, model):

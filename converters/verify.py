@@ -49,11 +49,14 @@ def verify(directory, out=print):
     """
     root = Path(directory)
     if not root.is_dir():
-        raise FileNotFoundError(f"{root}: no such directory; "
-                                "expected one laid out like tests/golden")
+        raise FileNotFoundError(
+            f"{root}: no such directory; expected one laid out like tests/golden"
+        )
     fixtures, done, failed = Fixtures(root), 0, []
-    out(f"{'group':<15} {'component':<22} {'tensor':<58} {'max abs':>9} {'relative':>9} "
-        f"{'tolerance':>9}  ok")
+    out(
+        f"{'group':<15} {'component':<22} {'tensor':<58} {'max abs':>9} {'relative':>9} "
+        f"{'tolerance':>9}  ok"
+    )
     uncovered = []
     for folder in sorted(path.name for path in root.iterdir() if path.is_dir()):
         if folder not in GROUPS:

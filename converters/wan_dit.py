@@ -3,8 +3,10 @@
 from converters.rules import KERNEL, Rule, Transform, linear_rows, norm_rows, some_of
 
 # Conv3d [D, C, 1, 2, 2] <-> linear over a flattened patch (row, column, channel) [4C, D].
-PATCH = Transform(lambda w: w[:, :, 0].transpose(2, 3, 1, 0).reshape(-1, w.shape[0]),
-                  lambda k: k.reshape(2, 2, -1, k.shape[-1]).transpose(3, 2, 0, 1)[:, :, None])
+PATCH = Transform(
+    lambda w: w[:, :, 0].transpose(2, 3, 1, 0).reshape(-1, w.shape[0]),
+    lambda k: k.reshape(2, 2, -1, k.shape[-1]).transpose(3, 2, 0, 1)[:, :, None],
+)
 # Our name (official dots as underscores) -> theirs, in the Wan files and in diffusers' folders. The
 # official time_projection is Sequential(SiLU, Linear); text and time embeddings hold 0 and 2.
 _OFFICIAL = {
@@ -19,7 +21,10 @@ _OFFICIAL = {
     "modulation": "modulation",  # from here on: of a block
     "self_attn": "self_attn",
     "cross_attn": "cross_attn",
-    "q": "q", "k": "k", "v": "v", "o": "o",
+    "q": "q",
+    "k": "k",
+    "v": "v",
+    "o": "o",
     "norm3": "norm3",
     "ffn/0": "ffn.0",
     "ffn/2": "ffn.2",
@@ -36,7 +41,10 @@ _DIFFUSERS = {
     "modulation": "scale_shift_table",
     "self_attn": "attn1",
     "cross_attn": "attn2",
-    "q": "to_q", "k": "to_k", "v": "to_v", "o": "to_out.0",
+    "q": "to_q",
+    "k": "to_k",
+    "v": "to_v",
+    "o": "to_out.0",
     "norm3": "norm2",
     "ffn/0": "ffn.net.0.proj",
     "ffn/2": "ffn.net.2",
@@ -45,38 +53,49 @@ _DIFFUSERS = {
 
 def _base(names):
     """Rows of the transformer without LoRA and adapters, for one naming."""
-    rows = [*linear_rows(names["patch_embedding"], "dit/patch_embedding", PATCH),
-            *linear_rows(names["time_projection"], "dit/time_projection"),
-            Rule(names["head/modulation"], "dit/head/modulation"),
-            *linear_rows(names["head/head"], "dit/head/head")]
+    rows = [
+        *linear_rows(names["patch_embedding"], "dit/patch_embedding", PATCH),
+        *linear_rows(names["time_projection"], "dit/time_projection"),
+        Rule(names["head/modulation"], "dit/head/modulation"),
+        *linear_rows(names["head/head"], "dit/head/head"),
+    ]
     for ours in ("text_embedding_0", "text_embedding_2", "time_embedding_0", "time_embedding_2"):
         rows += linear_rows(names[ours], f"dit/{ours}")
     block, ours = "blocks.{block}", "dit/blocks"
-    rows += [Rule(f"{block}.{names['modulation']}", f"{ours}/modulation"),
-             *norm_rows(f"{block}.{names['norm3']}", f"{ours}/norm3")]
+    rows += [
+        Rule(f"{block}.{names['modulation']}", f"{ours}/modulation"),
+        *norm_rows(f"{block}.{names['norm3']}", f"{ours}/norm3"),
+    ]
     for layer in ("ffn/0", "ffn/2"):
         rows += linear_rows(f"{block}.{names[layer]}", f"{ours}/{layer}")
     for attention in ("self_attn", "cross_attn"):
         theirs = f"{block}.{names[attention]}"
         for p in "qkvo":
             rows += linear_rows(f"{theirs}.{names[p]}", f"{ours}/{attention}/{p}")
-        rows += [Rule(f"{theirs}.norm_{p}.weight", f"{ours}/{attention}/norm_{p}/scale")
-                 for p in "qk"]
+        rows += [
+            Rule(f"{theirs}.norm_{p}.weight", f"{ours}/{attention}/norm_{p}/scale") for p in "qk"
+        ]
     return tuple(rows)
 
 
 def _lora(source, target):
     """LoRA rows: stacked over the layers that have LoRA, field `lora`."""
     base, ours = f"blocks.{{lora}}.{source}", f"dit/blocks/{target}"
-    return [Rule(f"{base}.down_proj.weight", f"{ours}/lora_a", KERNEL),
-            Rule(f"{base}.up_proj.weight", f"{ours}/lora_b", KERNEL)]
+    return [
+        Rule(f"{base}.down_proj.weight", f"{ours}/lora_a", KERNEL),
+        Rule(f"{base}.up_proj.weight", f"{ours}/lora_b", KERNEL),
+    ]
 
 
 BASE, DIFFUSERS = _base(_OFFICIAL), _base(_DIFFUSERS)
 
 PEFT = (
-    *(row for a in ("self_attn", "cross_attn") for p in "qkvo"
-      for row in _lora(f"{a}.lora_{p}", f"{a}/{p}")),
+    *(
+        row
+        for a in ("self_attn", "cross_attn")
+        for p in "qkvo"
+        for row in _lora(f"{a}.lora_{p}", f"{a}/{p}")
+    ),
     *_lora("ffn_lora_in", "ffn/0"),
     *_lora("ffn_lora_out", "ffn/2"),
     *norm_rows("wam_adapters.{layer}.norm", "dit/adapters_{layer}/norm"),
@@ -101,6 +120,7 @@ def model_fields(shapes, head_dim=None):
     Raises:
       ValueError: a key is missing, or the width does not divide into heads.
     """
+
     def shape(key):
         if key not in shapes:
             raise ValueError(f"key {key} is missing; is this a Wan video transformer?")
@@ -109,20 +129,32 @@ def model_fields(shapes, head_dim=None):
     blocks = sorted({int(key.split(".")[1]) for key in shapes if key.startswith("blocks.")})
     if blocks != list(range(len(blocks))):
         raise ValueError(f"blocks {blocks} have gaps; the file is incomplete")
-    missing = [key for rule in BASE for block in blocks
-               if (key := rule.source.format(block=block)) not in shapes]
+    missing = [
+        key
+        for rule in BASE
+        for block in blocks
+        if (key := rule.source.format(block=block)) not in shapes
+    ]
     if missing:
         raise ValueError(f"missing keys: {some_of(set(missing))}")
     dim, channels = shape("patch_embedding.weight")[:2]
     width = shape("blocks.0.self_attn.q.weight")[0]
     head_dim = head_dim or 128
     if width % head_dim:
-        raise ValueError(f"attention width {width} is not a multiple of the head dim {head_dim}; "
-                         "the file does not tell it: pass --head_dim")
-    fields = dict(dim=dim, latent_channels=channels, num_layers=len(blocks), head_dim=head_dim,
-                  num_heads=width // head_dim, ffn_dim=shape("blocks.0.ffn.0.weight")[0],
-                  text_dim=shape("text_embedding.0.weight")[1],
-                  freq_dim=shape("time_embedding.0.weight")[1])
+        raise ValueError(
+            f"attention width {width} is not a multiple of the head dim {head_dim}; "
+            "the file does not tell it: pass --head_dim"
+        )
+    fields = dict(
+        dim=dim,
+        latent_channels=channels,
+        num_layers=len(blocks),
+        head_dim=head_dim,
+        num_heads=width // head_dim,
+        ffn_dim=shape("blocks.0.ffn.0.weight")[0],
+        text_dim=shape("text_embedding.0.weight")[1],
+        freq_dim=shape("time_embedding.0.weight")[1],
+    )
     return {**fields, **_peft_fields(shapes)}
 
 
@@ -137,14 +169,22 @@ def _peft_fields(shapes):
         for key, shape in shapes.items():
             if key.startswith(prefix) and key.endswith(suffix) and key.split(".")[1].isdigit():
                 loras.setdefault(target, {})[int(key.split(".")[1])] = shape[0]
-    adapters = {int(key.split(".")[1]): shape[0] for key, shape in shapes.items()
-                if key.startswith("wam_adapters.") and key.endswith(".down_proj.weight")}
+    adapters = {
+        int(key.split(".")[1]): shape[0]
+        for key, shape in shapes.items()
+        if key.startswith("wam_adapters.") and key.endswith(".down_proj.weight")
+    }
     ranks = {rank for layers in loras.values() for rank in layers.values()}
     layer_sets = {tuple(sorted(layers)) for layers in loras.values()}
     if len(ranks) > 1 or len(layer_sets) > 1 or len(set(adapters.values())) > 1:
-        raise ValueError(f"LoRA ranks {sorted(ranks)} over layers {sorted(layer_sets)} and adapter "
-                         f"widths {sorted(set(adapters.values()))} are mixed; expected one of each")
-    return dict(lora_rank=ranks.pop() if ranks else 0, lora_targets=tuple(loras),
-                lora_layers=layer_sets.pop() if layer_sets else (),
-                adapter_layers=tuple(sorted(adapters)),
-                adapter_dim=next(iter(adapters.values()), 0))
+        raise ValueError(
+            f"LoRA ranks {sorted(ranks)} over layers {sorted(layer_sets)} and adapter "
+            f"widths {sorted(set(adapters.values()))} are mixed; expected one of each"
+        )
+    return dict(
+        lora_rank=ranks.pop() if ranks else 0,
+        lora_targets=tuple(loras),
+        lora_layers=layer_sets.pop() if layer_sets else (),
+        adapter_layers=tuple(sorted(adapters)),
+        adapter_dim=next(iter(adapters.values()), 0),
+    )

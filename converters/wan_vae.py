@@ -25,22 +25,28 @@ GAMMA2D = Transform(lambda g: g[:, 0, 0], lambda g: g[:, None, None])
 def _res_block(theirs, ours, names):
     """Rows of a residual block; `names`: its two norms, two convolutions and its shortcut."""
     norm1, conv1, norm2, conv2, shortcut = names
-    return [Rule(f"{theirs}.{norm1}.gamma", f"{ours}/residual_0/gamma", GAMMA3D),
-            *linear_rows(f"{theirs}.{conv1}", f"{ours}/residual_2", CONV3D),
-            Rule(f"{theirs}.{norm2}.gamma", f"{ours}/residual_3/gamma", GAMMA3D),
-            *linear_rows(f"{theirs}.{conv2}", f"{ours}/residual_6", CONV3D),
-            *linear_rows(f"{theirs}.{shortcut}", f"{ours}/shortcut", POINT3D)]
+    return [
+        Rule(f"{theirs}.{norm1}.gamma", f"{ours}/residual_0/gamma", GAMMA3D),
+        *linear_rows(f"{theirs}.{conv1}", f"{ours}/residual_2", CONV3D),
+        Rule(f"{theirs}.{norm2}.gamma", f"{ours}/residual_3/gamma", GAMMA3D),
+        *linear_rows(f"{theirs}.{conv2}", f"{ours}/residual_6", CONV3D),
+        *linear_rows(f"{theirs}.{shortcut}", f"{ours}/shortcut", POINT3D),
+    ]
 
 
 def _resample(theirs, ours):
-    return [*linear_rows(f"{theirs}.resample.1", f"{ours}/resample_1", CONV2D),
-            *linear_rows(f"{theirs}.time_conv", f"{ours}/time_conv", CONV3D)]
+    return [
+        *linear_rows(f"{theirs}.resample.1", f"{ours}/resample_1", CONV2D),
+        *linear_rows(f"{theirs}.time_conv", f"{ours}/time_conv", CONV3D),
+    ]
 
 
 def _attention(theirs, ours):
-    return [Rule(f"{theirs}.norm.gamma", f"{ours}/norm/gamma", GAMMA2D),
-            *linear_rows(f"{theirs}.to_qkv", f"{ours}/to_qkv", POINT2D),
-            *linear_rows(f"{theirs}.proj", f"{ours}/proj", POINT2D)]
+    return [
+        Rule(f"{theirs}.norm.gamma", f"{ours}/norm/gamma", GAMMA2D),
+        *linear_rows(f"{theirs}.to_qkv", f"{ours}/to_qkv", POINT2D),
+        *linear_rows(f"{theirs}.proj", f"{ours}/proj", POINT2D),
+    ]
 
 
 _OFFICIAL = ("residual.0", "residual.2", "residual.3", "residual.6", "shortcut")
@@ -54,10 +60,13 @@ def _official(level):
     for half, listed in (("encoder", "downsamples"), ("decoder", "upsamples")):
         theirs = f"{half}.{level.replace('LIST', listed)}"
         ours = theirs.replace(f"{listed}.", f"{listed}_").replace(".", "/")
-        rows += [*linear_rows(f"{half}.conv1", f"{half}/conv1", CONV3D),
-                 *_res_block(theirs, ours, _OFFICIAL), *_resample(theirs, ours),
-                 Rule(f"{half}.head.0.gamma", f"{half}/head_0/gamma", GAMMA3D),
-                 *linear_rows(f"{half}.head.2", f"{half}/head_2", CONV3D)]
+        rows += [
+            *linear_rows(f"{half}.conv1", f"{half}/conv1", CONV3D),
+            *_res_block(theirs, ours, _OFFICIAL),
+            *_resample(theirs, ours),
+            Rule(f"{half}.head.0.gamma", f"{half}/head_0/gamma", GAMMA3D),
+            *linear_rows(f"{half}.head.2", f"{half}/head_2", CONV3D),
+        ]
         for i in (0, 2):
             rows += _res_block(f"{half}.middle.{i}", f"{half}/middle_{i}", _OFFICIAL)
         rows += _attention(f"{half}.middle.1", f"{half}/middle_1")
@@ -70,20 +79,24 @@ def _diffusers(members):
     Args:
       members: function half -> [(their member of a level, ours, is it a residual block)].
     """
-    rows = [*linear_rows("quant_conv", "conv1", POINT3D),
-            *linear_rows("post_quant_conv", "conv2", POINT3D)]
+    rows = [
+        *linear_rows("quant_conv", "conv1", POINT3D),
+        *linear_rows("post_quant_conv", "conv2", POINT3D),
+    ]
     for half in ("encoder", "decoder"):
-        rows += [*linear_rows(f"{half}.conv_in", f"{half}/conv1", CONV3D),
-                 Rule(f"{half}.norm_out.gamma", f"{half}/head_0/gamma", GAMMA3D),
-                 *linear_rows(f"{half}.conv_out", f"{half}/head_2", CONV3D)]
+        rows += [
+            *linear_rows(f"{half}.conv_in", f"{half}/conv1", CONV3D),
+            Rule(f"{half}.norm_out.gamma", f"{half}/head_0/gamma", GAMMA3D),
+            *linear_rows(f"{half}.conv_out", f"{half}/head_2", CONV3D),
+        ]
         for theirs, ours in ((0, 0), (1, 2)):
-            rows += _res_block(f"{half}.mid_block.resnets.{theirs}", f"{half}/middle_{ours}",
-                               _DIFFUSERS)
+            rows += _res_block(
+                f"{half}.mid_block.resnets.{theirs}", f"{half}/middle_{ours}", _DIFFUSERS
+            )
         rows += _attention(f"{half}.mid_block.attentions.0", f"{half}/middle_1")
         for theirs, ours, is_block in members(half):
             theirs, ours = f"{half}.{theirs}", f"{half}/{ours}"
-            rows += (_res_block(theirs, ours, _DIFFUSERS) if is_block
-                     else _resample(theirs, ours))
+            rows += _res_block(theirs, ours, _DIFFUSERS) if is_block else _resample(theirs, ours)
     return tuple(rows)
 
 
@@ -115,8 +128,10 @@ DIFFUSERS = _diffusers(_members21)
 DIFFUSERS22 = _diffusers(_members22)
 
 
-_MEMBER = re.compile(r"encoder/downsamples_(\d+)(?:/downsamples_(\d+))?/"
-                     r"(residual_2|residual_6|resample_1|time_conv)/kernel")
+_MEMBER = re.compile(
+    r"encoder/downsamples_(\d+)(?:/downsamples_(\d+))?/"
+    r"(residual_2|residual_6|resample_1|time_conv)/kernel"
+)
 
 
 def model_fields(shapes):
@@ -144,8 +159,13 @@ def model_fields(shapes):
             levels.append([])
         else:
             levels[-1].append(found.get("residual_6") or found["residual_2"])  # one may be missing
-    fields = dict(dim=dim, z_dim=z_dim, dim_mult=tuple(level[0] // dim for level in levels),
-                  num_res_blocks=len(levels[0]), time_downsample=tuple(times))
+    fields = dict(
+        dim=dim,
+        z_dim=z_dim,
+        dim_mult=tuple(level[0] // dim for level in levels),
+        num_res_blocks=len(levels[0]),
+        time_downsample=tuple(times),
+    )
     if len(next(iter(members))) == 1:
         return {"version": "wan21", **fields}
     return {"version": "wan22", **fields, "decoder_dim": top // fields["dim_mult"][-1]}

@@ -79,8 +79,15 @@ def run(config, directory):
     l1 = None
     if config.data.val_fraction:
         l1 = float(np.mean(open_loop.evaluate(policy, loader.val_batches(config))["l1"]))
-    result = {"success": success, "action_l1": l1, "flops": _flops(config), "seed": config.seed,
-              "steps": config.train.steps, "evaluation": evaluation, "manifest": manifest}
+    result = {
+        "success": success,
+        "action_l1": l1,
+        "flops": _flops(config),
+        "seed": config.seed,
+        "steps": config.train.steps,
+        "evaluation": evaluation,
+        "manifest": manifest,
+    }
     path.write_text(json.dumps(result, indent=2) + "\n")
     return result
 
@@ -92,20 +99,33 @@ def _closed_loop(policy, directory):
     setup = setup_lib.of_config(config, suite)
     manifest = closed_loop.manifest_of(policy, setup)
     policy.warm_up([config.evaluation.batch])
-    rate = report.rate(rollout.run(
-        policy.act, setup.env, setup.episodes, config.evaluation, directory / "episodes.jsonl",
-        report.log_manifest(manifest, manifest["weights"]), directory.parent.name))
+    rate = report.rate(
+        rollout.run(
+            policy.act,
+            setup.env,
+            setup.episodes,
+            config.evaluation,
+            directory / "episodes.jsonl",
+            report.log_manifest(manifest, manifest["weights"]),
+            directory.parent.name,
+        )
+    )
     if rate.errors:
-        raise RuntimeError(f"{rate.errors} of {len(setup.episodes)} episodes could not be run "
-                           f"({directory / 'episodes.jsonl'}); the same command tries them again")
+        raise RuntimeError(
+            f"{rate.errors} of {len(setup.episodes)} episodes could not be run "
+            f"({directory / 'episodes.jsonl'}); the same command tries them again"
+        )
     return {"successes": rate.successes, "episodes": rate.episodes}, manifest
 
 
 def _flops(config):
     model = build.build_model(config.model)
     update = optimizer.make_optimizer(config.optimizer, config.train.steps)
-    state = jax.eval_shape(lambda: step_lib.init_state(
-        build.init_params(model, jax.random.key(0), config.model), config, update))
+    state = jax.eval_shape(
+        lambda: step_lib.init_state(
+            build.init_params(model, jax.random.key(0), config.model), config, update
+        )
+    )
     return flops.of_step(config, update, state)
 
 
@@ -133,7 +153,7 @@ class Mean:
         n = len(self.values)
         if n < 2:
             return float("inf")
-        return float(scipy.stats.t.ppf(0.975, n - 1) * np.std(self.values, ddof=1) / n ** 0.5)
+        return float(scipy.stats.t.ppf(0.975, n - 1) * np.std(self.values, ddof=1) / n**0.5)
 
 
 def collect(out):
@@ -145,8 +165,10 @@ def collect(out):
     for name in cells_lib.CELLS:
         files = sorted(out.glob(f"{name}/*/result.json"), key=lambda path: int(path.parent.name))
         if files:
-            found[name] = [json.loads(path.read_text()) | {"parameters": _parameters(path.parent)}
-                           for path in files]
+            found[name] = [
+                json.loads(path.read_text()) | {"parameters": _parameters(path.parent)}
+                for path in files
+            ]
     return found
 
 
@@ -185,8 +207,16 @@ def markdown(results):
     FLOPs are of a training step, relative to the first cell; differences are to it, too.
     """
     first = next(iter(results))
-    head = ["cell", "what it is", "success, mean and 95 % interval", "each seed",
-            f"less {first}, seed by seed", "action L1", "FLOPs", "parameters"]
+    head = [
+        "cell",
+        "what it is",
+        "success, mean and 95 % interval",
+        "each seed",
+        f"less {first}, seed by seed",
+        "action L1",
+        "FLOPs",
+        "parameters",
+    ]
     rows = [head, ["---"] * len(head)]
     for name, cell in results.items():
         m, less = means(cell), difference(cell, results[first])
@@ -198,9 +228,18 @@ def markdown(results):
             change = f"{100 * less.value:+.0f} ± {100 * less.half:.0f} %"
         if "action_l1" in m:
             l1 = f"{m['action_l1'].value:.4f} ± {m['action_l1'].half:.4f}"
-        rows.append([name, cells_lib.CELLS[name], success, each, change, l1,
-                     f"{cell[0]['flops'] / results[first][0]['flops']:.2f}",
-                     f"{cell[0]['parameters'] / 1e6:.2f} M"])
+        rows.append(
+            [
+                name,
+                cells_lib.CELLS[name],
+                success,
+                each,
+                change,
+                l1,
+                f"{cell[0]['flops'] / results[first][0]['flops']:.2f}",
+                f"{cell[0]['parameters'] / 1e6:.2f} M",
+            ]
+        )
     return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
 
 
@@ -223,12 +262,19 @@ def _chart(path, results):
             values = 100 * np.array(mean.values)
             if len(values) > 1:
                 ends = np.clip([mean.value - mean.half, mean.value + mean.half], 0, 1)
-                axes.plot(100 * ends, [row, row], color=report.UNTRAINED, lw=6,
-                          solid_capstyle="butt", alpha=0.6)
+                axes.plot(
+                    100 * ends,
+                    [row, row],
+                    color=report.UNTRAINED,
+                    lw=6,
+                    solid_capstyle="butt",
+                    alpha=0.6,
+                )
             axes.plot(values, [row] * len(values), "o", color=report.TRAINED, ms=5, alpha=0.7)
             axes.plot(100 * mean.value, row, "|", color=page.INK, ms=16, mew=2)
-        axes.set_yticks(range(len(results)), [cells_lib.CELLS[name] for name in results],
-                        fontsize=10)
+        axes.set_yticks(
+            range(len(results)), [cells_lib.CELLS[name] for name in results], fontsize=10
+        )
         axes.invert_yaxis()
         axes.set_xlim(-2, 102)
         axes.set_xlabel("episodes solved, %: seeds, mean, 95 % interval", fontsize=10)
@@ -255,8 +301,11 @@ def main(argv):
             result = run(config_lib.from_config_dict(c), out / name / str(seed))
             if result is None:
                 sys.exit("stopped; the same command continues")
-            print(f"{name}, seed {seed}: {result['success']}, action L1 {result['action_l1']} "
-                  f"({time.monotonic() - began:.0f} s)", flush=True)
+            print(
+                f"{name}, seed {seed}: {result['success']}, action L1 {result['action_l1']} "
+                f"({time.monotonic() - began:.0f} s)",
+                flush=True,
+            )
             jax.clear_caches()  # of other shapes; the next seed finds them on the disk
             table = write_table(out)
         print(f"{table}\nwritten to {out}")

@@ -11,14 +11,19 @@ def build_model(config):
 
     def fields(module, **given):
         names = module.__dataclass_fields__
-        return {**{name: getattr(config, name) for name in names if hasattr(config, name)},
-                "dtype": dtype, **given}
+        return {
+            **{name: getattr(config, name) for name in names if hasattr(config, name)},
+            "dtype": dtype,
+            **given,
+        }
 
-    sources = action.resolve_sources(config.sources, config.layer_sources,
-                                     len(config.adapter_layers))
+    sources = action.resolve_sources(
+        config.sources, config.layer_sources, len(config.adapter_layers)
+    )
     backbone = dit.WanDiT(**fields(dit.WanDiT))
     expert = action.StateFusionActionExpert(
-        **fields(action.StateFusionActionExpert, layer_sources=sources))
+        **fields(action.StateFusionActionExpert, layer_sources=sources)
+    )
     return lightwam.LightWAM(dit=backbone, expert=expert, dtype=dtype)
 
 

@@ -257,8 +257,7 @@ class Checkpoints:
             self._manager.wait_until_finished()
 
     def close(self):
-        """Waits and releases the background threads; after a failed save, which raised, does not.
-        """
+        """Waits and releases the background threads, unless a save failed (and raised)."""
         if not self._failed:
             self.wait()
             self._manager.close()

@@ -15,6 +15,7 @@ from lightwam_jax import config_checks
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """Sizes and dtypes; see `models/variants.py`."""
+
     variant: str
     dim: int
     num_heads: int
@@ -205,6 +206,7 @@ class DemoConfig:
 @dataclasses.dataclass(frozen=True)
 class Config:
     """A whole run. Fields are the sections of `configs/base.py`."""
+
     name: str
     seed: int
     model: ModelConfig
@@ -233,6 +235,7 @@ def from_config_dict(tree):
 
 class Member(typing.NamedTuple):
     """One data set of a run: its share of the samples, and the `Config` that describes it alone."""
+
     name: str
     weight: float
     config: Config
@@ -259,10 +262,11 @@ def members(config):
         changes = {key: value for key, value in entry.items() if key != "weight"}
         fixed = sorted(_SHARED & set(changes))
         if fixed:
-            raise ValueError(f"{path} sets {', '.join(fixed)}, which all members of a mixture "
-                             "share: set it in config.data")
-        keys = dataclasses.asdict(config.data) | {
-            "member": name, "embodiment": name}
+            raise ValueError(
+                f"{path} sets {', '.join(fixed)}, which all members of a mixture "
+                "share: set it in config.data"
+            )
+        keys = dataclasses.asdict(config.data) | {"member": name, "embodiment": name}
         keys["fields"] |= changes.pop("fields", {})
         data = _section(DataConfig, keys | changes | {"mixture": {}}, path)
         member = dataclasses.replace(config, data=data)
@@ -284,16 +288,36 @@ def of_embodiment(config, embodiment=""):
     if not embodiment and len(known) == 1:
         return configs[0]
     if embodiment not in known:
-        raise ValueError(f"embodiment {embodiment!r} is none of those of this run: "
-                         f"{', '.join(map(repr, known))}; say whose units and cameras are meant")
+        raise ValueError(
+            f"embodiment {embodiment!r} is none of those of this run: "
+            f"{', '.join(map(repr, known))}; say whose units and cameras are meant"
+        )
     return next(c for c in configs if c.data.embodiment == embodiment)
 
 
 # What decides the shapes of a batch, or is there once for the whole run.
-_SHARED = frozenset((
-    "member", "cache", "canvas", "codec", "codec_weights", "text_encoder", "text_weights",
-    "prompt_template", "text_len", "num_frames", "frame_stride", "action_horizon", "mixture",
-    "pixels", "augment", "workers", "threads", "prefetch"))
+_SHARED = frozenset(
+    (
+        "member",
+        "cache",
+        "canvas",
+        "codec",
+        "codec_weights",
+        "text_encoder",
+        "text_weights",
+        "prompt_template",
+        "text_len",
+        "num_frames",
+        "frame_stride",
+        "action_horizon",
+        "mixture",
+        "pixels",
+        "augment",
+        "workers",
+        "threads",
+        "prefetch",
+    )
+)
 
 
 def state_width(config):
@@ -331,8 +355,9 @@ def _section(cls, tree, path):
             raise ValueError(f"{path}.{key} is not a config key; {advice}")
     missing = sorted(set(hints) - set(tree))
     if missing:
-        raise ValueError(f"{path} lacks {', '.join(missing)}; "
-                         "configs/base.py has every key with its default")
+        raise ValueError(
+            f"{path} lacks {', '.join(missing)}; configs/base.py has every key with its default"
+        )
     return cls(**{key: _value(kind, tree[key], f"{path}.{key}") for key, kind in hints.items()})
 
 

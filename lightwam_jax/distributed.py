@@ -36,19 +36,23 @@ def initialize(coordinator="", num_processes=0, process_id=-1, heartbeat_s=HEART
         raise ValueError(
             f"--coordinator={coordinator!r} --num_processes={num_processes} --process_id="
             f"{process_id}: give all three, or none where TPU, SLURM, Open MPI or Kubernetes "
-            "tell them")
+            "tell them"
+        )
     if all(given):
         if process_id >= num_processes or ":" not in coordinator:
             raise ValueError(
                 f"--coordinator={coordinator!r} --num_processes={num_processes} --process_id="
-                f"{process_id}: expected HOST:PORT, and process_id from 0 to num_processes - 1")
-        jax.distributed.initialize(coordinator, num_processes, process_id,
-                                   heartbeat_timeout_seconds=heartbeat_s)
+                f"{process_id}: expected HOST:PORT, and process_id from 0 to num_processes - 1"
+            )
+        jax.distributed.initialize(
+            coordinator, num_processes, process_id, heartbeat_timeout_seconds=heartbeat_s
+        )
         return "flags"
     found = detect(os.environ, _tpu_host(), importlib.util.find_spec("kubernetes") is not None)
     if found:
-        jax.distributed.initialize(local_device_ids=local_gpus(os.environ),
-                                   heartbeat_timeout_seconds=heartbeat_s)
+        jax.distributed.initialize(
+            local_device_ids=local_gpus(os.environ), heartbeat_timeout_seconds=heartbeat_s
+        )
     return found
 
 
@@ -72,8 +76,11 @@ def tell(topic, text, when):
     """
     client = jax._src.distributed.global_state.client
     if client is not None:
-        client.key_value_set(f"lightwam_jax/{topic}/{jax.process_index()}", f"{when:.0f} {text}",
-                             allow_overwrite=True)
+        client.key_value_set(
+            f"lightwam_jax/{topic}/{jax.process_index()}",
+            f"{when:.0f} {text}",
+            allow_overwrite=True,
+        )
 
 
 def told(topic, since):
@@ -114,7 +121,8 @@ def detect(environ, tpu_host, kubernetes=False):
                 "this is a pod of an indexed Kubernetes job, and the package that tells how many "
                 'there are is missing: pip install "jax[k8s]", or give --coordinator, '
                 "--num_processes and --process_id=$JOB_COMPLETION_INDEX (--num_processes=1 alone "
-                "for a job of one pod)")
+                "for a job of one pod)"
+            )
         return "Kubernetes"
     return ""
 
@@ -139,7 +147,8 @@ def local_gpus(environ):
         raise ValueError(
             f"SLURM runs {tasks} tasks on this node, which see {len(visible)} GPUs "
             f"(CUDA_VISIBLE_DEVICES={','.join(visible)}): make --ntasks-per-node a divisor of "
-            "--gpus-per-node, best equal to it")
+            "--gpus-per-node, best equal to it"
+        )
     share = len(visible) // tasks
     return list(range(me * share, (me + 1) * share))
 

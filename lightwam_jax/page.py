@@ -51,13 +51,21 @@ def write_html(path, title, headline, facts, sections, manifest, folded="Run man
     """
     text = html.escape
     cards = [f"<div><b>{text(n)}</b><span>{text(label)}</span></div>" for n, label in facts]
-    rows = [f"<tr><th>{text(name)}</th><td>{text(str(value))}</td></tr>"
-            for name, value in _leaves("", manifest)]
+    rows = [
+        f"<tr><th>{text(name)}</th><td>{text(str(value))}</td></tr>"
+        for name, value in _leaves("", manifest)
+    ]
     page = _PAGE.format(
-        title=text(title), number=text(headline[0]), meaning=text(headline[1]), css=_CSS,
-        facts="".join(cards), body="".join(map(_section, sections)), manifest="".join(rows),
+        title=text(title),
+        number=text(headline[0]),
+        meaning=text(headline[1]),
+        css=_CSS,
+        facts="".join(cards),
+        body="".join(map(_section, sections)),
+        manifest="".join(rows),
         folded=text(folded),
-        tone=tone + " words" * (len(headline[0]) > 12))
+        tone=tone + " words" * (len(headline[0]) > 12),
+    )
     pathlib.Path(path).write_text(page, encoding="utf-8")
 
 
@@ -68,6 +76,7 @@ def chart(path, width, height, rows=1, columns=1):
     The chart, `width` x `height` inches, is written as PNG at the end of the `with` block.
     """
     from matplotlib.figure import Figure  # not pyplot: no display, nothing global
+
     figure = Figure(figsize=(width, height), dpi=200, layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False)
     for one in axes.flat:
@@ -87,8 +96,10 @@ def _section(section):
         head, *rows = section.table
         body = "".join(_row("td", row) for row in rows)
         kind = "whole" if section.whole else "scroll"
-        parts.append(f'<div class="{kind}"><table><thead>{_row("th", head)}</thead>'
-                     f"<tbody>{body}</tbody></table></div>")
+        parts.append(
+            f'<div class="{kind}"><table><thead>{_row("th", head)}</thead>'
+            f"<tbody>{body}</tbody></table></div>"
+        )
     return f"<section>{''.join(parts)}</section>"
 
 
@@ -99,8 +110,10 @@ def _row(tag, cells):
 def _media(media):
     data = base64.b64encode(pathlib.Path(media.path).read_bytes()).decode()
     if pathlib.Path(media.path).suffix == ".mp4":
-        shown = ('<video autoplay loop muted playsinline controls '
-                 f'src="data:video/mp4;base64,{data}"></video>')
+        shown = (
+            "<video autoplay loop muted playsinline controls "
+            f'src="data:video/mp4;base64,{data}"></video>'
+        )
     else:
         shown = f'<img alt="{html.escape(media.caption)}" src="data:image/png;base64,{data}">'
     caption = html.escape(media.caption)

@@ -59,11 +59,15 @@ def partition(params, patterns):
     flat = flatten(params)
     for pattern in patterns:
         if not any(re.search(pattern, path) for path in flat):
-            raise ValueError(f"trainable pattern {pattern!r} matches no parameter; paths look "
-                             f"like {', '.join(list(flat)[:3])}")
+            raise ValueError(
+                f"trainable pattern {pattern!r} matches no parameter; paths look "
+                f"like {', '.join(list(flat)[:3])}"
+            )
     learns = {path: any(re.search(p, path) for p in patterns) for path in flat}
-    return tuple(unflatten({path: leaf for path, leaf in flat.items() if learns[path] is wanted})
-                 for wanted in (True, False))
+    return tuple(
+        unflatten({path: leaf for path, leaf in flat.items() if learns[path] is wanted})
+        for wanted in (True, False)
+    )
 
 
 def merge(*trees):
@@ -87,16 +91,23 @@ def check_same_structure(got, expected, what):
     Raises:
       ValueError: lists the missing (-), unexpected (+) and misshapen (~) paths.
     """
-    got, expected = ({path: tuple(leaf.shape) for path, leaf in flatten(tree).items()}
-                     for tree in (got, expected))
+    got, expected = (
+        {path: tuple(leaf.shape) for path, leaf in flatten(tree).items()}
+        for tree in (got, expected)
+    )
     lines = [f"  - {path} {expected[path]}" for path in sorted(set(expected) - set(got))]
     lines += [f"  + {path} {got[path]}" for path in sorted(set(got) - set(expected))]
-    lines += [f"  ~ {path}: {got[path]}, expected {expected[path]}"
-              for path in sorted(set(got) & set(expected)) if got[path] != expected[path]]
+    lines += [
+        f"  ~ {path}: {got[path]}, expected {expected[path]}"
+        for path in sorted(set(got) & set(expected))
+        if got[path] != expected[path]
+    ]
     if lines:
         more = f"\n  ... and {len(lines) - 20} more" if len(lines) > 20 else ""
-        raise ValueError(f"{what} holds another model's parameters (- missing, + unexpected, "
-                         f"~ other shape):\n" + "\n".join(lines[:20]) + more)
+        raise ValueError(
+            f"{what} holds another model's parameters (- missing, + unexpected, "
+            f"~ other shape):\n" + "\n".join(lines[:20]) + more
+        )
 
 
 # ---- layouts -----------------------------------------------------------------------------------
@@ -136,7 +147,7 @@ def segmented(params, config):
                 continue
             # LoRA is stacked over the layers that have it; a run has it everywhere or nowhere.
             first = lora_index[cut.start] if is_lora else cut.start
-            flat[f"{before}{cut.name}/{after}"] = leaf[first:first + cut.stop - cut.start]
+            flat[f"{before}{cut.name}/{after}"] = leaf[first : first + cut.stop - cut.start]
     return unflatten(flat)
 
 

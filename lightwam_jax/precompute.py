@@ -39,8 +39,10 @@ from lightwam_jax.data import text as text_lib
 STEPS = ("demo", "stats", "text", "latents")
 _FIT_EPISODES = 64  # more of them show more colours and places; the fit then takes 2 seconds
 _FIT_CLIPS = 384
-_SHARED = ("its share is made; the process that ends last completes it (where all have ended and "
-           "it is not there, run one again)")
+_SHARED = (
+    "its share is made; the process that ends last completes it (where all have ended and "
+    "it is not there, run one again)"
+)
 
 
 def precompute(config, what=("all",), process_index=0, process_count=1):
@@ -58,11 +60,15 @@ def precompute(config, what=("all",), process_index=0, process_count=1):
     """
     unknown = sorted(set(what) - {*STEPS, "all"})
     if unknown or not what:
-        raise ValueError(f"--what={','.join(what)}: {', '.join(unknown) or 'nothing'} is not a "
-                         f"step; expected some of {', '.join(STEPS)}, all")
+        raise ValueError(
+            f"--what={','.join(what)}: {', '.join(unknown) or 'nothing'} is not a "
+            f"step; expected some of {', '.join(STEPS)}, all"
+        )
     if not 0 <= process_index < process_count:
-        raise ValueError(f"--process_index={process_index} of --process_count={process_count}; "
-                         "expected 0 to process_count - 1")
+        raise ValueError(
+            f"--process_index={process_index} of --process_count={process_count}; "
+            "expected 0 to process_count - 1"
+        )
     source = config.data.source
     if source == "fake":
         print("config.data.source='fake' makes its batches on the fly: nothing to precompute")
@@ -74,13 +80,15 @@ def precompute(config, what=("all",), process_index=0, process_count=1):
         elif "demo" in what:
             raise ValueError(
                 f"--what=demo records the embedded demo, config.data.source is {source!r}; use a "
-                "config with data.source='demo', e.g. configs/demo.py")
+                "config with data.source='demo', e.g. configs/demo.py"
+            )
         steps.remove("demo")
     if not steps:
         return
     if not config.data.cache:
-        raise ValueError("config.data.cache is empty; give the directory to write to: "
-                         "--config.data.cache=DIR")
+        raise ValueError(
+            "config.data.cache is empty; give the directory to write to: --config.data.cache=DIR"
+        )
     data = Data(config, process_index, process_count)
     os.makedirs(config.data.cache, exist_ok=True)
     with contextlib.nullcontext() if process_index else partial.alone_in(config.data.cache):
@@ -93,9 +101,12 @@ def precompute(config, what=("all",), process_index=0, process_count=1):
 
 def _record(config, process_count):
     if process_count > 1:
-        raise ValueError("one process records the demo: run --what demo without --process_count, "
-                         "then --what stats,text,latents with it")
+        raise ValueError(
+            "one process records the demo: run --what demo without --process_count, "
+            "then --what stats,text,latents with it"
+        )
     from lightwam_jax.data import demo  # imports the simulator; only this step needs it
+
     demo.record(config)
 
 
@@ -159,12 +170,16 @@ def _statistics(data):
 def _examine(one):
     """Has the dataset doctor look at data, or at questions about them, that are new."""
     from lightwam_jax.data import doctor, doctor_report  # draws figures; only this step does
+
     directory = doctor_report.directory(one.config)
     done = os.path.join(directory, "examined.json")
     broken = any(problem.severity == "error" for problem in one.problems)
     if not broken:
-        keys = {key: value for key, value in dataclasses.asdict(one.config.data).items()
-                if key not in ("cache", "workers", "threads", "prefetch")}
+        keys = {
+            key: value
+            for key, value in dataclasses.asdict(one.config.data).items()
+            if key not in ("cache", "workers", "threads", "prefetch")
+        }
         asked = json.loads(json.dumps({"data": one.everything, "config": keys}))
         if partial.read_json(done) == asked:
             return
@@ -180,30 +195,39 @@ def _fit(path, sets):
     """Statistics of the data sets of one embodiment together."""
     wanted, *others = (assets.statistics_keys(one.config) for one in sets)
     if any(other != wanted for other in others):
-        raise ValueError(f"data sets of config.data.embodiment={sets[0].config.data.embodiment!r} "
-                         f"differ in {', '.join(wanted)}; give them embodiments of their own")
+        raise ValueError(
+            f"data sets of config.data.embodiment={sets[0].config.data.embodiment!r} "
+            f"differ in {', '.join(wanted)}; give them embodiments of their own"
+        )
     made_from = {"data": "+".join(one.training for one in sets), "config": wanted}
     have = partial.read_json(path)
     if have is not None:
         if have.get("made_from") == made_from:
             return f"up to date in {path}"
         if "made_from" not in have:  # somebody's released statistics: theirs, but they must fit
-            normalize.read_statistics(path, config_lib.state_width(sets[0].config),
-                                      config_lib.action_width(sets[0].config))
+            normalize.read_statistics(
+                path,
+                config_lib.state_width(sets[0].config),
+                config_lib.action_width(sets[0].config),
+            )
             return f"{path} was not computed here; kept as given (delete it to compute)"
     statistics = normalize.fit_statistics(
         [episode for one in sets for episode in one.splits["train"]],
-        sets[0].config.data.action_horizon, actions.from_config(sets[0].config))
+        sets[0].config.data.action_horizon,
+        actions.from_config(sets[0].config),
+    )
     statistics["made_from"] = made_from
     normalize.write_statistics(statistics, path)
     print(normalize.describe(statistics))
     for name in ("state", "action"):
         unsafe = normalize.unsafe_dimensions(statistics, name, sets[0].config.data.normalization)
         if unsafe:
-            print(f"WARNING: {name} dimensions {unsafe} never move, and z_score_reference "
-                  "divides by their deviation of about 0: any other value at run time is clipped "
-                  "to +-5. config.data.normalization='z_score' does not scale such dimensions.",
-                  file=sys.stderr)
+            print(
+                f"WARNING: {name} dimensions {unsafe} never move, and z_score_reference "
+                "divides by their deviation of about 0: any other value at run time is clipped "
+                "to +-5. config.data.normalization='z_score' does not scale such dimensions.",
+                file=sys.stderr,
+            )
     return f"wrote {path}"
 
 
@@ -217,29 +241,41 @@ def _text(data):
     prompts = data_prompts(data)
     have = text_lib.TextCache(directory) if os.path.exists(directory) else None
     wanted = (config.data.text_encoder, config.model.text_dim)
-    complete = (have is not None and (have.kind, have.dim) == wanted
-                and have.template == config.data.prompt_template
-                and have.text_len in (None, config.data.text_len)
-                and all(prompt in have for prompt in prompts))
+    complete = (
+        have is not None
+        and (have.kind, have.dim) == wanted
+        and have.template == config.data.prompt_template
+        and have.text_len in (None, config.data.text_len)
+        and all(prompt in have for prompt in prompts)
+    )
     # Where every prompt is cached, the encoder's weights may be elsewhere.
     encoder = text_lib.make_encoder(*wanted, config.data.text_weights, have if complete else None)
     if complete and have.encoder_id == encoder.id:
         if not data.index:
             partial.put_away(directory)
         return f"up to date, {len(have.prompts)} prompts in {directory}"
-    if not text_lib.write_cache(directory, encoder, prompts, config.data.text_len,
-                                config.data.text_encoder, config.data.prompt_template,
-                                data.index, data.count):
+    if not text_lib.write_cache(
+        directory,
+        encoder,
+        prompts,
+        config.data.text_len,
+        config.data.text_encoder,
+        config.data.prompt_template,
+        data.index,
+        data.count,
+    ):
         return _SHARED
     return f"wrote {len(prompts)} prompts to {directory}"
 
 
 def data_prompts(data):
     """Returns the texts of all instructions in `Data`, each once."""
-    tasks = episodes_lib.tasks([episode for one in data.sets for episodes in one.splits.values()
-                                for episode in episodes])
-    return list(dict.fromkeys(text_lib.prompt(task, data.config.data.prompt_template)
-                              for task in tasks))
+    tasks = episodes_lib.tasks(
+        [episode for one in data.sets for episodes in one.splits.values() for episode in episodes]
+    )
+    return list(
+        dict.fromkeys(text_lib.prompt(task, data.config.data.prompt_template) for task in tasks)
+    )
 
 
 # ---- latents -------------------------------------------------------------------------------------
@@ -264,24 +300,29 @@ def _windows(one, data, codec, how):
             if not differing:
                 return f"up to date, {count} windows"
             if not data.index:
-                partial.write_json(os.path.join(directory, "cache.json"),
-                                   {**meta, "config": wanted})
+                partial.write_json(
+                    os.path.join(directory, "cache.json"), {**meta, "config": wanted}
+                )
             return f"up to date, {count} windows of the same episodes in {one.config.data.path}"
     meta = cache_build.build(one.config, one.splits, codec, data.index, data.count)
     if meta is None:
         return _SHARED
     psnr = meta["psnr"]
-    return (f"wrote {meta['records']['train']} training and {meta['records']['val']} validation "
-            f"windows; codec {codec.id} {how}, PSNR on {psnr['frames']} frames: first "
-            f"{psnr['first']:.1f} dB, later {psnr['later']:.1f} dB")
+    return (
+        f"wrote {meta['records']['train']} training and {meta['records']['val']} validation "
+        f"windows; codec {codec.id} {how}, PSNR on {psnr['frames']} frames: first "
+        f"{psnr['first']:.1f} dB, later {psnr['later']:.1f} dB"
+    )
 
 
 def make_codec(data):
     """Returns (the codec of a `Data`, in the assets, and "fitted now", "copied" or "kept")."""
     config, directory = data.config, data.assets("codec")
     if config.data.codec not in codec_lib.STRIDES:
-        raise ValueError(f"config.data.codec is {config.data.codec!r}; known codecs: "
-                         f"{', '.join(map(repr, codec_lib.STRIDES))}")
+        raise ValueError(
+            f"config.data.codec is {config.data.codec!r}; known codecs: "
+            f"{', '.join(map(repr, codec_lib.STRIDES))}"
+        )
     made = _pca_codec if config.data.codec == "pca" else _wan_codec
     about = data if config.data.codec == "pca" else config
     if not data.index:
@@ -294,16 +335,17 @@ def make_codec(data):
 def _wan_codec(config, directory, only_kept=False):
     """The pretrained VAE, put into the assets (hard-linked where possible)."""
     from lightwam_jax.data import wan  # imports the models, which the PCA codec does not need
+
     kept = codec_lib.load(directory) if os.path.exists(directory) else None
-    fits = (kept is not None and kept.kind == config.data.codec
-            and kept.dtype == config.model.dtype)
+    fits = kept is not None and kept.kind == config.data.codec and kept.dtype == config.model.dtype
     if fits and not config.data.codec_weights:
         return kept, "kept"
     codec = wan.WanCodec(config.data.codec_weights, config.data.codec, config.model.dtype)
     if codec.latent_channels != config.model.latent_channels:
         raise ValueError(
             f"config.data.codec_weights={config.data.codec_weights!r} has {codec.latent_channels} "
-            f"latent channels, config.model.latent_channels is {config.model.latent_channels}")
+            f"latent channels, config.model.latent_channels is {config.model.latent_channels}"
+        )
     if fits and kept.id == codec.id:
         return kept, "kept"
     if only_kept:
@@ -326,8 +368,9 @@ def _pca_codec(data, directory, only_kept=False):
     for one in data.sets:
         train = one.splits["train"]
         per_episode = -(-_FIT_CLIPS // min(_FIT_EPISODES, len(train)))
-        clips.append(transforms.to_uint8(
-            cache.clips(train, one.config, _FIT_EPISODES, per_episode)))
+        clips.append(
+            transforms.to_uint8(cache.clips(train, one.config, _FIT_EPISODES, per_episode))
+        )
     codec = codec_lib.PcaCodec.fit(np.concatenate(clips), data.config.model.latent_channels)
     _save_codec(codec, directory, fitted_on)
     return codec, "fitted now"
@@ -348,8 +391,12 @@ def main(argv):
         raise app.UsageError(f"unexpected argument {argv[1]!r}; steps go into --what")
     given = flags.FLAGS
     try:
-        precompute(config_lib.from_config_dict(given.config), given.what, given.process_index,
-                   given.process_count)
+        precompute(
+            config_lib.from_config_dict(given.config),
+            given.what,
+            given.process_index,
+            given.process_count,
+        )
     # A missing file, a full disk and a timeout are OSErrors.
     except (ValueError, OSError, partial.InUse) as error:
         logging.debug("Where it was found:", exc_info=True)  # shown by --verbosity=1

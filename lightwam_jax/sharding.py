@@ -147,9 +147,7 @@ class Shard(flax.struct.PyTreeNode, meta.AxisMetadata):
 
     def unbox(self):
         """Returns the parameter whole."""
-        return jax.lax.all_gather(
-            self.value, AXES[1], axis=self.value.ndim + self.axis, tiled=True
-        )
+        return jax.lax.all_gather(self.value, AXES[1], axis=self.value.ndim + self.axis, tiled=True)
 
     def replace_boxed(self, val):
         return self.replace(value=val)

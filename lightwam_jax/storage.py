@@ -276,8 +276,9 @@ def read_items(directory, targets, meta):
         one finds it (each reads for itself: caches of a file system may differ).
     """
     wanted = {name: target for name, target in targets.items() if target}
-    items = together(lambda: {
-        name: _read_item(directory, name, target, meta) for name, target in wanted.items()})
+    items = together(
+        lambda: {name: _read_item(directory, name, target, meta) for name, target in wanted.items()}
+    )
     # Computed by all processes at once, whatever the sums say: a digest may need all of them.
     sums = jax.device_get(digests(items))
 

@@ -29,6 +29,7 @@ class StreamedArray:
       parts: function returning an iterator over numpy arrays [rows, ...] in order; every call
         starts again.
     """
+
     shape: tuple
     dtype: np.dtype
     rows: int
@@ -46,7 +47,7 @@ class StreamedArray:
         """The array in memory: preallocated and filled part by part, never two copies."""
         out, start = np.empty(self.shape, self.dtype), 0
         for part in self.parts():
-            out[start:start + len(part)] = part
+            out[start : start + len(part)] = part
             start += len(part)
         return out
 
@@ -60,8 +61,12 @@ def rows_per_part(shape, dtype):
 def from_array(array):
     """An array in memory as a `StreamedArray`; a scalar is not one."""
     rows = rows_per_part(array.shape, array.dtype)
-    return StreamedArray(array.shape, array.dtype, rows, lambda: (
-        np.asarray(array[i:i + rows]) for i in range(0, array.shape[0], rows)))
+    return StreamedArray(
+        array.shape,
+        array.dtype,
+        rows,
+        lambda: (np.asarray(array[i : i + rows]) for i in range(0, array.shape[0], rows)),
+    )
 
 
 def save(directory, tree, done):
@@ -76,8 +81,8 @@ def save(directory, tree, done):
     """
     handler = _Handler(done)
     registry = ocp.type_handlers.create_type_handler_registry(
-        (StreamedArray, handler),
-        (jax.Array, ocp.type_handlers.ArrayHandler()))  # unused; Orbax warns where it is missing
+        (StreamedArray, handler), (jax.Array, ocp.type_handlers.ArrayHandler())
+    )  # unused; Orbax warns where it is missing
     try:
         item = ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
         with ocp.Checkpointer(item) as writer:
@@ -110,12 +115,13 @@ class _Handler(ocp.type_handlers.NumpyHandler):
         # One chunk per part: otherwise every part would read and rewrite chunks of its neighbours.
         store = tspec["base"] if tspec["driver"] == "cast" else tspec
         store["metadata"]["chunks"] = [value.rows, *value.shape[1:]]
-        target = await tensorstore.open(tensorstore.Spec(tspec), create=True, open=True,
-                                        context=ts_context)
+        target = await tensorstore.open(
+            tensorstore.Spec(tspec), create=True, open=True, context=ts_context
+        )
         start = 0
         for part in value.parts():
             if self.errors:
                 return
-            await target[start:start + len(part)].write(part)
+            await target[start : start + len(part)].write(part)
             self._done(value, start, part)
             start += len(part)

@@ -36,8 +36,10 @@ def attention_maps(taps, config):
     """
     names = [name.removeprefix("attention_") for name in taps if name.startswith("attention_")]
     if not names:
-        raise ValueError("the taps hold no attention: there are no learned queries to draw "
-                         "without config.model.pooling='learned_query'")
+        raise ValueError(
+            "the taps hold no attention: there are no learned queries to draw "
+            "without config.model.pooling='learned_query'"
+        )
     cell = 2 * codec.STRIDES[config.codec]  # the backbone reads patches of 2x2 latent cells
     height, width = (side // cell for side in config.canvas)
     maps = {}
@@ -78,6 +80,7 @@ def overlay(picture, heat, cells, peak=None):
 @functools.cache
 def _palette():
     import matplotlib
+
     return 255 * matplotlib.colormaps["inferno"](np.linspace(0.1, 0.95, 256))[:, :3]
 
 
@@ -86,14 +89,19 @@ def attention(policy, observations):
     rows = policy.config.evaluation.batch  # a size the evaluation has compiled already
     chunks = []
     for start in range(0, len(observations), rows):
-        chunk = observations[start:start + rows]
+        chunk = observations[start : start + rows]
         chunk = chunk + chunk[:1] * (rows - len(chunk))
         images = {c: np.stack([o["images"][c] for o in chunk]) for c in policy.config.data.cameras}
         state = np.stack([o["state"] for o in chunk])
         _, taps = policy.act(images, state, [o["prompt"] for o in chunk], return_taps=True)
         chunks.append(attention_maps(taps, policy.config.data))
-    return {name: {camera: np.concatenate([chunk[name][camera] for chunk in chunks])
-                   [:len(observations)] for camera in maps} for name, maps in chunks[0].items()}
+    return {
+        name: {
+            camera: np.concatenate([chunk[name][camera] for chunk in chunks])[: len(observations)]
+            for camera in maps
+        }
+        for name, maps in chunks[0].items()
+    }
 
 
 def attention_sheet(policy, observations, pictures=None, edge=168):
@@ -112,8 +120,9 @@ def attention_sheet(policy, observations, pictures=None, edge=168):
     cameras = policy.config.data.cameras
     rows = []
     for i, observation in enumerate(observations):
-        shown = transforms.shown(pictures[i] if pictures else observation["images"],
-                                 policy.config.data)
+        shown = transforms.shown(
+            pictures[i] if pictures else observation["images"], policy.config.data
+        )
         for camera in cameras:
             tiles = [shown[camera], *(draw_over(shown, maps[name], i)[camera] for name in maps)]
             title = f"“{observation['prompt']}”" if camera == cameras[0] else ""
@@ -155,8 +164,9 @@ def future(policy, windows, seed=0, steps=10):
     data, factor = policy.config.data, policy.config.loss.downsample
     canvases, images, valid, state = [], [], [], []
     for episode, start in windows:
-        w = episodes_lib.window(episode.length, start, data.num_frames, data.frame_stride,
-                                data.action_horizon)
+        w = episodes_lib.window(
+            episode.length, start, data.num_frames, data.frame_stride, data.action_horizon
+        )
         pictures = {camera: episode.frames(camera, w.frames) for camera in data.cameras}
         canvases.append(policy.canvas(pictures))
         images.append({camera: frames[0] for camera, frames in pictures.items()})
@@ -166,16 +176,28 @@ def future(policy, windows, seed=0, steps=10):
     images = {camera: np.stack([each[camera] for each in images]) for camera in data.cameras}
     prompts = [episode.task for episode, _ in windows]
     latents = lightwam.pool_latents(policy.assets.codec.encode(canvases), factor)
-    clips = {"codec": policy.assets.codec.decode(latents),
-             "predicted": policy.predict_video(images, np.stack(state), prompts, seed, steps)}
+    clips = {
+        "codec": policy.assets.codec.decode(latents),
+        "predicted": policy.predict_video(images, np.stack(state), prompts, seed, steps),
+    }
     clips["still"] = np.repeat(clips["codec"][:, :1], data.video_frames, axis=1)
     real = shrink(transforms.to_uint8(canvases), factor)
-    measured = {measure.__name__: {
-        name: np.array([[measure(a, b) for a, b in zip(*pair)] for pair in zip(clip, real)])
-        for name, clip in clips.items()} for measure in (codec.psnr, codec.ssim)}
-    return {"real": real, "codec": clips["codec"], "predicted": clips["predicted"], **measured,
-            "offsets": np.arange(data.video_frames) * data.frame_stride,
-            "valid": np.stack(valid), "prompts": prompts}
+    measured = {
+        measure.__name__: {
+            name: np.array([[measure(a, b) for a, b in zip(*pair)] for pair in zip(clip, real)])
+            for name, clip in clips.items()
+        }
+        for measure in (codec.psnr, codec.ssim)
+    }
+    return {
+        "real": real,
+        "codec": clips["codec"],
+        "predicted": clips["predicted"],
+        **measured,
+        "offsets": np.arange(data.video_frames) * data.frame_stride,
+        "valid": np.stack(valid),
+        "prompts": prompts,
+    }
 
 
 def future_sheet(result, shown, columns=5, edge=112):
@@ -193,9 +215,11 @@ def future_sheet(result, shown, columns=5, edge=112):
     for i in shown:
         notes = {name: [_quality(result, name, i, k) for k in frames] for name in result["psnr"]}
         notes["predicted"][0] = "given"
-        rows += [Row(result["real"][i, frames], "real", f"“{result['prompts'][i]}”"),
-                 Row(result["codec"][i, frames], "codec limit", "", notes["codec"]),
-                 Row(result["predicted"][i, frames], "imagined", "", notes["predicted"])]
+        rows += [
+            Row(result["real"][i, frames], "real", f"“{result['prompts'][i]}”"),
+            Row(result["codec"][i, frames], "codec limit", "", notes["codec"]),
+            Row(result["predicted"][i, frames], "imagined", "", notes["predicted"]),
+        ]
     header = ["now" if offset == 0 else f"+{offset} steps" for offset in result["offsets"][frames]]
     return sheet(rows, header, edge)
 
@@ -211,12 +235,18 @@ def future_film(result, shown, edge=160):
     """
     film = []
     for k, offset in enumerate(result["offsets"]):
-        rows = [Row([result["real"][i, k], result["predicted"][i, k]], "",
-                    f"“{result['prompts'][i]}”",
-                    ["", "given" if k == 0 else _quality(result, "predicted", i, k)])
-                for i in shown]
-        film.append(sheet(rows, ["real", "imagined"], edge,
-                          "now" if offset == 0 else f"+{offset} steps"))
+        rows = [
+            Row(
+                [result["real"][i, k], result["predicted"][i, k]],
+                "",
+                f"“{result['prompts'][i]}”",
+                ["", "given" if k == 0 else _quality(result, "predicted", i, k)],
+            )
+            for i in shown
+        ]
+        film.append(
+            sheet(rows, ["real", "imagined"], edge, "now" if offset == 0 else f"+{offset} steps")
+        )
     return np.stack(film)
 
 
@@ -259,8 +289,9 @@ def sheet(rows, header=(), edge=128, title=""):
     """
     margin = GAP + max(_width(row.label, 14) for row in rows) + GAP
     tiles = [[_fit(tile, edge) for tile in row.tiles] for row in rows]
-    columns = [max(line[k].width for line in tiles if k < len(line))
-               for k in range(max(map(len, tiles)))]
+    columns = [
+        max(line[k].width for line in tiles if k < len(line)) for k in range(max(map(len, tiles)))
+    ]
     lefts = [margin + sum(columns[:k]) + GAP * k for k in range(len(columns) + 1)]
     above = [28 if row.title else 0 for row in rows]
     heights = [a + edge + (22 if row.notes else 0) + GAP for row, a in zip(rows, above)]
@@ -296,8 +327,12 @@ def film_strip(policy, record, film, count=6, edge=150):
     cameras = policy.config.data.cameras
     steps = np.asarray(film["frame_steps"])
     frames = np.unique(np.linspace(0, len(steps) - 1, count).round().astype(int))
-    pictures = [transforms.shown({camera: film["frames"][camera][k] for camera in cameras},
-                                 policy.config.data) for k in frames]
+    pictures = [
+        transforms.shown(
+            {camera: film["frames"][camera][k] for camera in cameras}, policy.config.data
+        )
+        for k in frames
+    ]
     rows = [Row([p[camera] for p in pictures], f"{camera} camera") for camera in cameras]
     if policy.config.model.pooling == "learned_query":
         maps = list(attention(policy, film["observations"]).values())[-1]  # last adapter layer
@@ -329,6 +364,7 @@ def save_mp4(path, frames, fps=10, hold=1.0):
       hold: seconds the last frame stays.
     """
     import av
+
     frames = np.asarray(frames)
     n, height, width, _ = frames.shape
     frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
@@ -352,6 +388,7 @@ def _fit(tile, edge):
 @functools.cache
 def _font(size):
     import matplotlib
+
     path = f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf"  # the same on every machine
     return ImageFont.truetype(path, size)
 

@@ -37,8 +37,10 @@ def make_config(directory):
 @contextlib.contextmanager
 def small(count=12):
     """Makes episodes, shards and batches of texts small; yields the MonkeyPatch."""
-    found = [dataclasses.replace(episode, task=f"put the cube on place {i}")
-             for i, episode in enumerate(synthetic.make_episodes(count))]
+    found = [
+        dataclasses.replace(episode, task=f"put the cube on place {i}")
+        for i, episode in enumerate(synthetic.make_episodes(count))
+    ]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(episodes_lib, "read", lambda config: (list(found), []))
         patch.setattr(doctor_report, "write", lambda report, directory: [directory])  # slow
@@ -52,8 +54,10 @@ def small(count=12):
 
 @functools.cache
 def _codec():
-    return _fit(np.concatenate([e.images["scene"][None, :5] for e in synthetic.make_episodes()]),
-                synthetic.make_config().model.latent_channels)
+    return _fit(
+        np.concatenate([e.images["scene"][None, :5] for e in synthetic.make_episodes()]),
+        synthetic.make_config().model.latent_channels,
+    )
 
 
 _fit = codec_lib.PcaCodec.fit
@@ -70,6 +74,7 @@ def _slowly(function, seconds):
     def slow(*args, **kwargs):
         time.sleep(seconds)
         return function(*args, **kwargs)
+
     return slow
 
 
@@ -113,15 +118,19 @@ def main(directory, seed, kills, processes):
     with small(60) as patch:
         if kills:
             # Long enough for every kill to find work left.
-            patch.setattr(codec_lib.PcaCodec, "encode", _slowly(codec_lib.PcaCodec.encode,
-                                                                0.1 * processes))
+            patch.setattr(
+                codec_lib.PcaCodec, "encode", _slowly(codec_lib.PcaCodec.encode, 0.1 * processes)
+            )
             patch.setattr(text, "_write_parts", _slowly(text._write_parts, 0.02))
         _codec()  # once, before forking
         config = make_config(directory)
         for delay in _kill_and_restart(config, random.Random(seed), kills, processes):
             there = [path.suffix for path in pathlib.Path(directory).rglob("*.array_record*")]
-            print(f"killed after {delay:.2f} s, {len(there)} shards there, "
-                  f"{there.count('.partial')} of them unfinished", flush=True)
+            print(
+                f"killed after {delay:.2f} s, {len(there)} shards there, "
+                f"{there.count('.partial')} of them unfinished",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

@@ -34,19 +34,37 @@ _FORK.set_forkserver_preload(["pod"])
 
 def make_config(**overrides):
     """Returns a `Config` whose steps take milliseconds; overrides are {"train.steps": value}."""
-    return synthetic.make_config(**{
-        "data.source": "fake", "data.cache": "", "data.canvas": (32, 32), "data.text_len": 4,
-        "model.num_layers": 1, "model.adapter_layers": (0,), "model.lora_layers": (0,),
-        "model.dtype": "float32", "optimizer.lr": 1e-3, "optimizer.warmup_steps": 4,
-        "optimizer.ema_decay": 0.9, "train.batch_size": 8, "train.steps": 6,
-        "train.log_every": 2, "train.checkpoint_every": 3, "train.keep_last": 0,
-        "train.eval_every": 3, "train.eval_batches": 2} | overrides)
+    return synthetic.make_config(
+        **{
+            "data.source": "fake",
+            "data.cache": "",
+            "data.canvas": (32, 32),
+            "data.text_len": 4,
+            "model.num_layers": 1,
+            "model.adapter_layers": (0,),
+            "model.lora_layers": (0,),
+            "model.dtype": "float32",
+            "optimizer.lr": 1e-3,
+            "optimizer.warmup_steps": 4,
+            "optimizer.ema_decay": 0.9,
+            "train.batch_size": 8,
+            "train.steps": 6,
+            "train.log_every": 2,
+            "train.checkpoint_every": 3,
+            "train.keep_last": 0,
+            "train.eval_every": 3,
+            "train.eval_batches": 2,
+        }
+        | overrides
+    )
 
 
 def rows(workdir):
     """Returns the rows of metrics.jsonl without what differs between two equal runs."""
-    return [{k: v for k, v in row.items() if not k.startswith(("ms_", "samples_per"))}
-            for row in metrics.read_rows(pathlib.Path(workdir) / "metrics.jsonl")]
+    return [
+        {k: v for k, v in row.items() if not k.startswith(("ms_", "samples_per"))}
+        for row in metrics.read_rows(pathlib.Path(workdir) / "metrics.jsonl")
+    ]
 
 
 def arrays(workdir):
@@ -72,19 +90,23 @@ class Pod:
       log: beginning of the names of the files that hold what the processes say; default: workdir.
     """
 
-    def __init__(self, config, workdir, processes=1, devices=1, before=None, flags=(),
-                 log=None):
+    def __init__(self, config, workdir, processes=1, devices=1, before=None, flags=(), log=None):
         port = _free_port() if processes > 1 else 0
         self.logs, self.processes = [], []
         workdirs = workdir if isinstance(workdir, list) else [workdir] * processes
         for index in range(processes):
             argv = ["train.py", f"--config={__file__}", f"--workdir={workdirs[index]}", *flags]
             if processes > 1:
-                argv += [f"--coordinator=localhost:{port}", f"--num_processes={processes}",
-                         f"--process_id={index}"]
+                argv += [
+                    f"--coordinator=localhost:{port}",
+                    f"--num_processes={processes}",
+                    f"--process_id={index}",
+                ]
             self.logs.append(pathlib.Path(f"{log or workdirs[index]}.{index}.log"))
-            process = _FORK.Process(target=_train, args=(
-                argv, config_lib.to_json(config), devices, self.logs[-1], before, index))
+            process = _FORK.Process(
+                target=_train,
+                args=(argv, config_lib.to_json(config), devices, self.logs[-1], before, index),
+            )
             process.start()
             self.processes.append(process)
 
@@ -106,8 +128,9 @@ class Pod:
 
     def output(self):
         """Returns what the processes have said so far, in all runs of this workdir."""
-        return "\n".join(f"--- {log.name}\n{log.read_text()[-6000:]}" for log in self.logs
-                         if log.exists())
+        return "\n".join(
+            f"--- {log.name}\n{log.read_text()[-6000:]}" for log in self.logs if log.exists()
+        )
 
 
 def run(*args, **kwargs):

@@ -13,10 +13,22 @@ def make_config(directory="", **overrides):
     """Returns a tiny `Config`; overrides are {"data.path": value}."""
     c = base.get_config("tiny")
     c.loss.downsample = 1
-    c.data.update(source="demo", path=f"{directory}/episodes", cache=f"{directory}/cache",
-                  cameras=("scene", "wrist"), canvas=(32, 64), codec="pca", text_encoder="hashed",
-                  text_len=24, num_frames=9, frame_stride=2, action_horizon=8, val_fraction=0.3,
-                  threads=2, prefetch=8)
+    c.data.update(
+        source="demo",
+        path=f"{directory}/episodes",
+        cache=f"{directory}/cache",
+        cameras=("scene", "wrist"),
+        canvas=(32, 64),
+        codec="pca",
+        text_encoder="hashed",
+        text_len=24,
+        num_frames=9,
+        frame_stride=2,
+        action_horizon=8,
+        val_fraction=0.3,
+        threads=2,
+        prefetch=8,
+    )
     c.train.update(batch_size=4, eval_batches=4)
     c.evaluation.replan = 4
     with c.unlocked():
@@ -38,10 +50,16 @@ def make_episodes(count=6, size=32, seed=0):
             top, left = rng.integers(0, size - 8, 2)
             colour = (220, 20, 20) if number % 2 == 0 else (20, 20, 220)
             for step in range(n):
-                frames[step, top:top + 8, (left + step) % (size - 8):][:, :8] = colour
+                frames[step, top : top + 8, (left + step) % (size - 8) :][:, :8] = colour
             images[camera] = frames
-        out.append(episodes.ArrayEpisode(
-            id=f"episode_{number:03d}", fps=10.0, task=TASKS[number % 2],
-            state=rng.standard_normal((n, 8)).astype(np.float32),
-            action=rng.uniform(-1, 1, (n, 7)).astype(np.float32), images=images))
+        out.append(
+            episodes.ArrayEpisode(
+                id=f"episode_{number:03d}",
+                fps=10.0,
+                task=TASKS[number % 2],
+                state=rng.standard_normal((n, 8)).astype(np.float32),
+                action=rng.uniform(-1, 1, (n, 7)).astype(np.float32),
+                images=images,
+            )
+        )
     return out

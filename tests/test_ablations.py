@@ -15,10 +15,15 @@ from tests.test_end_to_end import SMALL, run
 
 def test_every_cell_is_one_change_of_any_config():
     for base, impossible in (
-            (cells_lib.get_config(), {"taps_3", "taps_5"}),
-            (cells_lib.get_config("deep"), set()), (libero.get_config("object"), set())):
-        same = {"base": "base", f"pool_{base.loss.downsample}": "base",
-                f"queries_{base.model.num_queries}": "base"}
+        (cells_lib.get_config(), {"taps_3", "taps_5"}),
+        (cells_lib.get_config("deep"), set()),
+        (libero.get_config("object"), set()),
+    ):
+        same = {
+            "base": "base",
+            f"pool_{base.loss.downsample}": "base",
+            f"queries_{base.model.num_queries}": "base",
+        }
         kept = []
         for name in cells_lib.CELLS:
             if name in impossible:
@@ -49,13 +54,17 @@ def test_concatenation_averages_runs_of_neighbours():
 def test_interval_is_students():
     mean = ablations.Mean((0.4, 0.5, 0.6))
     assert mean.value == pytest.approx(0.5)
-    assert mean.half == pytest.approx(4.302653 * 0.1 / 3 ** 0.5, rel=1e-6)  # t of 2 degrees
+    assert mean.half == pytest.approx(4.302653 * 0.1 / 3**0.5, rel=1e-6)  # t of 2 degrees
     assert ablations.Mean((0.4,)).half == float("inf")
 
 
 def result(successes, flops=10, seed=0):
-    return {"success": {"successes": successes, "episodes": 10}, "action_l1": 0.25, "flops": flops,
-            "seed": seed}
+    return {
+        "success": {"successes": successes, "episodes": 10},
+        "action_l1": 0.25,
+        "flops": flops,
+        "seed": seed,
+    }
 
 
 def test_difference_is_taken_seed_by_seed():
@@ -75,22 +84,34 @@ def test_table_has_every_cell_with_a_result(tmp_path):
         rows = [{"group": "adapters", "total": 1000}, {"group": "total", "total": 1_230_000}]
         (path.parent / "params.json").write_text(json.dumps(rows))
     table = ablations.write_table(tmp_path).splitlines()
-    assert table[2] == ("| base | as configured | 50 ± 25 % | 40, 50, 60 |  | 0.2500 ± 0.0000 "
-                        "| 1.00 | 1.23 M |")
+    assert table[2] == (
+        "| base | as configured | 50 ± 25 % | 40, 50, 60 |  | 0.2500 ± 0.0000 | 1.00 | 1.23 M |"
+    )
     assert table[3].endswith("| 10 ± inf % | 10 | -30 ± inf % | 0.2500 ± inf | 0.50 | 1.23 M |")
     assert (tmp_path / "ablations.png").read_bytes()[:4] == b"\x89PNG"
 
 
 @pytest.mark.slow
 def test_two_cells_from_the_command_line_and_again(tmp_path):
-    config = ["--config", "configs/ablations.py", f"--config.data.path={tmp_path / 'episodes'}",
-              f"--config.data.cache={tmp_path / 'cache'}"]
+    config = [
+        "--config",
+        "configs/ablations.py",
+        f"--config.data.path={tmp_path / 'episodes'}",
+        f"--config.data.cache={tmp_path / 'cache'}",
+    ]
     small = SMALL | {"evaluation.max_steps": 4}
     config += [f"--config.{key}={value}" for key, value in small.items()]
 
     run("-m", "lightwam_jax.precompute", *config, "--what", "all")
-    command = ["-m", "lightwam_jax.ablations", *config, "--cells=video_off,concat", "--seeds=0,3",
-               "--out", str(tmp_path / "out")]
+    command = [
+        "-m",
+        "lightwam_jax.ablations",
+        *config,
+        "--cells=video_off,concat",
+        "--seeds=0,3",
+        "--out",
+        str(tmp_path / "out"),
+    ]
     first = run(*command)
     assert "[4/4] concat, seed 3" in first
     results = json.loads((tmp_path / "out" / "ablations.json").read_text())

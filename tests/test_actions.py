@@ -27,8 +27,11 @@ REAL = np.zeros((2, 6), bool)
 
 def config(**data):
     """A config of 4 actions and 5 states, with these data keys."""
-    data = {"model.action_dim": 4, "model.proprio_dim": 5,
-            **{f"data.{key}": value for key, value in data.items()}}
+    data = {
+        "model.action_dim": 4,
+        "model.proprio_dim": 5,
+        **{f"data.{key}": value for key, value in data.items()},
+    }
     return synthetic.make_config(**data)
 
 
@@ -39,7 +42,10 @@ def transform(**data):
 EVERYTHING = dict(
     delta_mask=(True, False, False, False),
     action_as=("absolute", "delta_state", "delta_previous", "absolute"),
-    action_state_dims=(0, 4, 0, 0), gripper_dims=(3,), gripper_closed_open=(0.08, -0.02))
+    action_state_dims=(0, 4, 0, 0),
+    gripper_dims=(3,),
+    gripper_closed_open=(0.08, -0.02),
+)
 
 
 def test_forward_by_hand():
@@ -52,7 +58,8 @@ def test_forward_by_hand():
     ends = np.zeros((1, 2, 4), np.float32)
     ends[0, :, 3] = 0.08, -0.02
     np.testing.assert_allclose(
-        transform(**EVERYTHING).forward(ends, STATE[:1], REAL[:1, :2])[0, :, 3], [0, 1], atol=1e-6)
+        transform(**EVERYTHING).forward(ends, STATE[:1], REAL[:1, :2])[0, :, 3], [0, 1], atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("kind", ["absolute", "delta_state", "delta_previous"])
@@ -103,23 +110,37 @@ def test_snap_gives_the_nearer_end():
 def test_identity_touches_nothing():
     assert transform().forward(ACTIONS, STATE, REAL) is ACTIONS
     assert transform().inverse(ACTIONS, STATE) is ACTIONS
-    assert transform(delta_mask=(True,) * 4, action_as=("absolute",) * 4,
-                     gripper_dims=()).is_identity
+    assert transform(
+        delta_mask=(True,) * 4, action_as=("absolute",) * 4, gripper_dims=()
+    ).is_identity
     assert not transform(gripper_dims=(3,), gripper_closed_open=(1, -1)).is_identity
     assert not transform(action_as=("delta_state",) * 4).is_identity
 
 
-@pytest.mark.parametrize("keys, message", [
-    (dict(delta_mask=(True,) * 4, action_as=("delta_state",) * 4), "delta_mask says .* action 0 "),
-    (dict(action_as=("delta_previous",) * 4, action_state_dims=(0, 1, 5, 2)),
-     "action 2 is 'delta_previous' to state 5, and there are 5 states: .*action_state_dims"),
-    (dict(action_as=("delta_state",) * 4, gripper_dims=(3,)),
-     "gripper_dims names action 3, which is a delta by config.data.action_as"),
-    (dict(delta_mask=(True,) * 4, gripper_dims=(3,)), "a delta by config.data.delta_mask"),
-    (dict(gripper_dims=(4,)), r"gripper_dims names \[4\]; the actions have dimensions 0 to 3"),
-    (dict(gripper_dims=(3,), gripper_closed_open=(1.0, 1.0)), "gripper_closed_open .* different"),
-    (dict(gripper_snap=True), "gripper_snap=True without config.data.gripper_dims"),
-])
+@pytest.mark.parametrize(
+    "keys, message",
+    [
+        (
+            dict(delta_mask=(True,) * 4, action_as=("delta_state",) * 4),
+            "delta_mask says .* action 0 ",
+        ),
+        (
+            dict(action_as=("delta_previous",) * 4, action_state_dims=(0, 1, 5, 2)),
+            "action 2 is 'delta_previous' to state 5, and there are 5 states: .*action_state_dims",
+        ),
+        (
+            dict(action_as=("delta_state",) * 4, gripper_dims=(3,)),
+            "gripper_dims names action 3, which is a delta by config.data.action_as",
+        ),
+        (dict(delta_mask=(True,) * 4, gripper_dims=(3,)), "a delta by config.data.delta_mask"),
+        (dict(gripper_dims=(4,)), r"gripper_dims names \[4\]; the actions have dimensions 0 to 3"),
+        (
+            dict(gripper_dims=(3,), gripper_closed_open=(1.0, 1.0)),
+            "gripper_closed_open .* different",
+        ),
+        (dict(gripper_snap=True), "gripper_snap=True without config.data.gripper_dims"),
+    ],
+)
 def test_contradictions_name_the_key(keys, message):
     with pytest.raises(ValueError, match=message):
         transform(**keys)
@@ -128,20 +149,35 @@ def test_contradictions_name_the_key(keys, message):
 def test_statistics_are_of_what_the_model_sees():
     """Windows written out by hand; padded deltas count as they are in the data."""
     pair = transform(**EVERYTHING)
-    made = [episodes.ArrayEpisode(f"e{k}", 10.0, "", RNG.normal(size=(n, 5)).astype(np.float32),
-                                  RNG.normal(size=(n, 4)).astype(np.float32), {})
-            for k, n in enumerate((9, 1, 30))]
+    made = [
+        episodes.ArrayEpisode(
+            f"e{k}",
+            10.0,
+            "",
+            RNG.normal(size=(n, 5)).astype(np.float32),
+            RNG.normal(size=(n, 4)).astype(np.float32),
+            {},
+        )
+        for k, n in enumerate((9, 1, 30))
+    ]
     got = normalize.fit_statistics(made, 6, pair)["action"]["default"]
     chunks = []
     for episode in made:
-        windows = [episodes.window(episode.length, start, 9, 2, 6) for start in
-                   range(episode.length)]
-        chunks.append(np.stack([pair.forward(episode.action[w.actions], episode.state[start],
-                                             np.zeros(6, bool))
-                                for start, w in enumerate(windows)]).astype(np.float64))
+        windows = [
+            episodes.window(episode.length, start, 9, 2, 6) for start in range(episode.length)
+        ]
+        chunks.append(
+            np.stack(
+                [
+                    pair.forward(episode.action[w.actions], episode.state[start], np.zeros(6, bool))
+                    for start, w in enumerate(windows)
+                ]
+            ).astype(np.float64)
+        )
     means = np.stack([chunk.mean(0) for chunk in chunks])
-    variances = np.stack([chunk.var(0, ddof=1) if len(chunk) > 1 else 0 * chunk[0]
-                          for chunk in chunks])
+    variances = np.stack(
+        [chunk.var(0, ddof=1) if len(chunk) > 1 else 0 * chunk[0] for chunk in chunks]
+    )
     wanted = {
         "global_min": np.concatenate(chunks).min((0, 1)),
         "stepwise_max": np.concatenate(chunks).max(0),
@@ -157,9 +193,16 @@ def test_statistics_are_of_what_the_model_sees():
 
 def test_a_smaller_robot_loads_into_a_larger_action_space(tmp_path, monkeypatch):
     """7 actions and 8 states in a model of 14 and 14: statistics, cache and batches fit."""
-    made = synthetic.make_config(tmp_path, **{
-        "model.action_dim": 14, "model.proprio_dim": 14, "data.action_dim": 7, "data.state_dim": 8,
-        "data.action_as": ("delta_state",) * 6 + ("absolute",)})
+    made = synthetic.make_config(
+        tmp_path,
+        **{
+            "model.action_dim": 14,
+            "model.proprio_dim": 14,
+            "data.action_dim": 7,
+            "data.state_dim": 8,
+            "data.action_as": ("delta_state",) * 6 + ("absolute",),
+        },
+    )
     monkeypatch.setattr(episodes, "read", lambda config: (synthetic.make_episodes(3), []))
     monkeypatch.setattr(doctor_report, "write", lambda report, directory: [directory])  # slow
     precompute.precompute(made, ("stats", "text", "latents"))
@@ -170,11 +213,13 @@ def test_a_smaller_robot_loads_into_a_larger_action_space(tmp_path, monkeypatch)
         spec.check_batch(batch, made)
         for row, index in enumerate(batch["index"]):
             record = source[int(index)]
-            wanted = action.normalize(pair.forward(record["actions"], record["proprio"],
-                                                   record["action_is_pad"]))
+            wanted = action.normalize(
+                pair.forward(record["actions"], record["proprio"], record["action_is_pad"])
+            )
             np.testing.assert_allclose(batch["actions"][row, :, :7], wanted, atol=1e-6)
             np.testing.assert_array_equal(batch["actions"][row, :, 7:], 0)
-            np.testing.assert_allclose(batch["proprio"][row, :8],
-                                       state.normalize(record["proprio"]), atol=1e-6)
+            np.testing.assert_allclose(
+                batch["proprio"][row, :8], state.normalize(record["proprio"]), atol=1e-6
+            )
             np.testing.assert_array_equal(batch["proprio"][row, 8:], 0)
     iterator.close()

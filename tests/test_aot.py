@@ -18,8 +18,9 @@ from lightwam_jax.training import optimizer as optimizer_lib
 from lightwam_jax.training import step as step_lib
 
 LAYERS, WIDTH, ROWS = 3, 64, 16
-CONFIG = synthetic.make_config(**{
-    "train.trainable": (r"/b$",), "train.batch_size": ROWS, "optimizer.accum_steps": 2})
+CONFIG = synthetic.make_config(
+    **{"train.trainable": (r"/b$",), "train.batch_size": ROWS, "optimizer.accum_steps": 2}
+)
 
 
 class Block(nn.Module):
@@ -34,8 +35,13 @@ class Block(nn.Module):
 class Stack(nn.Module):
     @nn.compact
     def __call__(self, x):
-        blocks = nn.scan(nn.remat(Block, prevent_cse=False), variable_axes={"params": 0},
-                         split_rngs={"params": True}, length=LAYERS, in_axes=nn.broadcast)
+        blocks = nn.scan(
+            nn.remat(Block, prevent_cse=False),
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            length=LAYERS,
+            in_axes=nn.broadcast,
+        )
         return blocks(name="blocks_0")(x, None)[0]
 
 
@@ -56,7 +62,8 @@ def split_everything(monkeypatch):
 def prepared(data, fsdp):
     """(mesh, optimizer, state, shardings) of the stack on data x fsdp devices."""
     mesh = sharding.make_mesh(
-        config_lib.MeshConfig(data, fsdp, "sharded"), jax.devices()[:data * fsdp])
+        config_lib.MeshConfig(data, fsdp, "sharded"), jax.devices()[: data * fsdp]
+    )
     optimizer = optimizer_lib.make_optimizer(CONFIG.optimizer, 10)
 
     def init():
@@ -70,8 +77,11 @@ def prepared(data, fsdp):
 def compiled(data, fsdp):
     mesh, optimizer, state, places = prepared(data, fsdp)
     step = step_lib.jit_train_step(
-        step_lib.make_train_step(Stack(), CONFIG, optimizer, loss_fn, places), places,
-        sharding.batch_sharding(mesh), sharding.replicated(mesh))
+        step_lib.make_train_step(Stack(), CONFIG, optimizer, loss_fn, places),
+        places,
+        sharding.batch_sharding(mesh),
+        sharding.replicated(mesh),
+    )
     latents = np.random.default_rng(0).standard_normal((ROWS, 2, 4, 4, 16)).astype(np.float32)
     batch = sharding.put_batch({"latents": latents}, mesh)
     traced = step.trace(state, batch)
@@ -88,16 +98,19 @@ def programs():
 def test_blocks_are_gathered_one_at_a_time_and_gradients_reduced_once(programs):
     block, stack = WIDTH * WIDTH, LAYERS * WIDTH * WIDTH
     program = collectives.found(programs[2, 4][0].as_text())
-    large = sorted((c.kind, math.prod(c.shape), c.group, c.times) for c in program
-                   if c.bytes > 1024)
+    large = sorted(
+        (c.kind, math.prod(c.shape), c.group, c.times) for c in program if c.bytes > 1024
+    )
     assert large == [
         # what learns, once; a block's frozen kernel in the forward and the backward loop, each
         # time the loops run
-        ("all-gather", block, 4, 2 * LAYERS), ("all-gather", block, 4, 2 * LAYERS),
+        ("all-gather", block, 4, 2 * LAYERS),
+        ("all-gather", block, 4, 2 * LAYERS),
         ("all-gather", stack, 4, 1),
         # the sum over "fsdp" leaves a part, which is summed over "data"
         ("all-reduce", stack // 4, 2, 1),
-        ("reduce-scatter", stack, 4, 1)]
+        ("reduce-scatter", stack, 4, 1),
+    ]
 
 
 def test_gradients_are_reduced_in_float32_and_frozen_weights_travel_as_stored(programs):
@@ -105,7 +118,9 @@ def test_gradients_are_reduced_in_float32_and_frozen_weights_travel_as_stored(pr
     exchanged = sorted(re.findall(r"(\w+)\[([\d,]+)\] = (reduce_scatter|all_gather)\[", text))
     part = f"{LAYERS},{WIDTH // 4},{WIDTH}"
     assert exchanged == [("bf16", f"{WIDTH},{WIDTH}", "all_gather")] * 2 + [
-        ("f32", part, "reduce_scatter"), ("f32", f"{LAYERS},{WIDTH},{WIDTH}", "all_gather")]
+        ("f32", part, "reduce_scatter"),
+        ("f32", f"{LAYERS},{WIDTH},{WIDTH}", "all_gather"),
+    ]
 
 
 def test_sharded_step_is_the_step_of_one_device(programs):
@@ -121,9 +136,16 @@ def test_sharded_step_is_the_step_of_one_device(programs):
 
 
 def small_config(**changes):
-    return synthetic.make_config(**{
-        "mesh.fsdp": 4, "optimizer.accum_steps": 2, "model.remat": "full",
-        "train.batch_size": ROWS, "data.source": "fake", **changes})
+    return synthetic.make_config(
+        **{
+            "mesh.fsdp": 4,
+            "optimizer.accum_steps": 2,
+            "model.remat": "full",
+            "train.batch_size": ROWS,
+            "data.source": "fake",
+            **changes,
+        }
+    )
 
 
 def test_plan_counts_every_run_of_a_block():
@@ -147,22 +169,30 @@ def test_plan_counts_every_run_of_a_block():
 def test_the_step_exchanges_what_is_planned(monkeypatch):
     monkeypatch.setattr(collectives, "SMALL_BYTES", 2048)
     # two blocks per run: XLA unrolls a loop of one, and then gathers once for all its uses
-    config = small_config(**{"model.num_layers": 8, "model.lora_layers": tuple(range(8)),
-                             "model.adapter_layers": (1, 3, 5), "model.dtype": "float32",
-                             "model.frozen_dtype": "float32"})
+    config = small_config(
+        **{
+            "model.num_layers": 8,
+            "model.lora_layers": tuple(range(8)),
+            "model.adapter_layers": (1, 3, 5),
+            "model.dtype": "float32",
+            "model.frozen_dtype": "float32",
+        }
+    )
     model, optimizer, shapes = aot.state_shapes(config)
     mesh = sharding.make_mesh(config.mesh)
     places, rows = sharding.tree_shardings(mesh, shapes), sharding.batch_sharding(mesh)
     step = step_lib.jit_train_step(
-        step_lib.make_train_step(model, config, optimizer, shardings=places), places, rows,
-        sharding.replicated(mesh))
-    program = collectives.found(
-        step.lower(shapes, aot.batch_shapes(config)).compile().as_text())
+        step_lib.make_train_step(model, config, optimizer, shardings=places),
+        places,
+        rows,
+        sharding.replicated(mesh),
+    )
+    program = collectives.found(step.lower(shapes, aot.batch_shapes(config)).compile().as_text())
     plan = collectives.planned(config, shapes, places)
     found = collectives.compare(plan, program)
     assert not found["unplanned"], found
-    assert found["found_gib"]["gradients"] == pytest.approx(found["planned_gib"]["gradients"], .01)
-    assert found["found_gib"]["weights"] == pytest.approx(found["planned_gib"]["weights"], .01)
+    assert found["found_gib"]["gradients"] == pytest.approx(found["planned_gib"]["gradients"], 0.01)
+    assert found["found_gib"]["weights"] == pytest.approx(found["planned_gib"]["weights"], 0.01)
 
 
 HLO = """HloModule jit_step
@@ -201,7 +231,8 @@ def test_collectives_of_a_program_are_counted_in_loops_and_once_per_chain():
         ("all-gather", "bf16", (8, 8), 4, 5, True),
         ("reduce-scatter", "f32", (4, 2, 4), 4, 1, False),
         ("reduce-scatter", "f32", (4, 3), 4, 1, False),
-        ("all-reduce", "f32", (4,), 8, 1, False)]
+        ("all-reduce", "f32", (4,), 8, 1, False),
+    ]
     assert found[0].bytes == 128 and found[0].wire_bytes == 5 * 128 * 3 / 4
     assert found[3].wire_bytes == 2 * 16 * 7 / 8
     with pytest.raises(ValueError, match="no length"):
@@ -227,8 +258,12 @@ def test_products_of_a_shard_map_are_those_of_one_device():
 
 
 def test_complaints_and_tables(tmp_path):
-    assert aot.complaints("x Involuntary full rematerialization y")[
-        "involuntary_full_rematerialization"] == 1
+    assert (
+        aot.complaints("x Involuntary full rematerialization y")[
+            "involuntary_full_rematerialization"
+        ]
+        == 1
+    )
     page = tmp_path / "pods.md"
     page.write_text("nothing")
     with pytest.raises(ValueError, match="lacks the lines"):

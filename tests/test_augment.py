@@ -58,12 +58,16 @@ def test_crop_is_bilinear_the_same_in_all_frames_and_another_per_camera_and_wind
             first = corner * room  # of the crop, in pixels; its pixel centres, clamped to the view:
             y = np.clip(first[0] + (np.arange(height) + 0.5) * side - 0.5, 0, height - 1)
             x = np.clip(first[1] + (np.arange(width) + 0.5) * side - 0.5, 0, width - 1)
-            view = video[row, :, top:top + height, left:left + width].astype(np.float32) / 255
-            rows = view[:, y.astype(int)] * (1 - y % 1)[:, None, None] + view[
-                :, np.minimum(y.astype(int) + 1, height - 1)] * (y % 1)[:, None, None]
-            wanted = rows[:, :, x.astype(int)] * (1 - x % 1)[:, None] + rows[
-                :, :, np.minimum(x.astype(int) + 1, width - 1)] * (x % 1)[:, None]
-            got = out[row, :, top:top + height, left:left + width]
+            view = video[row, :, top : top + height, left : left + width].astype(np.float32) / 255
+            rows = (
+                view[:, y.astype(int)] * (1 - y % 1)[:, None, None]
+                + view[:, np.minimum(y.astype(int) + 1, height - 1)] * (y % 1)[:, None, None]
+            )
+            wanted = (
+                rows[:, :, x.astype(int)] * (1 - x % 1)[:, None]
+                + rows[:, :, np.minimum(x.astype(int) + 1, width - 1)] * (x % 1)[:, None]
+            )
+            got = out[row, :, top : top + height, left : left + width]
             np.testing.assert_allclose(got, wanted, atol=2e-5)
 
 
@@ -88,11 +92,14 @@ def test_colours_change_by_one_factor_per_window_and_stay_colours():
     factors = ((contrast - grey) / (x - grey))[abs(x - grey) > 0.05]
     assert (abs(factors - 1) <= 0.3001).all() and factors.std() > 0.01
     np.testing.assert_allclose(
-        (contrast @ np.array([0.299, 0.587, 0.114])).mean((1, 2, 3)), grey.ravel(), atol=1e-5)
+        (contrast @ np.array([0.299, 0.587, 0.114])).mean((1, 2, 3)), grey.ravel(), atol=1e-5
+    )
 
     grey = change(video, saturation=0.9)
-    hues = [[colorsys.rgb_to_hsv(*picture[0, 3, 5])[0] for picture in pictures]
-            for pictures in (x, grey)]
+    hues = [
+        [colorsys.rgb_to_hsv(*picture[0, 3, 5])[0] for picture in pictures]
+        for pictures in (x, grey)
+    ]
     np.testing.assert_allclose(*hues, atol=1e-3)
 
     wild = change(video, brightness=3.0, contrast=3.0, saturation=3.0)
@@ -120,10 +127,15 @@ def test_members_of_a_mixture_are_cropped_by_their_own_layout():
         np.testing.assert_allclose(mixed[np.array(rows)], alone[np.array(rows)], atol=1e-6)
 
 
-@pytest.mark.parametrize(("key", "value", "words"), [
-    ("crop", 0.0, "crop is 0.0; expected a share"), ("crop", 1.5, "crop is 1.5; expected a share"),
-    ("contrast", -0.1, "contrast is -0.1; expected the largest"),
-    ("brightness", 0.1, "set config.data.pixels=True")])
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("crop", 0.0, "crop is 0.0; expected a share"),
+        ("crop", 1.5, "crop is 1.5; expected a share"),
+        ("contrast", -0.1, "contrast is -0.1; expected the largest"),
+        ("brightness", 0.1, "set config.data.pixels=True"),
+    ],
+)
 def test_impossible_settings_are_refused(key, value, words):
     config = synthetic.make_config(**{f"data.augment.{key}": value})
     with pytest.raises(ValueError, match=words):

@@ -56,7 +56,8 @@ def test_shards_are_whole_episodes_of_limited_size(finished, patch, tmp_path):
         steps = [by_id[name].length for name in meta["episodes"][shard["split"]][first:last]]
         assert sum(steps) == shard["records"] and (sum(steps) <= most or len(steps) == 1)
     assert {split: ends[-1] for split, ends in lengths.items()} == {
-        split: len(names) for split, names in meta["episodes"].items()}
+        split: len(names) for split, names in meta["episodes"].items()
+    }
 
 
 class Death(BaseException):
@@ -77,10 +78,18 @@ def mortal(patch):
             if left[0] < 0:  # a dead process cleans nothing up either
                 raise Death
             return function(*args, **kwargs)
+
         return call
 
-    for owner, name in ((os, "replace"), (os, "rename"), (os, "remove"), (os, "fsync"),
-                        (os, "makedirs"), (shutil, "rmtree"), (codec_lib.PcaCodec, "encode")):
+    for owner, name in (
+        (os, "replace"),
+        (os, "rename"),
+        (os, "remove"),
+        (os, "fsync"),
+        (os, "makedirs"),
+        (shutil, "rmtree"),
+        (codec_lib.PcaCodec, "encode"),
+    ):
         patch.setattr(owner, name, dying(getattr(owner, name)))
 
     def live(steps):
@@ -133,11 +142,14 @@ def test_an_interruption_at_each_of_the_last_steps_changes_no_byte(mortal, patch
 
 
 def test_a_rebuild_interrupted_anywhere_leaves_a_cache_and_ends_like_a_fresh_one(
-        mortal, tmp_path, finished):
+    mortal, tmp_path, finished
+):
     """The old cache stays until the new one is complete, but for a moment that a rerun mends."""
     rng, config = random.Random(0), interrupted.make_config(tmp_path)
-    other = interrupted.synthetic.make_config(tmp_path, **{
-        "data.path": "episodes", "data.frame_stride": 1, "data.prompt_template": "do {task}"})
+    other = interrupted.synthetic.make_config(
+        tmp_path,
+        **{"data.path": "episodes", "data.frame_stride": 1, "data.prompt_template": "do {task}"},
+    )
     mortal(sys.maxsize)
     precompute.precompute(other, STEPS)
     for _ in range(200):
@@ -147,8 +159,10 @@ def test_a_rebuild_interrupted_anywhere_leaves_a_cache_and_ends_like_a_fresh_one
             break
         except Death:
             latents = tmp_path / "cache" / "latents"
-            assert any((latents.parent / name / "cache.json").exists()
-                       for name in ("latents", "latents.old"))
+            assert any(
+                (latents.parent / name / "cache.json").exists()
+                for name in ("latents", "latents.old")
+            )
     mortal(sys.maxsize)
     precompute.precompute(config, STEPS)
     same(tmp_path / "cache", finished)
@@ -169,8 +183,11 @@ def test_a_restart_says_what_it_keeps_and_encodes_only_the_rest(patch, tmp_path,
     with pytest.raises(Death):
         precompute.precompute(config, ("latents",))
     plan = partial.read_json(tmp_path / "cache" / "latents.partial" / "cache.json")
-    there = [shard for shard in plan["shards"]
-             if (tmp_path / "cache" / "latents.partial" / shard["file"]).exists()]
+    there = [
+        shard
+        for shard in plan["shards"]
+        if (tmp_path / "cache" / "latents.partial" / shard["file"]).exists()
+    ]
     assert 0 < len(there) < len(plan["shards"])
     seen[:] = [0, None]
     precompute.precompute(config, ("latents",))
@@ -179,8 +196,9 @@ def test_a_restart_says_what_it_keeps_and_encodes_only_the_rest(patch, tmp_path,
     assert f"continuing: {len(there)} of {len(plan['shards'])} shards" in capsys.readouterr().out
 
 
-def test_a_partial_cache_of_something_else_is_made_anew_and_says_why(patch, tmp_path, capsys,
-                                                                      finished):
+def test_a_partial_cache_of_something_else_is_made_anew_and_says_why(
+    patch, tmp_path, capsys, finished
+):
     config = interrupted.make_config(tmp_path)
     directory = tmp_path / "cache" / "latents.partial"
     os.makedirs(directory)
@@ -253,12 +271,17 @@ def test_finishing_twice_at_once_hurts_nobody(patch, tmp_path, finished):
 
 
 def test_the_same_command_twice_at_once_is_noticed(tmp_path):
-    with (partial.writing(str(tmp_path / "file")),
-          pytest.raises(partial.InUse, match="the same command runs twice"),
-          partial.writing(str(tmp_path / "file"))):
+    with (
+        partial.writing(str(tmp_path / "file")),
+        pytest.raises(partial.InUse, match="the same command runs twice"),
+        partial.writing(str(tmp_path / "file")),
+    ):
         pass
-    with (partial.alone_in(tmp_path), pytest.raises(partial.InUse, match="another process 0 works"),
-          partial.alone_in(tmp_path)):
+    with (
+        partial.alone_in(tmp_path),
+        pytest.raises(partial.InUse, match="another process 0 works"),
+        partial.alone_in(tmp_path),
+    ):
         pass
     assert os.listdir(tmp_path) == ["file"]
 
@@ -274,8 +297,9 @@ def disk(tmp_path):
 
     def size(number):
         options = f"size={number}" + ",remount" * os.path.ismount(place)
-        done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)],
-                              capture_output=True)
+        done = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)], capture_output=True
+        )
         if done.returncode:
             pytest.skip("mounting needs root")
         return place
@@ -343,8 +367,10 @@ def test_a_writer_that_fails_leaves_no_shard(fault, patch, tmp_path, finished):
 
 
 def test_numpys_full_disk_is_understood_too(tmp_path):
-    with (pytest.raises(partial.FullDisk, match="more is still to be written"),
-          partial.explaining_full_disk(tmp_path)):
+    with (
+        pytest.raises(partial.FullDisk, match="more is still to be written"),
+        partial.explaining_full_disk(tmp_path),
+    ):
         raise OSError("1048576 requested and 65536 written")
     with pytest.raises(KeyError), partial.explaining_full_disk(tmp_path):
         raise KeyError("else")
@@ -363,7 +389,11 @@ def test_killed_ten_times_at_random(processes, tmp_path):
         os.mkdir(tmp_path / name)
         done = subprocess.run(
             [sys.executable, script, str(tmp_path / name), "7", str(kills), str(count)],
-            env={**os.environ, "PYTHONPATH": root}, capture_output=True, text=True, timeout=600)
+            env={**os.environ, "PYTHONPATH": root},
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("killed after") == kills
     print(done.stdout)

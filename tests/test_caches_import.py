@@ -61,13 +61,22 @@ def write_sharded(directory, latents, shards, storage_format="sharded_v1", missi
     for number, windows in enumerate(shards):
         paths.append(f"{folder}/rank000_{number:06d}.pt")
         shard_of[windows], offset_of[windows] = number, range(len(windows))
-        torch.save({"sample_indices": torch.tensor(windows),
-                    "video_latents": as_torch(latents[windows])}, directory / paths[-1])
+        torch.save(
+            {"sample_indices": torch.tensor(windows), "video_latents": as_torch(latents[windows])},
+            directory / paths[-1],
+        )
     shard_of[list(missing)] = offset_of[list(missing)] = -1
-    torch.save({"format": "lightwam_video_latent_cache_index_v1", "storage_format": storage_format,
-                "num_samples": len(latents), "sample_to_shard": torch.from_numpy(shard_of),
-                "sample_to_offset": torch.from_numpy(offset_of), "shard_paths": paths},
-               directory / "index.pt")
+    torch.save(
+        {
+            "format": "lightwam_video_latent_cache_index_v1",
+            "storage_format": storage_format,
+            "num_samples": len(latents),
+            "sample_to_shard": torch.from_numpy(shard_of),
+            "sample_to_offset": torch.from_numpy(offset_of),
+            "shard_paths": paths,
+        },
+        directory / "index.pt",
+    )
 
 
 def as_torch(latents):
@@ -150,11 +159,20 @@ def reference(weights, tmp_path_factory):
 
 
 def make_config(directory, weights, **overrides):
-    return synthetic.make_config(directory, **{
-        "data.codec": "wan21", "data.codec_weights": str(weights / "vae"), "data.path": "episodes",
-        "data.text_encoder": "umt5", "data.text_weights": str(weights / "t5"),
-        "data.text_len": 12, "data.prompt_template": "{task}", "model.dtype": "float32",
-        **overrides})
+    return synthetic.make_config(
+        directory,
+        **{
+            "data.codec": "wan21",
+            "data.codec_weights": str(weights / "vae"),
+            "data.path": "episodes",
+            "data.text_encoder": "umt5",
+            "data.text_weights": str(weights / "t5"),
+            "data.text_len": 12,
+            "data.prompt_template": "{task}",
+            "model.dtype": "float32",
+            **overrides,
+        },
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -190,7 +208,8 @@ def test_an_imported_cache_is_the_one_precompute_makes(reference, weights, tmp_p
 
 
 def test_another_vae_or_other_pictures_are_refused_unless_trusted(
-        reference, weights, tmp_path, episodes):
+    reference, weights, tmp_path, episodes
+):
     other = make_config(tmp_path, weights, **{"data.codec_weights": str(weights / "other")})
     with pytest.raises(ValueError, match=r"window \d+ \(episode .*\) are \d+% from what .* 5% is"):
         cache_import.import_latents(reference / "train", other)
@@ -199,8 +218,15 @@ def test_another_vae_or_other_pictures_are_refused_unless_trusted(
     for place, wrong in ((reference / "train", mirrored), (reference / "val", config)):
         with pytest.raises(ValueError, match=r"from each other's. .* --trust takes them"):
             cache_import.import_latents(place, wrong)
-    later = [dataclasses.replace(e, images={k: v[np.minimum(np.arange(len(v)) + 1, len(v) - 1)]
-                                            for k, v in e.images.items()}) for e in episodes]
+    later = [
+        dataclasses.replace(
+            e,
+            images={
+                k: v[np.minimum(np.arange(len(v)) + 1, len(v) - 1)] for k, v in e.images.items()
+            },
+        )
+        for e in episodes
+    ]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(episodes_lib, "read", lambda config: (later, []))
         with pytest.raises(ValueError, match="from the pictures a step before and after"):
@@ -221,7 +247,8 @@ def test_what_does_not_fit_is_refused(reference, weights, tmp_path, episodes):
     with pytest.raises(ValueError, match=r"config.data.codec is 'pca', which is fitted here"):
         cache_import.import_latents(reference / "train", synthetic.make_config(tmp_path))
     template = dataclasses.replace(
-        config, data=dataclasses.replace(config.data, prompt_template="do {task}"))
+        config, data=dataclasses.replace(config.data, prompt_template="do {task}")
+    )
     with pytest.raises(ValueError, match=r"lacks 2 of 2 prompts, such as 'do put the .* cube"):
         cache_import.import_texts(reference / "texts", template)
 
@@ -229,8 +256,12 @@ def test_what_does_not_fit_is_refused(reference, weights, tmp_path, episodes):
 def test_a_missing_window_is_named(weights, tmp_path):
     config = make_config(tmp_path, weights, **{"data.val_fraction": 0.0})
     count = sum(episode.length for episode in synthetic.make_episodes(4))
-    write_sharded(tmp_path / "c", np.zeros((count, 2, 4, 8, 16), np.float32),
-                  [list(range(count))], missing=[3, 4])
+    write_sharded(
+        tmp_path / "c",
+        np.zeros((count, 2, 4, 8, 16), np.float32),
+        [list(range(count))],
+        missing=[3, 4],
+    )
     with pytest.raises(ValueError, match=r"lacks 2 of its .* windows, the first is 3; finish it"):
         cache_import.import_latents(tmp_path / "c", config)
 
@@ -246,9 +277,11 @@ def test_texts_without_weights_know_these_prompts_only(reference, weights, tmp_p
     config = make_config(tmp_path, weights, **{"data.text_weights": ""})
     cache_import.import_texts(reference / "texts", config)
     assert assets.load_text(assets.assets_directory(config), config).encoder_id == (
-        "umt5-reference-wan21t2v13b")
-    taken = cache_import._TextFiles(caches.read_text_cache(reference / "texts"), config,
-                                    synthetic.TASKS)
+        "umt5-reference-wan21t2v13b"
+    )
+    taken = cache_import._TextFiles(
+        caches.read_text_cache(reference / "texts"), config, synthetic.TASKS
+    )
     with pytest.raises(ValueError, match=r"is not what config.data.text_weights makes of it"):
         taken.check(text.HashedTextEncoder(config.model.text_dim), synthetic.TASKS[0])
 
@@ -256,12 +289,30 @@ def test_texts_without_weights_know_these_prompts_only(reference, weights, tmp_p
 def test_command_line(reference, weights, tmp_path, capsys):
     config = tmp_path / "config.py"
     tree = dataclasses.asdict(make_config(tmp_path, weights, **{"data.codec_weights": ""}))
-    config.write_text("import ml_collections\n\ndef get_config():\n"
-                      f"    return ml_collections.ConfigDict({tree!r})\n")
-    flags = ["--config", str(config), f"--config.data.cache={tmp_path / 'cache'}",
-             "--config.data.path=episodes", f"--config.data.codec_weights={weights / 'vae'}"]
-    assert cli.main(["latents", "--in", str(reference / "train"), "--val_in",
-                     str(reference / "val"), *flags]) == 0
+    config.write_text(
+        "import ml_collections\n\ndef get_config():\n"
+        f"    return ml_collections.ConfigDict({tree!r})\n"
+    )
+    flags = [
+        "--config",
+        str(config),
+        f"--config.data.cache={tmp_path / 'cache'}",
+        "--config.data.path=episodes",
+        f"--config.data.codec_weights={weights / 'vae'}",
+    ]
+    assert (
+        cli.main(
+            [
+                "latents",
+                "--in",
+                str(reference / "train"),
+                "--val_in",
+                str(reference / "val"),
+                *flags,
+            ]
+        )
+        == 0
+    )
     assert cli.main(["texts", "--in", str(reference / "texts"), *flags]) == 0
     out = capsys.readouterr().out
     assert "train windows" in out and "2 prompts of" in out

@@ -37,11 +37,13 @@ def random_params(config):
     model = build.build_model(config.model)
     shapes = jax.eval_shape(lambda: build.init_params(model, jax.random.key(0), config.model))
     kept = re.compile(
-        r"blocks_\d+/self_attn/q/|/adapters_0/|dit/head/|trunk.*bias|proprio|text_emb")
+        r"blocks_\d+/self_attn/q/|/adapters_0/|dit/head/|trunk.*bias|proprio|text_emb"
+    )
     flat = {k: x for k, x in params_lib.flatten(shapes).items() if kept.search(k)}
     rng = np.random.default_rng(0)
     return params_lib.unflatten(
-        {k: jnp.asarray(rng.standard_normal(x.shape, np.float32)) for k, x in flat.items()})
+        {k: jnp.asarray(rng.standard_normal(x.shape, np.float32)) for k, x in flat.items()}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -49,16 +51,21 @@ def state():
     made = step_lib.init_state(random_params(CONFIG), CONFIG, OPTIMIZER)
     moments = jax.tree.map(lambda x: x + 1, optimizer_lib.moments(made.opt_state))
     return dataclasses.replace(
-        made, opt_state=optimizer_lib.with_moments(made.opt_state, moments, jnp.int32(7)))
+        made, opt_state=optimizer_lib.with_moments(made.opt_state, moments, jnp.int32(7))
+    )
 
 
 def save(checkpoints, state, *steps):
     for step in steps:
         shifted = dataclasses.replace(
-            state, trainable=jax.tree.map(lambda x, s=step: x + s, state.trainable))
-        checkpoints.save(step, step_lib.state_items(shifted),
-                         lambda: params_lib.canonical(state.frozen),
-                         {"window": [], "next_batch": step})
+            state, trainable=jax.tree.map(lambda x, s=step: x + s, state.trainable)
+        )
+        checkpoints.save(
+            step,
+            step_lib.state_items(shifted),
+            lambda: params_lib.canonical(state.frozen),
+            {"window": [], "next_batch": step},
+        )
     checkpoints.wait()
 
 
@@ -111,8 +118,9 @@ def assert_is(items, state, step):
     expected = step_lib.state_items(state)
     for name, tree in expected.items():
         shift = step if name == "params" else 0
-        jax.tree.map(lambda a, b, s=shift: np.testing.assert_array_equal(a, b + s),
-                     items[name], tree)
+        jax.tree.map(
+            lambda a, b, s=shift: np.testing.assert_array_equal(a, b + s), items[name], tree
+        )
 
 
 @pytest.mark.parametrize(("devices", "fsdp"), [(8, 1), (4, 2), (1, 1)])
@@ -138,8 +146,9 @@ def test_checkpoint_is_a_whole_policy(saved, state):
 
 
 def test_frozen_parameters_are_on_disk_once(saved):
-    files = [next((saved / "checkpoints" / str(step) / "frozen" / "d").iterdir())
-             for step in (1, 2, 3)]
+    files = [
+        next((saved / "checkpoints" / str(step) / "frozen" / "d").iterdir()) for step in (1, 2, 3)
+    ]
     assert len({file.stat().st_ino for file in files}) == 1
 
 
@@ -151,8 +160,7 @@ def test_frozen_parameters_outlive_the_checkpoint_they_were_restored_from(workdi
     assert not (workdir / "checkpoints" / "3").exists()
     items, meta = restore(workdir, state, on=mesh(1))
     assert meta["step"] == 7
-    jax.tree.map(np.testing.assert_array_equal, items["frozen"],
-                 params_lib.canonical(state.frozen))
+    jax.tree.map(np.testing.assert_array_equal, items["frozen"], params_lib.canonical(state.frozen))
 
 
 def small(step):
@@ -160,8 +168,9 @@ def small(step):
 
 
 def test_multiples_of_keep_every_are_kept_besides_the_last(tmp_path):
-    config = dataclasses.replace(CONFIG, train=dataclasses.replace(
-        CONFIG.train, keep_last=1, keep_every=4))
+    config = dataclasses.replace(
+        CONFIG, train=dataclasses.replace(CONFIG.train, keep_last=1, keep_every=4)
+    )
     checkpoints = checkpoint.Checkpoints(tmp_path, config)
     for step in range(2, 15, 2):
         checkpoints.save(step, small(step), None, {})
@@ -271,8 +280,9 @@ def test_any_file_altered_or_cut_gives_a_whole_step_or_none(saved, state, tmp_pa
         (workdir / "checkpoints" / "3" / name).write_bytes(data)
         items, meta = restore(workdir, state, on=mesh(1))
         assert_is(items, state, meta["step"])
-        jax.tree.map(np.testing.assert_array_equal, items["frozen"],
-                     params_lib.canonical(state.frozen))
+        jax.tree.map(
+            np.testing.assert_array_equal, items["frozen"], params_lib.canonical(state.frozen)
+        )
         assert meta["next_batch"] == meta["step"]
         outcomes[str(name)] = meta["step"]
         shutil.rmtree(workdir)

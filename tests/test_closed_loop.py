@@ -16,15 +16,22 @@ def policy():
     """A `Policy` for the demo with random parameters, and an evaluation of two short episodes."""
     c = make_config({"source": "demo"})
     evaluation = dataclasses.replace(
-        c.evaluation, episodes=2, max_steps=6, batch=2, workers=1, videos=1)
+        c.evaluation, episodes=2, max_steps=6, batch=2, workers=1, videos=1
+    )
     demo = dataclasses.replace(c.demo, image_size=32)
     return make_policy(dataclasses.replace(c, evaluation=evaluation, demo=demo))
 
 
 def write_metrics(workdir):
-    (workdir / "metrics.jsonl").write_text("".join(json.dumps(
-        {"kind": "train", "step": step, "loss": 1.0, "loss_video": 1.0, "loss_action": 1.0}) + "\n"
-        for step in (1, 2)))
+    (workdir / "metrics.jsonl").write_text(
+        "".join(
+            json.dumps(
+                {"kind": "train", "step": step, "loss": 1.0, "loss_video": 1.0, "loss_action": 1.0}
+            )
+            + "\n"
+            for step in (1, 2)
+        )
+    )
 
 
 def test_evaluation_writes_numbers_report_and_logs_and_continues(policy, tmp_path):
@@ -50,21 +57,27 @@ def test_evaluation_writes_numbers_report_and_logs_and_continues(policy, tmp_pat
 
     other = make_policy(policy.config)
     other.params["proprio_encoder"] = {
-        key: value + 1 for key, value in other.params["proprio_encoder"].items()}
+        key: value + 1 for key, value in other.params["proprio_encoder"].items()
+    }
     with pytest.raises(ValueError, match=r"policy: .* there, .* now"):
         closed_loop.evaluate(other, "demo", tmp_path, out, began=0.0)
 
 
 @pytest.mark.parametrize("experts", [(), ("stack",)])
 def test_tasks_without_an_expert_are_evaluated_and_the_report_says_so(
-        policy, tmp_path, monkeypatch, experts):
+    policy, tmp_path, monkeypatch, experts
+):
     """A suite of two tasks, the demo under other names, whose experts are missing or partly so."""
     suite = types.SimpleNamespace(
-        __name__=demo.__name__, TASKS=("stack", "juggle"), FPS=demo.FPS,
+        __name__=demo.__name__,
+        TASKS=("stack", "juggle"),
+        FPS=demo.FPS,
         has_expert=lambda task: task in experts,
         groups=lambda tasks: {"toys": ["stack", "juggle"], "balls": ["juggle"]},
         episodes=lambda tasks, count, first: [
-            worker.Episode(task, 0, first + i) for task in tasks for i in range(count)])
+            worker.Episode(task, 0, first + i) for task in tasks for i in range(count)
+        ],
+    )
     monkeypatch.setattr(envs, "suite", lambda name: suite)
     write_metrics(tmp_path)
     rates = closed_loop.evaluate(policy, "demo", tmp_path, tmp_path, began=0.0)

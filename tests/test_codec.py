@@ -50,7 +50,7 @@ def test_all_components_lose_nothing(videos):
 def test_mean_variance_is_one(videos, whitening):
     fitted = codec.PcaCodec.fit(videos, channels=8 + codec.PLACES, whitening=whitening)
     latents = fitted.encode(videos)
-    later = latents[:, 1:, ..., :-codec.PLACES].reshape(-1, 8)
+    later = latents[:, 1:, ..., : -codec.PLACES].reshape(-1, 8)
     np.testing.assert_allclose(later.mean(0), 0, atol=1e-2)
     variance = later.var(0)
     np.testing.assert_allclose(variance.mean(), 1, atol=0.02)
@@ -72,12 +72,14 @@ def test_resampled_canvases_are_the_same_pictures_in_0_to_1(fitted, videos):
     floats = transforms.to_float(videos)
     latents = fitted.encode(videos)
     np.testing.assert_allclose(fitted.encode(floats), latents, atol=1e-4)
-    np.testing.assert_allclose(jax.jit(fitted.encode_with)(fitted.arrays, floats), latents,
-                               atol=1e-4)
+    np.testing.assert_allclose(
+        jax.jit(fitted.encode_with)(fitted.arrays, floats), latents, atol=1e-4
+    )
     again = codec.PcaCodec.fit(floats[:20], channels=16)
     np.testing.assert_allclose(again.encode(videos), latents, atol=1e-2)
     assert codec.psnr(fitted.decode(latents), floats) == pytest.approx(
-        codec.psnr(fitted.decode(latents), videos))
+        codec.psnr(fitted.decode(latents), videos)
+    )
     beyond = floats.copy()
     beyond[..., 0, 0, :] = -0.1, 1.1, 0.5  # bicubic overshoot is neither refused nor clipped
     assert np.abs(fitted.encode(beyond) - latents)[:, :, 0, 0].max() > 0.01
@@ -124,12 +126,12 @@ def test_wrong_inputs_are_refused(fitted, videos):
 
 def test_latents_tell_their_place_and_pictures_ignore_it(fitted, videos):
     latents = fitted.encode(videos[:2])
-    places = latents[..., -codec.PLACES:]
+    places = latents[..., -codec.PLACES :]
     assert (places == places[:1, :1]).all()  # the same whatever is shown
     cells = places[0, 0].reshape(-1, codec.PLACES)
     assert len(np.unique(cells, axis=0)) == len(cells)
     moved = latents.copy()
-    moved[..., -codec.PLACES:] = 0
+    moved[..., -codec.PLACES :] = 0
     np.testing.assert_array_equal(fitted.decode(latents), fitted.decode(moved))
 
 
@@ -140,14 +142,21 @@ def pictures():
     return picture, {
         "noise": (picture // 2 + (x * 37 + y * 91 + c * 53) % 101).astype(np.uint8),
         "brighter": np.minimum(picture.astype(int) + 25, 255).astype(np.uint8),
-        "flat": np.full_like(picture, 128), "negative": 255 - picture,
-        "moved": np.roll(picture, 2, axis=1)}
+        "flat": np.full_like(picture, 128),
+        "negative": 255 - picture,
+        "moved": np.roll(picture, 2, axis=1),
+    }
 
 
 # scikit-image 0.26.0: structural_similarity(other, picture, channel_axis=-1, data_range=255,
 # gaussian_weights=True, sigma=1.5, use_sample_covariance=False)
-GOLDEN_SSIM = {"noise": 0.375382556180, "brighter": 0.984315148992, "flat": 0.103443739240,
-               "negative": -0.646227904760, "moved": 0.205949907151}
+GOLDEN_SSIM = {
+    "noise": 0.375382556180,
+    "brighter": 0.984315148992,
+    "flat": 0.103443739240,
+    "negative": -0.646227904760,
+    "moved": 0.205949907151,
+}
 
 
 def test_ssim_equals_scikit_image():
@@ -172,6 +181,7 @@ def test_ssim_is_symmetric_and_one_only_for_equal_pictures():
         assert codec.ssim(picture, other) < 0.99
     scaled = picture.astype(np.float32) / 255
     assert codec.ssim(scaled, others["moved"]) == pytest.approx(
-        codec.ssim(picture, others["moved"]), abs=1e-5)
+        codec.ssim(picture, others["moved"]), abs=1e-5
+    )
     with pytest.raises(ValueError, match=r"\[10, 24, 3\]; expected two of one shape .* 11 pixels"):
         codec.ssim(picture[:10, :24], picture[:10, :24])

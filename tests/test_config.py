@@ -23,12 +23,25 @@ from lightwam_jax.data import spec
 from lightwam_jax.models import variants
 
 
-@pytest.mark.parametrize("make", [
-    demo.get_config, metaworld.get_config, robotwin.get_config, wan22_5b.get_config,
-    *(lambda make=module.get_config, name=name: make(name) for module, names in (
-        (libero, libero.SUITES), (rlds, rlds.SUITES), (hdf5_robot, hdf5_robot.LAYOUTS),
-        (libero_standin, libero_standin.SUITES))
-      for name in names)])
+@pytest.mark.parametrize(
+    "make",
+    [
+        demo.get_config,
+        metaworld.get_config,
+        robotwin.get_config,
+        wan22_5b.get_config,
+        *(
+            lambda make=module.get_config, name=name: make(name)
+            for module, names in (
+                (libero, libero.SUITES),
+                (rlds, rlds.SUITES),
+                (hdf5_robot, hdf5_robot.LAYOUTS),
+                (libero_standin, libero_standin.SUITES),
+            )
+            for name in names
+        ),
+    ],
+)
 def test_configs_resolve_and_survive_json(make):
     config = configs.from_config_dict(make())
     assert configs.from_json(configs.to_json(config)) == config
@@ -41,19 +54,39 @@ def test_the_released_recipe():
     assert (o.lr, o.warmup_steps, o.final_lr_ratio) == (1e-4, 1000, 0.01)
     assert (o.b1, o.b2, o.eps, o.weight_decay, o.clip_norm) == (0.9, 0.95, 1e-8, 1e-2, 0.0)
     assert (c.train.steps, c.train.batch_size) == (150_000, 64)
-    assert (c.loss.downsample, c.loss.prefix_steps, c.loss.prefix_weight, c.loss.tail_weight,
-            c.loss.shift, c.loss.residual_target) == (2, 8, 1.0, 0.0, 5.0, False)
+    assert (
+        c.loss.downsample,
+        c.loss.prefix_steps,
+        c.loss.prefix_weight,
+        c.loss.tail_weight,
+        c.loss.shift,
+        c.loss.residual_target,
+    ) == (2, 8, 1.0, 0.0, 5.0, False)
     assert (c.data.canvas, c.data.video_frames, c.data.latent_frames, c.data.action_horizon) == (
-        (224, 448), 9, 3, 32)
+        (224, 448),
+        9,
+        3,
+        32,
+    )
     assert (c.model.lora_rank, c.model.lora_alpha, c.model.adapter_layers, c.model.adapter_dim) == (
-        64, 128.0, (8, 16, 24), 256)
+        64,
+        128.0,
+        (8, 16, 24),
+        256,
+    )
     assert c.data.delta_mask == (True,) * 6 + (False,) and c.data.normalization == "min_max"
     r = configs.from_config_dict(robotwin.get_config())
     assert (r.train.steps, r.optimizer.accum_steps, r.loss.prefix_steps, r.data.normalization) == (
-        500_000, 2, 24, "z_score_reference")
+        500_000,
+        2,
+        24,
+        "z_score_reference",
+    )
     assert (r.model.action_dim, r.model.proprio_dim, r.data.canvas) == (14, 14, (384, 320))
-    assert [configs.from_config_dict(libero.get_config(s)).evaluation.max_steps
-            for s in ("spatial", "object", "goal", "10")] == [400, 400, 400, 700]
+    assert [
+        configs.from_config_dict(libero.get_config(s)).evaluation.max_steps
+        for s in ("spatial", "object", "goal", "10")
+    ] == [400, 400, 400, 700]
     with pytest.raises(ValueError, match="spatial, object"):
         libero.get_config("kitchen")
 
@@ -71,8 +104,12 @@ def test_the_wan22_backbone():
     noisy = batch["latents"].shape
     velocity, actions = jax.eval_shape(
         lambda p, x, t, text, state: model.apply({"params": p}, x, t, x[:, :1], text, state, 32),
-        shapes, jax.ShapeDtypeStruct(noisy, "float32"), jax.ShapeDtypeStruct((2,), "float32"),
-        batch["context"], batch["proprio"])
+        shapes,
+        jax.ShapeDtypeStruct(noisy, "float32"),
+        jax.ShapeDtypeStruct((2,), "float32"),
+        batch["context"],
+        batch["proprio"],
+    )
     assert (velocity.shape, actions.shape) == (noisy, (2, 32, 7))
     pooled = dataclasses.replace(c, loss=dataclasses.replace(c.loss, downsample=2))
     with pytest.raises(ValueError, match=r"multiples of 64 \(16 pixels per latent cell"):
@@ -85,20 +122,23 @@ def _broken(section, key, value):
     return tree
 
 
-@pytest.mark.parametrize("section, key, value, words", [
-    ("optimizer", "learning_rate", 1e-3, "config.optimizer.learning_rate is not a config key"),
-    ("optimizer", "warmup_step", 3, "did you mean 'warmup_steps'"),
-    ("train", "steps", "many", "config.train.steps is 'many'"),
-    ("train", "steps", True, "expected int"),
-    ("model", "attention_mask", "causal", "expected one of 'first_frame_causal'"),
-    ("data", "frame_stride", 5, "video frames"),
-    ("data", "codec", "wan23", "expected one of 'wan21', 'wan22', 'pca'"),
-    ("data", "action_horizon", 30, "multiple of the 8 future video frames"),
-    ("data", "delta_mask", [True], "delta_mask has 1 entries"),
-    ("optimizer", "accum_steps", 3, "must be a multiple"),
-    ("evaluation", "replan", 99, "executes more steps than the chunk"),
-    ("loss", "downsample", 3, "expected one of 1, 2, 4"),
-])
+@pytest.mark.parametrize(
+    "section, key, value, words",
+    [
+        ("optimizer", "learning_rate", 1e-3, "config.optimizer.learning_rate is not a config key"),
+        ("optimizer", "warmup_step", 3, "did you mean 'warmup_steps'"),
+        ("train", "steps", "many", "config.train.steps is 'many'"),
+        ("train", "steps", True, "expected int"),
+        ("model", "attention_mask", "causal", "expected one of 'first_frame_causal'"),
+        ("data", "frame_stride", 5, "video frames"),
+        ("data", "codec", "wan23", "expected one of 'wan21', 'wan22', 'pca'"),
+        ("data", "action_horizon", 30, "multiple of the 8 future video frames"),
+        ("data", "delta_mask", [True], "delta_mask has 1 entries"),
+        ("optimizer", "accum_steps", 3, "must be a multiple"),
+        ("evaluation", "replan", 99, "executes more steps than the chunk"),
+        ("loss", "downsample", 3, "expected one of 1, 2, 4"),
+    ],
+)
 def test_mistakes_are_named(section, key, value, words):
     with pytest.raises(ValueError, match=words):
         configs.from_config_dict(_broken(section, key, value))

@@ -43,8 +43,10 @@ def shards(tensors, folder, count=2):
     """Writes tensors as Hugging Face shards with an index; returns the index."""
     folder.mkdir(parents=True, exist_ok=True)
     keys = sorted(tensors)
-    place = {key: f"diffusion_pytorch_model-{i % count + 1:05}-of-{count:05}.safetensors"
-             for i, key in enumerate(keys)}
+    place = {
+        key: f"diffusion_pytorch_model-{i % count + 1:05}-of-{count:05}.safetensors"
+        for i, key in enumerate(keys)
+    }
     for name in set(place.values()):
         save({key: tensors[key] for key in keys if place[key] == name}, folder / name)
     index = folder / "diffusion_pytorch_model.safetensors.index.json"
@@ -57,8 +59,9 @@ def shards(tensors, folder, count=2):
 
 def test_shards_folder_and_prefix_give_the_same_checkpoint(transformer, tmp_path):
     single = save(transformer, tmp_path / "single.safetensors")
-    prefixed = save({f"model.{key}": x for key, x in transformer.items()},
-                    tmp_path / "prefixed.safetensors")
+    prefixed = save(
+        {f"model.{key}": x for key, x in transformer.items()}, tmp_path / "prefixed.safetensors"
+    )
     index = shards(transformer, tmp_path / "repo" / "transformer")
     wanted = None
     for name, place in (("a", single), ("b", prefixed), ("c", index), ("d", tmp_path / "repo")):
@@ -67,14 +70,26 @@ def test_shards_folder_and_prefix_give_the_same_checkpoint(transformer, tmp_path
         meta = storage.read_meta(out)
         wanted = wanted or meta["arrays"]
         assert meta["arrays"] == wanted  # digests included
-    assert main(["export", "--in", str(tmp_path / "b"), "--out", str(tmp_path / "x.safetensors"),
-                 ]) == 0
-    assert files.read_tensors(tmp_path / "x.safetensors").keys() == files.read_tensors(
-        prefixed).keys()
+    assert (
+        main(
+            [
+                "export",
+                "--in",
+                str(tmp_path / "b"),
+                "--out",
+                str(tmp_path / "x.safetensors"),
+            ]
+        )
+        == 0
+    )
+    assert (
+        files.read_tensors(tmp_path / "x.safetensors").keys() == files.read_tensors(prefixed).keys()
+    )
 
 
 def test_parts_larger_than_memory_allows_are_written_piece_by_piece(
-        text_encoder, tmp_path, monkeypatch):
+    text_encoder, tmp_path, monkeypatch
+):
     whole, pieces = tmp_path / "whole", tmp_path / "pieces"
     assert main(["t5", "--in", str(text_encoder), "--out", str(whole)]) == 0
     monkeypatch.setattr(streams, "PART_BYTES", 5000)  # rows of the table; one layer of a stack
@@ -92,8 +107,16 @@ def test_files_beside_the_weights_come_along(text_encoder, tmp_path, capsys):
     (tmp_path / "tokenizer.json").write_text("{}")
     assert run(capsys, "t5", "--in", tmp_path, "--out", tmp_path / "w")[0] == 0
     assert (tmp_path / "w" / "assets" / "tokenizer.json").read_text() == "{}"
-    code, error = run(capsys, "t5", "--in", tmp_path, "--out", tmp_path / "x", "--tokenizer",
-                      tmp_path / "absent" / "tokenizer.json")
+    code, error = run(
+        capsys,
+        "t5",
+        "--in",
+        tmp_path,
+        "--out",
+        tmp_path / "x",
+        "--tokenizer",
+        tmp_path / "absent" / "tokenizer.json",
+    )
     assert code == 2 and "tokenizer.json: no such file" in error
 
 
@@ -103,23 +126,42 @@ def test_statistics_of_another_robot_are_refused(golden, tmp_path, capsys):
     one = {"min": [0.0], "max": [1.0], "mean": [0.5], "std": [1.0], "q01": [0.0], "q99": [1.0]}
     numbers = {f"global_{key}": value for key, value in one.items()}
     stats.write_text(json.dumps({name: {"default": numbers} for name in ("state", "action")}))
-    code, error = run(capsys, "lightwam", "--in", source, "--out", tmp_path / "w", *HEADS,
-                      "--pool_heads", 2, "--stats", stats)
+    code, error = run(
+        capsys,
+        "lightwam",
+        "--in",
+        source,
+        "--out",
+        tmp_path / "w",
+        *HEADS,
+        "--pool_heads",
+        2,
+        "--stats",
+        stats,
+    )
     assert code == 2 and "dataset_stats.json" in error and not (tmp_path / "w").exists()
 
 
 # ---- refusals ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("change, words", [
-    (lambda t: t.pop("blocks.2.ffn.0.bias"), "blocks.2.ffn.0.bias"),
-    (lambda t: t.update(extra=np.zeros(1, np.float32)), "extra"),
-    (lambda t: t.update({"head.head.bias": np.zeros(3, np.float32)}),
-     "head.head.bias is [3], expected [64]"),
-    (lambda t: t.update({"head.head.bias": np.zeros(64, np.int32)}), "head.head.bias is int32"),
-    (lambda t: t.update({"head.head.bias": t["head.head.bias"].astype(np.float64)}),
-     "head.head.bias is float64"),
-], ids=["missing", "unexpected", "shape", "integers", "float64"])
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda t: t.pop("blocks.2.ffn.0.bias"), "blocks.2.ffn.0.bias"),
+        (lambda t: t.update(extra=np.zeros(1, np.float32)), "extra"),
+        (
+            lambda t: t.update({"head.head.bias": np.zeros(3, np.float32)}),
+            "head.head.bias is [3], expected [64]",
+        ),
+        (lambda t: t.update({"head.head.bias": np.zeros(64, np.int32)}), "head.head.bias is int32"),
+        (
+            lambda t: t.update({"head.head.bias": t["head.head.bias"].astype(np.float64)}),
+            "head.head.bias is float64",
+        ),
+    ],
+    ids=["missing", "unexpected", "shape", "integers", "float64"],
+)
 def test_bad_transformers_are_refused(transformer, tmp_path, capsys, change, words):
     tensors = dict(transformer)
     change(tensors)
@@ -129,12 +171,15 @@ def test_bad_transformers_are_refused(transformer, tmp_path, capsys, change, wor
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bad.safetensors"]
 
 
-@pytest.mark.parametrize("kind, name, key", [
-    ("vae", "f_vae/vae21_tiny", "encoder.downsamples.0.residual.6.weight"),
-    ("vae", "f_vae/wan22_vae_tiny", "decoder.head.2.bias"),
-    ("t5", "g_text/text_encoder_tiny", "blocks.1.ffn.fc2.weight"),
-    ("t5", "g_text/text_encoder_tiny", "blocks.2.pos_embedding.embedding.weight"),
-])
+@pytest.mark.parametrize(
+    "kind, name, key",
+    [
+        ("vae", "f_vae/vae21_tiny", "encoder.downsamples.0.residual.6.weight"),
+        ("vae", "f_vae/wan22_vae_tiny", "decoder.head.2.bias"),
+        ("t5", "g_text/text_encoder_tiny", "blocks.1.ffn.fc2.weight"),
+        ("t5", "g_text/text_encoder_tiny", "blocks.2.pos_embedding.embedding.weight"),
+    ],
+)
 def test_incomplete_files_are_refused(golden, tmp_path, capsys, kind, name, key):
     tensors = files.read_tensors(golden / f"{name}.safetensors")
     del tensors[key]
@@ -145,8 +190,9 @@ def test_incomplete_files_are_refused(golden, tmp_path, capsys, kind, name, key)
 
 def test_another_size_is_refused_by_variant(transformer, tmp_path, capsys):
     path = save(transformer, tmp_path / "small.safetensors")
-    code, error = run(capsys, "dit", "--in", path, "--out", tmp_path / "w", *HEADS,
-                      "--variant", "wan21_1_3b")
+    code, error = run(
+        capsys, "dit", "--in", path, "--out", tmp_path / "w", *HEADS, "--variant", "wan21_1_3b"
+    )
     assert code == 2 and "small.safetensors" in error
     assert "blocks.0.cross_attn.k.bias is [40], expected [1536]" in error
 
@@ -203,8 +249,9 @@ def test_a_wrong_ending_and_an_unknown_layout(text_encoder, tmp_path, capsys):
     assert main(["t5", "--in", str(text_encoder), "--out", str(out)]) == 0
     code, error = run(capsys, "export", "--in", out, "--out", tmp_path / "x.bin")
     assert code == 2 and ".safetensors, .pt or .pth" in error
-    code, error = run(capsys, "export", "--in", out, "--out", tmp_path / "x.safetensors",
-                      "--layout", "diffusers")
+    code, error = run(
+        capsys, "export", "--in", out, "--out", tmp_path / "x.safetensors", "--layout", "diffusers"
+    )
     assert code == 2 and "official or huggingface" in error
     code, error = run(capsys, "t5", "--in", text_encoder, "--out", out)
     assert code == 2 and "exists" in error
@@ -252,16 +299,26 @@ def test_without_a_network_the_hub_says_which_file_to_place(tmp_path, capsys, mo
 
 def test_the_hub_gives_the_right_file_and_its_revision(text_encoder, tmp_path, monkeypatch):
     hub = pytest.importorskip("huggingface_hub")
-    names = ["README.md", "google/umt5-xxl/tokenizer.json", "text_encoder/model.safetensors",
-             "transformer/diffusion_pytorch_model.safetensors"]
+    names = [
+        "README.md",
+        "google/umt5-xxl/tokenizer.json",
+        "text_encoder/model.safetensors",
+        "transformer/diffusion_pytorch_model.safetensors",
+    ]
     (tmp_path / "text_encoder").mkdir()
     shutil.copy(text_encoder, tmp_path / "text_encoder" / "model.safetensors")
     asked = {}
 
     def info(self, repo, revision=None):
         asked.update(repo=repo, revision=revision)
-        return type("Info", (), {"sha": "abc123", "siblings": [
-            type("Sibling", (), {"rfilename": name}) for name in names]})
+        return type(
+            "Info",
+            (),
+            {
+                "sha": "abc123",
+                "siblings": [type("Sibling", (), {"rfilename": name}) for name in names],
+            },
+        )
 
     def download(repo, revision, allow_patterns):
         asked.update(patterns=allow_patterns, got=revision)
@@ -296,8 +353,9 @@ def test_half_precision_survives(transformer, tmp_path):
     half = {key: x.astype(ml_dtypes.bfloat16) for key, x in transformer.items()}
     source = save(half, tmp_path / "half.safetensors")
     assert main(["dit", "--in", str(source), "--out", str(tmp_path / "w"), *HEADS]) == 0
-    assert main(["export", "--in", str(tmp_path / "w"), "--out",
-                 str(tmp_path / "b.safetensors")]) == 0
+    assert (
+        main(["export", "--in", str(tmp_path / "w"), "--out", str(tmp_path / "b.safetensors")]) == 0
+    )
     assert source.read_bytes() == (tmp_path / "b.safetensors").read_bytes()
 
 
@@ -306,13 +364,28 @@ def test_vae_round_trip_is_exact(golden, tmp_path, name):
     source = golden / "f_vae" / f"{name}.safetensors"
     assert main(["vae", "--in", str(source), "--out", str(tmp_path / "w")]) == 0
     for layout in ("diffusers", "official"):
-        assert main(["export", "--in", str(tmp_path / "w"), "--layout", layout, "--out",
-                     str(tmp_path / f"{layout}.safetensors")]) == 0
-    before, after = (files.read_tensors(path) for path in (
-        source, tmp_path / "official.safetensors"))
+        assert (
+            main(
+                [
+                    "export",
+                    "--in",
+                    str(tmp_path / "w"),
+                    "--layout",
+                    layout,
+                    "--out",
+                    str(tmp_path / f"{layout}.safetensors"),
+                ]
+            )
+            == 0
+        )
+    before, after = (
+        files.read_tensors(path) for path in (source, tmp_path / "official.safetensors")
+    )
     assert before.keys() == after.keys()
     assert all(before[key].tobytes() == after[key].tobytes() for key in before)
-    assert main(["vae", "--in", str(tmp_path / "diffusers.safetensors"), "--out",
-                 str(tmp_path / "x")]) == 0
+    assert (
+        main(["vae", "--in", str(tmp_path / "diffusers.safetensors"), "--out", str(tmp_path / "x")])
+        == 0
+    )
     a, b = (storage.read_meta(tmp_path / out)["arrays"] for out in "wx")
     assert a == b

@@ -34,8 +34,9 @@ def test_full_size_keys_map_one_to_one_in_both_directions(full_size, golden, sui
     assert config.variant == "wan21_1_3b"
     targets = rules.target_shapes(lightwam.CHECKPOINT, shapes)
     model = build.build_model(config)
-    own = jax.eval_shape(lambda key: params.canonical(build.init_params(model, key, config)),
-                         jax.random.key(0))
+    own = jax.eval_shape(
+        lambda key: params.canonical(build.init_params(model, key, config)), jax.random.key(0)
+    )
     own_shapes = {path: tuple(leaf.shape) for path, leaf in params.flatten(own).items()}
     assert targets == own_shapes
     layers = wan_dit.stacked_layers(config.num_layers, config.lora_layers)
@@ -46,6 +47,7 @@ def test_full_size_keys_map_one_to_one_in_both_directions(full_size, golden, sui
 def test_full_size_trainable_names(full_size, suite):
     """What the released recipe trains is, name by name, what the reference trains."""
     from configs import libero, robotwin
+
     config = (libero if suite == "libero" else robotwin).get_config()
     shapes, _ = lightwam.flatten_checkpoint(full_size[suite])
     own = params.unflatten(rules.target_shapes(lightwam.CHECKPOINT, shapes))
@@ -58,8 +60,10 @@ def test_full_size_trainable_names(full_size, suite):
 
 
 def test_command_line_round_trip_is_exact(released, tmp_path, capsys):
-    assert main(["lightwam", "--in", str(released), "--out", str(tmp_path / "w"), "--verify",
-                 *TOLD]) == 0
+    assert (
+        main(["lightwam", "--in", str(released), "--out", str(tmp_path / "w"), "--verify", *TOLD])
+        == 0
+    )
     assert "byte for byte" in capsys.readouterr().out
     back = tmp_path / "b.safetensors"
     assert main(["export", "--in", str(tmp_path / "w"), "--out", str(back)]) == 0
@@ -68,8 +72,21 @@ def test_command_line_round_trip_is_exact(released, tmp_path, capsys):
 
 def test_dit_round_trip_is_exact(golden, tmp_path):
     source = golden / "a_dit" / "dit.safetensors"
-    assert main(["dit", "--in", str(source), "--out", str(tmp_path / "w"), "--head_dim", "20",
-                 "--verify"]) == 0
+    assert (
+        main(
+            [
+                "dit",
+                "--in",
+                str(source),
+                "--out",
+                str(tmp_path / "w"),
+                "--head_dim",
+                "20",
+                "--verify",
+            ]
+        )
+        == 0
+    )
     back = tmp_path / "b.safetensors"
     assert main(["export", "--in", str(tmp_path / "w"), "--out", str(back)]) == 0
     before, after = files.read_tensors(source), files.read_tensors(back)
@@ -87,8 +104,9 @@ def test_pt_round_trip_keeps_keys_dtypes_and_bytes(released_pt, tmp_path, precis
         for key, value in before[section].items():
             before[section][key] = value.to(getattr(torch, precision))
     torch.save(before, tmp_path / "a.pt")
-    assert main(["lightwam", "--in", str(tmp_path / "a.pt"), "--out", str(tmp_path / "w"),
-                 *TOLD]) == 0
+    assert (
+        main(["lightwam", "--in", str(tmp_path / "a.pt"), "--out", str(tmp_path / "w"), *TOLD]) == 0
+    )
     assert main(["export", "--in", str(tmp_path / "w"), "--out", str(tmp_path / "b.pt")]) == 0
     after = torch.load(tmp_path / "b.pt", weights_only=True)
     assert (before["step"], before["torch_dtype"]) == (after["step"], after["torch_dtype"])
@@ -104,8 +122,9 @@ def test_the_legacy_layout_is_read(released_pt, tmp_path):
     """A top-level "dit" without prefixes instead of "mot"."""
     torch = pytest.importorskip("torch")
     content = torch.load(released_pt, weights_only=True)
-    content["dit"] = {key.removeprefix("mixtures.video."): value
-                      for key, value in content.pop("mot").items()}
+    content["dit"] = {
+        key.removeprefix("mixtures.video."): value for key, value in content.pop("mot").items()
+    }
     torch.save(content, tmp_path / "legacy.pt")
     for name, path in (("a", released_pt), ("b", tmp_path / "legacy.pt")):
         assert main(["lightwam", "--in", str(path), "--out", str(tmp_path / name), *TOLD]) == 0
@@ -138,16 +157,24 @@ def _changed(released, tmp_path, change):
 VIDEO = "mot.mixtures.video."
 
 
-@pytest.mark.parametrize("change, words", [
-    (lambda t: t.pop("proprio_encoder.weight"), "proprio_encoder.weight"),
-    (lambda t: t.pop(f"{VIDEO}head.modulation"), "head.modulation"),
-    (lambda t: t.update({f"{VIDEO}extra.weight": np.zeros(2, np.float32)}), "extra.weight"),
-    (lambda t: t.update({f"{VIDEO}head.modulation": np.zeros((1, 2, 3), np.float32)}),
-     "head.modulation is [1, 2, 3], expected [1, 2, 40]"),
-    (lambda t: t.update({f"{VIDEO}blocks.1.ffn.0.bias": np.zeros(96, np.float16)}),
-     "blocks.1.ffn.0.bias"),
-    (lambda t: t.pop(f"{VIDEO}blocks.1.ffn.0.bias"), "blocks.1.ffn.0.bias"),
-], ids=["no proprio", "missing", "unexpected", "shape", "dtype", "gap in a stack"])
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda t: t.pop("proprio_encoder.weight"), "proprio_encoder.weight"),
+        (lambda t: t.pop(f"{VIDEO}head.modulation"), "head.modulation"),
+        (lambda t: t.update({f"{VIDEO}extra.weight": np.zeros(2, np.float32)}), "extra.weight"),
+        (
+            lambda t: t.update({f"{VIDEO}head.modulation": np.zeros((1, 2, 3), np.float32)}),
+            "head.modulation is [1, 2, 3], expected [1, 2, 40]",
+        ),
+        (
+            lambda t: t.update({f"{VIDEO}blocks.1.ffn.0.bias": np.zeros(96, np.float16)}),
+            "blocks.1.ffn.0.bias",
+        ),
+        (lambda t: t.pop(f"{VIDEO}blocks.1.ffn.0.bias"), "blocks.1.ffn.0.bias"),
+    ],
+    ids=["no proprio", "missing", "unexpected", "shape", "dtype", "gap in a stack"],
+)
 def test_bad_files_are_refused_by_key_and_leave_nothing(released, tmp_path, capsys, change, words):
     path = _changed(released, tmp_path, change)
     out = tmp_path / "w"

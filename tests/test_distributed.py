@@ -5,27 +5,36 @@ import pytest
 from lightwam_jax import distributed
 
 
-@pytest.mark.parametrize("environ, tpu, expected", [
-    ({}, False, ""),
-    ({"SLURM_NTASKS": "4", "SLURM_STEP_NODELIST": "node[01-04]"}, False, "SLURM"),
-    ({"SLURM_NTASKS": "4"}, False, ""),  # a shell of salloc
-    ({"SLURM_NTASKS": "1", "SLURM_STEP_NODELIST": "node01"}, False, ""),
-    ({"OMPI_COMM_WORLD_SIZE": "2"}, False, "Open MPI"),
-    ({"OMPI_COMM_WORLD_SIZE": "1"}, False, ""),
-    ({}, True, "TPU"),
-    ({"JAX_PLATFORMS": "tpu,cpu"}, True, "TPU"),
-    ({"JAX_PLATFORMS": "cpu"}, True, ""),
-    ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, False, ""),
-    ({"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "0"}, False, "Kubernetes"),
-    ({"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "0"}, True, "TPU"),
-])
+@pytest.mark.parametrize(
+    "environ, tpu, expected",
+    [
+        ({}, False, ""),
+        ({"SLURM_NTASKS": "4", "SLURM_STEP_NODELIST": "node[01-04]"}, False, "SLURM"),
+        ({"SLURM_NTASKS": "4"}, False, ""),  # a shell of salloc
+        ({"SLURM_NTASKS": "1", "SLURM_STEP_NODELIST": "node01"}, False, ""),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, False, "Open MPI"),
+        ({"OMPI_COMM_WORLD_SIZE": "1"}, False, ""),
+        ({}, True, "TPU"),
+        ({"JAX_PLATFORMS": "tpu,cpu"}, True, "TPU"),
+        ({"JAX_PLATFORMS": "cpu"}, True, ""),
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, False, ""),
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "0"}, False, "Kubernetes"),
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "0"}, True, "TPU"),
+    ],
+)
 def test_who_starts_several_processes(environ, tpu, expected):
     assert distributed.detect(environ, tpu, kubernetes=True) == expected
 
 
-@pytest.mark.parametrize("given, message", [
-    (("host:1", 0, -1), "give all three"), (("", 2, 0), "give all three"),
-    (("host:1", 2, 2), "from 0 to num_processes - 1"), (("host", 2, 0), "expected HOST:PORT")])
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        (("host:1", 0, -1), "give all three"),
+        (("", 2, 0), "give all three"),
+        (("host:1", 2, 2), "from 0 to num_processes - 1"),
+        (("host", 2, 0), "expected HOST:PORT"),
+    ],
+)
 def test_contradictory_flags(given, message):
     with pytest.raises(ValueError, match=message):
         distributed.initialize(*given)
@@ -41,23 +50,33 @@ def test_one_process_may_say_so():
     assert distributed.initialize(num_processes=1) == ""
 
 
-@pytest.mark.parametrize("gpus, tasks, local, node, expected", [
-    ("0,1,2,3", "4(x2)", 3, 1, [3]),  # a task per GPU, all of them visible
-    ("0,1,2,3", "1(x2)", 0, 1, [0, 1, 2, 3]),  # a task per node
-    ("0,1,2,3", "2", 1, 0, [2, 3]),
-    ("2", "4(x2)", 2, 0, [0]),  # --gpus-per-task=1: each sees its own
-    ("0,1,2,3", "4(x3),1", 0, 3, [0, 1, 2, 3]),  # the last node has one task only
-    ("", "4", 3, 0, None),  # no GPUs
-])
+@pytest.mark.parametrize(
+    "gpus, tasks, local, node, expected",
+    [
+        ("0,1,2,3", "4(x2)", 3, 1, [3]),  # a task per GPU, all of them visible
+        ("0,1,2,3", "1(x2)", 0, 1, [0, 1, 2, 3]),  # a task per node
+        ("0,1,2,3", "2", 1, 0, [2, 3]),
+        ("2", "4(x2)", 2, 0, [0]),  # --gpus-per-task=1: each sees its own
+        ("0,1,2,3", "4(x3),1", 0, 3, [0, 1, 2, 3]),  # the last node has one task only
+        ("", "4", 3, 0, None),  # no GPUs
+    ],
+)
 def test_gpus_of_slurm_tasks(gpus, tasks, local, node, expected):
-    environ = {"CUDA_VISIBLE_DEVICES": gpus, "SLURM_STEP_TASKS_PER_NODE": tasks,
-               "SLURM_LOCALID": str(local), "SLURM_NODEID": str(node)}
+    environ = {
+        "CUDA_VISIBLE_DEVICES": gpus,
+        "SLURM_STEP_TASKS_PER_NODE": tasks,
+        "SLURM_LOCALID": str(local),
+        "SLURM_NODEID": str(node),
+    }
     assert distributed.local_gpus(environ) == expected
 
 
 def test_gpus_that_cannot_be_shared_out():
-    environ = {"CUDA_VISIBLE_DEVICES": "0,1,2", "SLURM_STEP_TASKS_PER_NODE": "2",
-               "SLURM_LOCALID": "0"}
+    environ = {
+        "CUDA_VISIBLE_DEVICES": "0,1,2",
+        "SLURM_STEP_TASKS_PER_NODE": "2",
+        "SLURM_LOCALID": "0",
+    }
     with pytest.raises(ValueError, match="2 tasks on this node, which see 3 GPUs"):
         distributed.local_gpus(environ)
     assert distributed.local_gpus({"CUDA_VISIBLE_DEVICES": "0,1"}) is None  # not SLURM

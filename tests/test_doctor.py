@@ -18,6 +18,7 @@ from lightwam_jax.data import doctor, doctor_report, episodes, lerobot_write, vi
 @dataclasses.dataclass(frozen=True, eq=False)
 class Recorded(episodes.ArrayEpisode):
     """An episode with a file and times; picture `undecodable` of camera "wrist" is broken."""
+
     timestamps: np.ndarray | None = None
     file: str = ""
     undecodable: int | None = None
@@ -35,11 +36,21 @@ def healthy(count=12, steps=24, size=16):
         rng = np.random.default_rng(number)
         action = np.cumsum(rng.uniform(-1, 1, (steps, 7)), 0).astype(np.float32)
         action[:, 6] = np.arange(steps) >= steps // 2
-        out.append(Recorded(
-            id=f"episode_{number:03d}", file=f"/part/{number}", fps=10.0, task="stack the cubes",
-            state=np.cumsum(rng.uniform(-1, 1, (steps, 8)), 0).astype(np.float32), action=action,
-            images={camera: rng.integers(0, 256, (steps, size, size, 3), np.uint8)
-                    for camera in ("scene", "wrist")}, timestamps=np.arange(steps) / 10.0))
+        out.append(
+            Recorded(
+                id=f"episode_{number:03d}",
+                file=f"/part/{number}",
+                fps=10.0,
+                task="stack the cubes",
+                state=np.cumsum(rng.uniform(-1, 1, (steps, 8)), 0).astype(np.float32),
+                action=action,
+                images={
+                    camera: rng.integers(0, 256, (steps, size, size, 3), np.uint8)
+                    for camera in ("scene", "wrist")
+                },
+                timestamps=np.arange(steps) / 10.0,
+            )
+        )
     return out
 
 
@@ -79,7 +90,8 @@ def test_columns_are_numbers_over_all_steps():
     x = np.concatenate([e.action[:, 2] for e in found]).astype(np.float64)
     assert (column.name, column.dim, column.flag, column.beyond) == ("action", 2, "", 0.0)
     assert [column.min, column.max, column.mean, column.std] == pytest.approx(
-        [x.min(), x.max(), x.mean(), x.std()])
+        [x.min(), x.max(), x.mean(), x.std()]
+    )
     assert [column.q01, column.q99] == pytest.approx(np.quantile(x, (0.01, 0.99)))
     assert column.moves == 1.0 and column.clipped == 0.0
     glitch = [dataclasses.replace(found[0], action=put(found[0].action, (7, 2), 1e4)), *found[1:]]
@@ -87,20 +99,23 @@ def test_columns_are_numbers_over_all_steps():
     assert column.beyond == column.clipped == 1 / (12 * 24)
 
 
-@pytest.mark.parametrize("where, value, problem", [
-    # One array of all episodes: [episode, step, dimension].
-    (np.s_[:, :, 4], 0.5, ("constant dimension", "", "", None)),
-    (np.s_[3, :, 4], 0.5, ("stuck dimension", "episode_003", "/part/3", None)),
-    (np.s_[3, 7, 4], 1e4, ("near-constant dimension", "", "", None)),
-    (np.s_[3, 7, 4], 150, ("far from the mean", "episode_003", "/part/3", 7)),
-    (np.s_[3, 7, 4], np.nan, ("not finite", "episode_003", "/part/3", 7)),
-])
+@pytest.mark.parametrize(
+    "where, value, problem",
+    [
+        # One array of all episodes: [episode, step, dimension].
+        (np.s_[:, :, 4], 0.5, ("constant dimension", "", "", None)),
+        (np.s_[3, :, 4], 0.5, ("stuck dimension", "episode_003", "/part/3", None)),
+        (np.s_[3, 7, 4], 1e4, ("near-constant dimension", "", "", None)),
+        (np.s_[3, 7, 4], 150, ("far from the mean", "episode_003", "/part/3", 7)),
+        (np.s_[3, 7, 4], np.nan, ("not finite", "episode_003", "/part/3", 7)),
+    ],
+)
 def test_a_dimension_that_is_not_right(where, value, problem):
     found = healthy(count=60)
     actions = put(np.stack([e.action for e in found]), where, value)
     found = [dataclasses.replace(e, action=a) for e, a in zip(found, actions)]
     report = examined(found, **{"data.path": "part"})
-    one, = report.problems
+    (one,) = report.problems
     assert (one.kind, one.episode, one.file if one.episode else "", one.frame) == problem
     assert one.severity == ("error" if one.kind == "not finite" else "warning")
     assert "[4]" in one.message
@@ -108,17 +123,25 @@ def test_a_dimension_that_is_not_right(where, value, problem):
 
 def test_a_dimension_that_hardly_moves():
     found = healthy(count=60)
-    found = [dataclasses.replace(e, action=put(e.action, np.s_[:, 1], float(i % 3)))
-             for i, e in enumerate(found)]
-    one, = examined(found).problems
+    found = [
+        dataclasses.replace(e, action=put(e.action, np.s_[:, 1], float(i % 3)))
+        for i, e in enumerate(found)
+    ]
+    (one,) = examined(found).problems
     assert one.kind == "near-constant dimension" and "action[1] moves in 0.00%" in one.message
 
 
 def test_times():
     found = healthy()
     times = found[0].timestamps
-    stamps = {1: put(times, [5, 6], times[[6, 5]]), 2: times * 2, 3: put(times, np.s_[9:], 9),
-              4: times + np.where(np.arange(24) > 8, 0.3, 0), 5: times[:-1], 6: times + 1e-3}
+    stamps = {
+        1: put(times, [5, 6], times[[6, 5]]),
+        2: times * 2,
+        3: put(times, np.s_[9:], 9),
+        4: times + np.where(np.arange(24) > 8, 0.3, 0),
+        5: times[:-1],
+        6: times + 1e-3,
+    }
     found = [dataclasses.replace(e, timestamps=stamps.get(i, times)) for i, e in enumerate(found)]
     report = examined(found)
     assert places(report) == [
@@ -126,7 +149,8 @@ def test_times():
         ("error", "shuffled timestamps", "episode_003", "/part/3", 10),
         ("error", "wrong fps", "episode_002", "/part/2", None),
         ("error", "wrong length", "episode_005", "/part/5", None),
-        ("warning", "timestamp drift", "episode_004", "/part/4", 9)]
+        ("warning", "timestamp drift", "episode_004", "/part/4", 9),
+    ]
     assert "those of 5 fps, the metadata says 10" in report.problems[2].message
     assert (report.drift.episode, report.drift.frame) == ("episode_003", 9)
     assert report.drift.seconds == pytest.approx(9 - 0.9)
@@ -136,10 +160,13 @@ def test_lengths_tasks_and_copies():
     found = healthy()
     short = {name: getattr(found[1], name)[:5] for name in ("state", "action", "timestamps")}
     none = {name: getattr(found[2], name)[:0] for name in ("state", "action", "timestamps")}
-    found[1:6] = [dataclasses.replace(found[1], **short), dataclasses.replace(found[2], **none),
-                  dataclasses.replace(found[3], action=found[0].action),
-                  dataclasses.replace(found[4], task=" "),
-                  dataclasses.replace(found[5], task="Stack  the cubes", fps=10.01)]
+    found[1:6] = [
+        dataclasses.replace(found[1], **short),
+        dataclasses.replace(found[2], **none),
+        dataclasses.replace(found[3], action=found[0].action),
+        dataclasses.replace(found[4], task=" "),
+        dataclasses.replace(found[5], task="Stack  the cubes", fps=10.01),
+    ]
     report = examined(found, **{"data.path": "part"})
     assert places(report) == [
         ("error", "empty episode", "episode_002", "/part/2", None),
@@ -147,7 +174,8 @@ def test_lengths_tasks_and_copies():
         ("warning", "duplicate episode", "episode_003", "/part/3", None),
         ("warning", "several fps", "", "part", None),
         ("warning", "short episode", "episode_001", "/part/1", None),
-        ("warning", "tasks alike", "", "part", None)]
+        ("warning", "tasks alike", "", "part", None),
+    ]
     assert "episode_000 (/part/0)" in report.problems[2].message
     no_window = examined(healthy(), **{"data.num_frames": 33, "data.frame_stride": 4})
     assert [p.kind for p in no_window.errors] == ["no long episode"]
@@ -158,20 +186,25 @@ def test_pictures():
 
     def change(number, wrist):
         found[number] = dataclasses.replace(
-            found[number], images={**found[number].images, "wrist": wrist})
+            found[number], images={**found[number].images, "wrist": wrist}
+        )
 
     wrist = found[0].images["wrist"]
     change(1, put(wrist, 0, 3))
     change(2, np.repeat(wrist[:1], 24, 0) // 4 + rng.integers(0, 5, wrist.shape).astype(np.uint8))
     change(3, rng.integers(0, 256, (24, 16, 20, 3), np.uint8))
     found[4] = dataclasses.replace(found[4], undecodable=11)
-    ends = [("warning", "empty picture", "episode_001", "/part/1", 0),
-            ("warning", "frozen camera", "episode_002", "/part/2", None),
-            ("warning", "other picture size", "episode_003", "/part/3", None)]
+    ends = [
+        ("warning", "empty picture", "episode_001", "/part/1", 0),
+        ("warning", "frozen camera", "episode_002", "/part/2", None),
+        ("warning", "other picture size", "episode_003", "/part/3", None),
+    ]
     assert places(examined(found)) == ends
     every = examined(found, **{"data.check_frames": "all"})
-    assert places(every) == [("error", "undecodable picture", "episode_004", "/part/4.mp4", 11),
-                             *ends]
+    assert places(every) == [
+        ("error", "undecodable picture", "episode_004", "/part/4.mp4", 11),
+        *ends,
+    ]
     assert "episode_004" not in [e.episode for e in every.pictures.examples]
 
 
@@ -185,7 +218,7 @@ def test_nothing_is_decoded_unless_asked_for(monkeypatch):
 
 def test_a_camera_that_nobody_has_is_one_error():
     report = examined(healthy(), **{"data.cameras": ("scene", "top")})
-    one, = report.problems
+    (one,) = report.problems
     assert one.kind == "no such camera" and "it has scene, wrist" in one.message
 
 
@@ -202,15 +235,22 @@ def test_the_report(tmp_path):
     assert page.count("data:image/png") == 3 * 3 + 4  # cameras and canvas; charts
     assert (kept["errors"], kept["warnings"], kept["episodes"]) == (1, 0, 12)
     assert kept["problems"][0] | {"message": ""} == {
-        "severity": "error", "kind": "not finite", "episode": "episode_003", "file": "/part/3",
-        "frame": 7, "message": "", "advice": doctor.ADVICE["not finite"]}
+        "severity": "error",
+        "kind": "not finite",
+        "episode": "episode_003",
+        "file": "/part/3",
+        "frame": 7,
+        "message": "",
+        "advice": doctor.ADVICE["not finite"],
+    }
     assert kept["grippers"][0]["label"] == "action[6]" and kept["grippers"][0]["guessed"]
     lines = doctor_report.text(report)
     assert lines.startswith("1 error, 0 warnings in 12 episodes\n")
     assert "ERROR not finite (1): " in lines
     assert "episode_003 (/part/3, frame 7): action[2]" in lines
     assert doctor_report.exclude_flag(report) == (
-        "--config.data.exclude=\"('episode_099', 'episode_003')\"")
+        "--config.data.exclude=\"('episode_099', 'episode_003')\""
+    )
 
 
 # ---- faults in the files of a LeRobot data set ---------------------------------------------------
@@ -219,15 +259,18 @@ def test_the_report(tmp_path):
 def lerobot(directory, version, **options):
     """Writes 18 episodes; state[3] never moves and episode 9 is short. Returns their config."""
     found = healthy(18, size=32)
-    found[9] = dataclasses.replace(found[9], **{
-        name: getattr(found[9], name)[:5] for name in ("state", "action", "timestamps")})
+    found[9] = dataclasses.replace(
+        found[9],
+        **{name: getattr(found[9], name)[:5] for name in ("state", "action", "timestamps")},
+    )
     for episode in found:
         episode.state[:, 3] = 1
         for pictures in episode.images.values():  # smooth: noise is not what codecs are made for
             pictures[:] = np.linspace(20, 200, 32)[:, None] + np.arange(24)[:, None, None, None]
     lerobot_write.write(found, directory / "set", version, ("scene", "wrist"), **options)
-    return synthetic.make_config(directory, **{
-        "data.source": "lerobot", "data.path": str(directory / "set")})
+    return synthetic.make_config(
+        directory, **{"data.source": "lerobot", "data.path": str(directory / "set")}
+    )
 
 
 def edit(root, index, change):
@@ -238,7 +281,7 @@ def edit(root, index, change):
         mine = [row for row in rows if row["episode_index"] == index]
         if mine:
             place = rows.index(mine[0])
-            rows[place:place + len(mine)] = change(mine) or []
+            rows[place : place + len(mine)] = change(mine) or []
             pq.write_table(pa.Table.from_pylist(rows, table.schema), file)
             return str(file)
 
@@ -261,14 +304,17 @@ def shuffled(rows):
     return [row | {"timestamp": rows[i]["timestamp"]} for row, i in zip(rows, order)]
 
 
-@pytest.mark.parametrize("version, options", [
-    ("2.1", {}), ("3.0", {"video_mb": 0.002}), ("2.1", {"videos": False})])
+@pytest.mark.parametrize(
+    "version, options", [("2.1", {}), ("3.0", {"video_mb": 0.002}), ("2.1", {"videos": False})]
+)
 def test_a_sound_lerobot_set_gives_no_alarm(tmp_path, version, options):
     config = lerobot(tmp_path, version, **options)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, check_frames="all"))
     report = doctor.examine(config)
     assert [(p.kind, p.episode) for p in report.problems] == [
-        ("constant dimension", ""), ("short episode", "episode_000009")]
+        ("constant dimension", ""),
+        ("short episode", "episode_000009"),
+    ]
     assert report.pictures.decoded == report.pictures.total == 2 * (17 * 24 + 5)
     assert report.drift.seconds < 1e-6
     codecs = [c.codecs for c in report.pictures.cameras]
@@ -293,7 +339,7 @@ def test_every_fault_planted_in_files_is_found(tmp_path, version, monkeypatch):
     }
     pathlib.Path(mp4[17]).unlink()
     whole = pathlib.Path(mp4[14]).read_bytes()
-    pathlib.Path(mp4[14]).write_bytes(whole[:len(whole) // 2])
+    pathlib.Path(mp4[14]).write_bytes(whole[: len(whole) // 2])
     if version == "2.1":  # packed, it would change the time of its neighbours
         video.write(mp4[5], sound[5].frames("wrist", np.arange(24)), 20)
         planted["wrong fps", 5] = (mp4[5], None)
@@ -304,7 +350,8 @@ def test_every_fault_planted_in_files_is_found(tmp_path, version, monkeypatch):
         assert found[kind, f"episode_{index:06d}"] == place
     assert found["constant dimension", ""] == (root, None)
     touched = {index for _, index in planted} | {
-        i for i in mp4 if mp4[i] in (mp4[14], mp4[17])}  # a packed file holds several
+        i for i in mp4 if mp4[i] in (mp4[14], mp4[17])
+    }  # a packed file holds several
     assert {p.episode for p in report.problems} == {f"episode_{i:06d}" for i in touched} | {""}
     if version == "2.1":
         assert len(touched) == 9
@@ -316,14 +363,17 @@ def refused_until_excluded(config, report, monkeypatch):
     with pytest.raises(ValueError, match="errors in the episodes") as error:
         precompute.precompute(config, ("stats",))
     directory = pathlib.Path(doctor_report.directory(config))
-    assert {p["episode"] for p in json.loads((directory / "report.json").read_text())["problems"]
-            } == {p.episode for p in report.problems}
+    assert {
+        p["episode"] for p in json.loads((directory / "report.json").read_text())["problems"]
+    } == {p.episode for p in report.problems}
     for problem in report.errors:
         assert problem.line() in str(error.value)
     assert not list(pathlib.Path(config.data.cache).glob("assets/*.json"))
     exclude = tuple(dict.fromkeys(p.episode for p in report.errors))
     assert repr(exclude) in doctor_report.exclude_flag(report)
     monkeypatch.setattr(doctor_report, "write", lambda *_: [""])  # slow, and seen above
-    precompute.precompute(dataclasses.replace(
-        config, data=dataclasses.replace(config.data, exclude=exclude)), ("stats",))
+    precompute.precompute(
+        dataclasses.replace(config, data=dataclasses.replace(config.data, exclude=exclude)),
+        ("stats",),
+    )
     assert (pathlib.Path(config.data.cache) / "assets" / "dataset_stats.json").exists()

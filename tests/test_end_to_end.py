@@ -10,28 +10,46 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 SMALL = {
-    "demo.episodes": 6, "demo.starts": 4, "data.val_fraction": 0.2, "train.steps": 4,
+    "demo.episodes": 6,
+    "demo.starts": 4,
+    "data.val_fraction": 0.2,
+    "train.steps": 4,
     "train.batch_size": 8,
-    "train.log_every": 2, "train.eval_every": 4, "train.eval_batches": 1,
-    "train.checkpoint_every": 2, "optimizer.warmup_steps": 1, "model.dim": 32,
-    "model.head_dim": 8, "model.ffn_dim": 32, "model.per_layer_dim": 16, "model.trunk_dim": 16,
-    "model.num_layers": 2, "model.adapter_layers": "(0,1)", "evaluation.episodes": 2,
-    "evaluation.videos": 1, "evaluation.max_steps": 16,
+    "train.log_every": 2,
+    "train.eval_every": 4,
+    "train.eval_batches": 1,
+    "train.checkpoint_every": 2,
+    "optimizer.warmup_steps": 1,
+    "model.dim": 32,
+    "model.head_dim": 8,
+    "model.ffn_dim": 32,
+    "model.per_layer_dim": 16,
+    "model.trunk_dim": 16,
+    "model.num_layers": 2,
+    "model.adapter_layers": "(0,1)",
+    "evaluation.episodes": 2,
+    "evaluation.videos": 1,
+    "evaluation.max_steps": 16,
 }
 
 
 def run(*command, **environment):
     env = {**os.environ, "JAX_NUM_CPU_DEVICES": "1", **environment}
-    done = subprocess.run([sys.executable, *command], cwd=ROOT, env=env, capture_output=True,
-                          text=True)
+    done = subprocess.run(
+        [sys.executable, *command], cwd=ROOT, env=env, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
 
 @pytest.mark.slow
 def test_demo_pipeline(tmp_path):
-    config = ["--config", "configs/demo.py", f"--config.data.path={tmp_path / 'episodes'}",
-              f"--config.data.cache={tmp_path / 'cache'}"]
+    config = [
+        "--config",
+        "configs/demo.py",
+        f"--config.data.path={tmp_path / 'episodes'}",
+        f"--config.data.cache={tmp_path / 'cache'}",
+    ]
     config += [f"--config.{key}={value}" for key, value in SMALL.items()]
     workdir = tmp_path / "run"
     run("-m", "lightwam_jax.precompute", *config, "--what", "all")
@@ -39,8 +57,14 @@ def test_demo_pipeline(tmp_path):
     out = run("evaluate.py", "--workdir", str(workdir), "--mode", "demo")
     assert "expert" in out
     summary = json.loads((workdir / "summary.json").read_text())
-    assert {"success_rate", "interval", "untrained_success_rate", "expert_success_rate",
-            "episodes", "seconds"} <= set(summary)
+    assert {
+        "success_rate",
+        "interval",
+        "untrained_success_rate",
+        "expert_success_rate",
+        "episodes",
+        "seconds",
+    } <= set(summary)
     assert summary["episodes"] == 2 and summary["errors"] == 0
     page = (workdir / "report.html").read_text()
     assert "data:video/mp4;base64," in page and "data:image/png;base64," in page

@@ -15,8 +15,10 @@ from lightwam_jax.data import demo, episodes
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "h_data"
 
 
-@pytest.mark.parametrize("name, length, num_frames, stride", [
-    ("len40_n33_s1", 40, 33, 1), ("len20_n33_s1", 20, 33, 1), ("len70_n17_s3", 70, 49, 3)])
+@pytest.mark.parametrize(
+    "name, length, num_frames, stride",
+    [("len40_n33_s1", 40, 33, 1), ("len20_n33_s1", 20, 33, 1), ("len70_n17_s3", 70, 49, 3)],
+)
 def test_windows_are_the_references(name, length, num_frames, stride):
     golden = np.load(GOLDEN / "frame_indices.npz")
     windows = [episodes.window(length, start, num_frames, stride, 4) for start in range(length)]
@@ -34,16 +36,19 @@ def test_window_clamps_to_the_last_step():
         episodes.window(6, 6, 9, 2, 5)
 
 
-@pytest.mark.parametrize("count, fraction, train, val", [
-    (10, 0.05, [5, 6, 0, 7, 3, 2, 4, 9, 1], [8]),
-    (20, 0.25, [15, 9, 14, 7, 12, 10, 6, 19, 3, 0], [4, 17, 1, 13, 8]),
-    (3, 0.34, [2], [1, 0]),
-    (4, 0.0, [0, 1, 2, 3], []),
-])
+@pytest.mark.parametrize(
+    "count, fraction, train, val",
+    [
+        (10, 0.05, [5, 6, 0, 7, 3, 2, 4, 9, 1], [8]),
+        (20, 0.25, [15, 9, 14, 7, 12, 10, 6, 19, 3, 0], [4, 17, 1, 13, 8]),
+        (3, 0.34, [2], [1, 0]),
+        (4, 0.0, [0, 1, 2, 3], []),
+    ],
+)
 def test_split_is_the_references(count, fraction, train, val):
     members = [types.SimpleNamespace(id=i) for i in range(count)]
     got_train, got_val = episodes.split(members, fraction)
-    assert got_train[:len(train)] == train
+    assert got_train[: len(train)] == train
     assert got_val == val
     assert sorted(got_train + got_val) == list(range(count))
 
@@ -70,16 +75,19 @@ def test_check_names_what_is_wrong_and_the_remedy():
         problems = episodes.check(dataclasses.replace(good[1], **changes), config)
         return [problem.line() for problem in problems]
 
-    narrow, = found(action=good[1].action[:, :4])
-    assert re.search(r"episode_001 .*action has 4 dimensions, .* 7; set config.model.action_dim to "
-                     "4", narrow)
+    (narrow,) = found(action=good[1].action[:, :4])
+    assert re.search(
+        r"episode_001 .*action has 4 dimensions, .* 7; set config.model.action_dim to "
+        "4",
+        narrow,
+    )
     state = good[1].state.copy()
     state[3, 2] = np.nan
-    broken, = found(state=state)
+    (broken,) = found(state=state)
     assert "frame 3): not finite: state[2] is nan (1 such" in broken
-    short, = found(state=good[1].state[:-1])
+    (short,) = found(state=good[1].state[:-1])
     assert "wrong length: state has shape" in short
-    empty, = found(action=good[1].action[:0], state=good[1].state[:0])
+    (empty,) = found(action=good[1].action[:0], state=good[1].state[:0])
     assert "empty episode" in empty
 
 
@@ -90,8 +98,15 @@ def test_every_error_is_reported_and_only_what_is_listed_left_out(monkeypatch, t
     monkeypatch.setattr(demo, "read", lambda config: ([*good, good[0]], [lost]))
     with pytest.raises(ValueError, match="3 errors") as error:
         episodes.load_episodes(make(tmp_path))
-    assert all(text in str(error.value) for text in (
-        "missing video: gone", "not finite", "2 episodes are called so", "config.data.exclude"))
+    assert all(
+        text in str(error.value)
+        for text in (
+            "missing video: gone",
+            "not finite",
+            "2 episodes are called so",
+            "config.data.exclude",
+        )
+    )
     monkeypatch.setattr(demo, "read", lambda config: (good, [lost]))
     exclude = ("episode_001", "episode_009")
     left = episodes.load_episodes(make(tmp_path, **{"data.exclude": exclude}))
@@ -116,8 +131,9 @@ def test_several_directories_are_one_data_set(monkeypatch, tmp_path):
 
     monkeypatch.setattr(demo, "read", read)
     both = {"data.path": ", ".join(map(str, paths))}
-    found = episodes.load_episodes(make(tmp_path, **both, **{
-        "data.exclude": ("spatial/episode_001", "goal/episode_009")}))
+    found = episodes.load_episodes(
+        make(tmp_path, **both, **{"data.exclude": ("spatial/episode_001", "goal/episode_009")})
+    )
     assert [episode.id for episode in found] == ["spatial/episode_000", "goal/episode_000"]
     with pytest.raises(ValueError, match=r"goal/episode_009 \(nine.mp4"):
         episodes.load_episodes(make(tmp_path, **both))

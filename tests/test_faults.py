@@ -104,7 +104,7 @@ def test_twenty_kills_at_random_moments(whole, tmp_path):
             number = rng.choice((signal.SIGKILL, signal.SIGTERM))
             assert started.alive(), "finished, or failed, before it was killed"
             os.kill(started.processes[0].pid, number)
-            code, = started.finish()
+            (code,) = started.finish()
             steps = [int(name) for name in progress(workdir) or ()]
             story.append(f"{moment}: {number.name}, ended with {code}, {max(steps, default=0)}")
             assert code in {signal.SIGKILL: (-9,), signal.SIGTERM: (143, -15)}[number]

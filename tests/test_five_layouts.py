@@ -20,8 +20,16 @@ def demonstrations():
     for seed, most in enumerate((None, None, 12, 5)):
         _, arrays = demo_record.demonstrate(env, seed, 0.5, most)
         images = {camera: arrays[camera] for camera in CAMERAS}
-        found.append(episodes.ArrayEpisode(f"seed_{seed}", demo_env.FPS, env.scene.prompt,
-                                           arrays["state"], arrays["action"], images))
+        found.append(
+            episodes.ArrayEpisode(
+                f"seed_{seed}",
+                demo_env.FPS,
+                env.scene.prompt,
+                arrays["state"],
+                arrays["action"],
+                images,
+            )
+        )
     return found
 
 
@@ -54,13 +62,18 @@ def test_it_reads_back_to_the_same_windows(layout, written, demonstrations):
         np.testing.assert_array_equal(back.action, episode.action)
         starts = (0, episode.length // 2, episode.length - 1)
         for start in starts:
-            ours, theirs = (episodes.window(e.length, start, data.num_frames, data.frame_stride,
-                                            data.action_horizon) for e in (back, episode))
+            ours, theirs = (
+                episodes.window(
+                    e.length, start, data.num_frames, data.frame_stride, data.action_horizon
+                )
+                for e in (back, episode)
+            )
             np.testing.assert_array_equal(back.action[ours.actions], episode.action[theirs.actions])
             np.testing.assert_array_equal(ours.action_is_pad, theirs.action_is_pad)
             np.testing.assert_array_equal(ours.image_is_pad, theirs.image_is_pad)
-            got, want = (cache.canvases(e, ours.frames, config).astype(np.float32)
-                         for e in (back, episode))
+            got, want = (
+                cache.canvases(e, ours.frames, config).astype(np.float32) for e in (back, episode)
+            )
             assert np.abs(got - want).mean() < (0.5 if layout == "robomimic" else 4)
     if layout == "robomimic":  # keeps pictures as they are
         np.testing.assert_array_equal(got, want)
@@ -81,8 +94,13 @@ def test_every_frame_is_nearest_to_itself(layout, written, demonstrations):
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_training_needs_another_config_only(layout, written, tmp_path):
-    small = {**test_end_to_end.SMALL, **written[layout], "data.cache": tmp_path / "cache",
-             "data.val_fraction": 0.25, "train.steps": 2}
+    small = {
+        **test_end_to_end.SMALL,
+        **written[layout],
+        "data.cache": tmp_path / "cache",
+        "data.val_fraction": 0.25,
+        "train.steps": 2,
+    }
     config = ["--config", "configs/demo.py", *(f"--config.{k}={v}" for k, v in small.items())]
     test_end_to_end.run("-m", "lightwam_jax.precompute", *config, "--what", "all")
     test_end_to_end.run("train.py", *config, "--workdir", str(tmp_path / "run"))

@@ -119,8 +119,12 @@ def test_wrong_and_unknown_data_are_found(data):
     uncovered, done = run()
     assert len(done) > 20 and all(check.ok for check in done)
     assert {name.split(",")[0] for name in uncovered} == {
-        "h_data/new.npz", "h_data/dataset_samples.npz", "h_data/dataset_stats.json",
-        "h_data/delta_mask.npz", "h_data/libero_postprocess.npz/normalized"}
+        "h_data/new.npz",
+        "h_data/dataset_samples.npz",
+        "h_data/dataset_stats.json",
+        "h_data/delta_mask.npz",
+        "h_data/libero_postprocess.npz/normalized",
+    }
 
 
 @pytest.mark.torch
@@ -137,20 +141,32 @@ def test_the_references_caches_are_checked(data):
     order, half = torch.from_numpy(rng.permutation(len(latents))), len(latents) // 2
     place = torch.argsort(order).int()
     for shard, rows in enumerate((order[:half], order[half:])):
-        torch.save({"sample_indices": rows, "video_latents": latents[rows]},
-                   directory / "latent_sharded" / "shards" / f"{shard}.pt")
-    torch.save({"storage_format": "sharded_v1", "num_samples": len(latents),
-                "sample_to_shard": place // half, "sample_to_offset": place % half,
-                "shard_paths": ["shards/0.pt", "shards/1.pt"]},
-               directory / "latent_sharded" / "index.pt")
+        torch.save(
+            {"sample_indices": rows, "video_latents": latents[rows]},
+            directory / "latent_sharded" / "shards" / f"{shard}.pt",
+        )
+    torch.save(
+        {
+            "storage_format": "sharded_v1",
+            "num_samples": len(latents),
+            "sample_to_shard": place // half,
+            "sample_to_offset": place % half,
+            "shard_paths": ["shards/0.pt", "shards/1.pt"],
+        },
+        directory / "latent_sharded" / "index.pt",
+    )
     for k, index in enumerate(samples["index"]):
-        torch.save({"video_latents": latents[index].clone()},
-                   directory / "latent_single" / f"{index:08d}.pt")
+        torch.save(
+            {"video_latents": latents[index].clone()},
+            directory / "latent_single" / f"{index:08d}.pt",
+        )
         samples[f"{k}.video_latents"] = latents[index].float().numpy()
         prompt, mask = told[k]["prompt"], torch.arange(6) < 4
         context = torch.full((6, 2), len(prompt)).bfloat16()
-        torch.save({"context": context, "mask": mask},
-                   directory / "text_cache" / umt5.cache_name(prompt, 6, "Wan-AI/Wan2.1-T2V-1.3B"))
+        torch.save(
+            {"context": context, "mask": mask},
+            directory / "text_cache" / umt5.cache_name(prompt, 6, "Wan-AI/Wan2.1-T2V-1.3B"),
+        )
         samples[f"{k}.context"] = (context * mask[:, None]).float().numpy()
         samples[f"{k}.context_mask"] = np.ones(6, bool)
     replace(directory, "dataset_samples.npz", samples)
@@ -161,7 +177,10 @@ def test_the_references_caches_are_checked(data):
     samples["3.context"][1, 1] += 0.1
     replace(directory, "dataset_samples.npz", samples)
     assert [check.component for check in run()[1] if not check.ok] == [
-        "latent_sharded", "latent_single", "text_cache"]
+        "latent_sharded",
+        "latent_single",
+        "text_cache",
+    ]
 
 
 @pytest.mark.torch
@@ -169,6 +188,7 @@ def test_verify_command_line_with_pytorch_files(golden, released_pt, tmp_path, c
     """A directory as the reference leaves it: its checkpoint beside ours, its VAE as a .pth."""
     torch = pytest.importorskip("torch")
     from safetensors.torch import load_file
+
     for path in golden.iterdir():
         if path.name not in ("ckpt", "f_vae"):
             (tmp_path / path.name).symlink_to(path)
@@ -178,8 +198,10 @@ def test_verify_command_line_with_pytorch_files(golden, released_pt, tmp_path, c
             if path.name != "vae21_tiny.safetensors":
                 (tmp_path / group / path.name).symlink_to(path)
     (tmp_path / "ckpt" / released_pt.name).symlink_to(released_pt)
-    torch.save({"model_state": load_file(golden / "f_vae" / "vae21_tiny.safetensors")},
-               tmp_path / "f_vae" / "vae21_tiny.pth")
+    torch.save(
+        {"model_state": load_file(golden / "f_vae" / "vae21_tiny.safetensors")},
+        tmp_path / "f_vae" / "vae21_tiny.pth",
+    )
     assert main(["verify", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     uncovered = [line for line in out.splitlines() if line.endswith("not covered")]

@@ -15,7 +15,7 @@ ONE = grippers.Gripper("1", 1, 0.0)
 
 
 def chunks(*rows):
-    """"--++" -> f32 [B,T,2]: the gripper, dimension 1, below and above the middle."""
+    """ "--++" -> f32 [B,T,2]: the gripper, dimension 1, below and above the middle."""
     states = np.array([[1.0 if sign == "+" else -1.0 for sign in row] for row in rows], np.float32)
     return np.stack([np.zeros_like(states), states], axis=-1)
 
@@ -32,8 +32,13 @@ def test_offset_is_predicted_minus_recorded_step():
     totals, numbers = timing(["----++", "-+++++", "---+++"], ["---+++"] * 3)
     assert totals["gripper_offsets"].shape == (1, 11)
     assert totals["gripper_offsets"][0, 5 + 1] == totals["gripper_offsets"][0, 5 - 2] == 1
-    assert numbers == {"changing": 3, "still": 0, "found": 1.0, "offset": pytest.approx(-1 / 3),
-                       "offset_abs": pytest.approx(1.0)}
+    assert numbers == {
+        "changing": 3,
+        "still": 0,
+        "found": 1.0,
+        "offset": pytest.approx(-1 / 3),
+        "offset_abs": pytest.approx(1.0),
+    }
 
 
 def test_only_a_change_of_the_same_kind_is_found_and_the_nearest_one():
@@ -60,8 +65,9 @@ def test_padded_steps_and_repeated_rows_count_for_nothing():
 def test_of_a_mixture_only_the_windows_of_its_data_set_count():
     member = np.array([0, 1, 1])
     gripper = grippers.Gripper("b/1", 1, 0.0, member=1)
-    _, numbers = timing(["---+++"] * 3, ["---+++", "--++++", "---+++"], None, gripper,
-                        member=member)
+    _, numbers = timing(
+        ["---+++"] * 3, ["---+++", "--++++", "---+++"], None, gripper, member=member
+    )
     assert numbers["changing"] == 2 and numbers["offset"] == 0.5
 
 
@@ -95,16 +101,21 @@ def test_middle_is_that_of_the_range_whatever_the_normalisation(mode):
 
 def test_a_suite_s_gripper_that_the_data_lack_is_an_error():
     config = synthetic.make_config()
-    statistics = {"action": {"default": {
-        "global_min": [0.0, 0.0], "global_max": [1.0, 1.0]}}}
+    statistics = {"action": {"default": {"global_min": [0.0, 0.0], "global_max": [1.0, 1.0]}}}
     with pytest.raises(ValueError, match=r"action 3 should be a gripper .* actions 0 to 1"):
         grippers.of_data(config, statistics, normalize.min_max([0.0, 0.0], [1.0, 1.0]))
 
 
 def test_the_training_log_has_numbers_per_gripper():
     totals, numbers = timing(["----++"], ["---+++"])
-    means = {"l1": np.array([1.0, 3.0]), "mse": np.ones(2), "l1_step": np.ones(6), "steps": 6,
-             "l1_step_dim": np.ones((6, 2)), **totals}
+    means = {
+        "l1": np.array([1.0, 3.0]),
+        "mse": np.ones(2),
+        "l1_step": np.ones(6),
+        "steps": 6,
+        "l1_step_dim": np.ones((6, 2)),
+        **totals,
+    }
     row = losses.validation_row(means, [ONE])
     assert row["gripper/1/offset"] == numbers["offset"] == 1 and row["gripper/1/changing"] == 1
     assert "gripper/1/spurious" not in row, "a share of nothing"

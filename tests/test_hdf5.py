@@ -57,18 +57,32 @@ def recording(path, **contents):
 
 def own(n=6, **changes):
     """What a user's own file holds: `read_own` reads it."""
-    contents = {"qpos": np.arange(n * 8.0).reshape(n, 8), "action": np.ones((n, 7)),
-                "front": np.arange(n, dtype=np.uint8)[:, None, None, None]
-                * np.ones((n, 4, 6, 3), np.uint8)}
+    contents = {
+        "qpos": np.arange(n * 8.0).reshape(n, 8),
+        "action": np.ones((n, 7)),
+        "front": np.arange(n, dtype=np.uint8)[:, None, None, None]
+        * np.ones((n, 4, 6, 3), np.uint8),
+    }
     return {key: value for key, value in {**contents, **changes}.items() if value is not None}
 
 
 def read_own(tmp_path, **overrides):
-    return episodes.read(synthetic.make_config(tmp_path, **{
-        "data.source": "hdf5", "data.path": str(tmp_path), "data.cameras": ("front",),
-        "data.fields.state": ("qpos",), "data.fields.action": ("action",),
-        "data.fields.image": "{camera}", "data.fields.task": "text:stack", "data.fields.fps": 5.0,
-        **overrides}))
+    return episodes.read(
+        synthetic.make_config(
+            tmp_path,
+            **{
+                "data.source": "hdf5",
+                "data.path": str(tmp_path),
+                "data.cameras": ("front",),
+                "data.fields.state": ("qpos",),
+                "data.fields.action": ("action",),
+                "data.fields.image": "{camera}",
+                "data.fields.task": "text:stack",
+                "data.fields.fps": 5.0,
+                **overrides,
+            },
+        )
+    )
 
 
 def test_frames_are_the_ones_asked_for(tmp_path):
@@ -76,9 +90,14 @@ def test_frames_are_the_ones_asked_for(tmp_path):
     (episode,), _ = read_own(tmp_path)
     wanted = [7, 3, 39, 3, 0]
     assert episode.frames("front", wanted)[:, 0, 0, 0].tolist() == wanted
-    (halved,), _ = read_own(tmp_path, **{
-        "data.fields.state": ("qpos[1::2]",), "data.fields.action": ("action[1::2]",),
-        "data.fields.image": "{camera}[1::2]"})
+    (halved,), _ = read_own(
+        tmp_path,
+        **{
+            "data.fields.state": ("qpos[1::2]",),
+            "data.fields.action": ("action[1::2]",),
+            "data.fields.image": "{camera}[1::2]",
+        },
+    )
     assert halved.length == 20 and halved.state[1, 0] == 24
     assert halved.frames("front", [0, 4, 19])[:, 0, 0, 0].tolist() == [1, 9, 39]
 
@@ -86,8 +105,12 @@ def test_frames_are_the_ones_asked_for(tmp_path):
 def test_parts_and_dimensions_of_datasets(tmp_path):
     recording(tmp_path / "a.h5", **own(arm=np.arange(54).reshape(6, 9), grip=np.arange(6.0)))
     (episode,), problems = read_own(
-        tmp_path, **{"data.fields.state": ("arm[:, 1:8]", "grip"), "data.fields.action": (
-            "arm[:, -1]", "action[:, :6]")})
+        tmp_path,
+        **{
+            "data.fields.state": ("arm[:, 1:8]", "grip"),
+            "data.fields.action": ("arm[:, -1]", "action[:, :6]"),
+        },
+    )
     assert not problems
     np.testing.assert_array_equal(episode.state[2], [19, 20, 21, 22, 23, 24, 25, 2])
     assert episode.action[2].tolist() == [26, 1, 1, 1, 1, 1, 1]
@@ -105,7 +128,8 @@ def encodings(pictures):
         "fixed": np.array(pictures),  # RoboTwin
         "padded": np.array([np.frombuffer(p.ljust(longest, b"\0"), np.uint8) for p in pictures]),
         "opaque": np.array([np.void(p.ljust(longest, b"\0")) for p in pictures]),
-        "variable": variable}
+        "variable": variable,
+    }
 
 
 @pytest.mark.parametrize("kind", ["fixed", "padded", "opaque", "variable"])
@@ -122,7 +146,7 @@ def test_encoded_pictures(kind, tmp_path):
 
 def test_red_and_blue(tmp_path):
     """RoboTwin's JPEGs have them swapped, and only "bgr" puts that right; arrays likewise."""
-    red, = written = synthetic.make_episodes(1)
+    (red,) = written = synthetic.make_episodes(1)
     square = (red.images["scene"][0] == RED).all(-1)
     overrides = writers.robotwin(tmp_path, written)
 
@@ -137,17 +161,36 @@ def test_red_and_blue(tmp_path):
     np.testing.assert_array_equal(colour(**{"data.fields.colour": "bgr"}), BLUE)
 
 
-@pytest.mark.parametrize("key, text", [
-    ("text:fold it", "fold it"), ("@task", "one"), ("/notes@info#/language_instruction", "two"),
-    ("/notes@list#/0/text", "three"), ("/notes@letters#/t", "four"), ("words", "five"),
-    ("steps[:-1]", "six"), ("file:note.txt", "seven"), ("file:{name}.json#/seen/1", "eight"),
-    ("file:all.json#/{name}", "nine")])
+@pytest.mark.parametrize(
+    "key, text",
+    [
+        ("text:fold it", "fold it"),
+        ("@task", "one"),
+        ("/notes@info#/language_instruction", "two"),
+        ("/notes@list#/0/text", "three"),
+        ("/notes@letters#/t", "four"),
+        ("words", "five"),
+        ("steps[:-1]", "six"),
+        ("file:note.txt", "seven"),
+        ("file:{name}.json#/seen/1", "eight"),
+        ("file:all.json#/{name}", "nine"),
+    ],
+)
 def test_where_the_instruction_may_be(key, text, tmp_path):
     steps = ["six"] * 5 + ["last", "beyond"]
-    recording(tmp_path / "a.h5", **own(**{
-        "@task": "one", "notes@info": json.dumps({"language_instruction": "two"}),
-        "notes@list": json.dumps([{"text": "three"}]), "words": "five", "steps": steps,
-        "notes@letters": np.bytes_(json.dumps({"t": list("four")}))}))
+    recording(
+        tmp_path / "a.h5",
+        **own(
+            **{
+                "@task": "one",
+                "notes@info": json.dumps({"language_instruction": "two"}),
+                "notes@list": json.dumps([{"text": "three"}]),
+                "words": "five",
+                "steps": steps,
+                "notes@letters": np.bytes_(json.dumps({"t": list("four")})),
+            }
+        ),
+    )
     (tmp_path / "note.txt").write_text("seven\n")
     (tmp_path / "a.json").write_text(json.dumps({"seen": ["x", "eight"]}))
     (tmp_path / "all.json").write_text(json.dumps({"a": "nine"}))
@@ -156,10 +199,17 @@ def test_where_the_instruction_may_be(key, text, tmp_path):
     assert episode.task_at(5) == ("last" if text == "six" else text)
 
 
-@pytest.mark.parametrize("key, words", [
-    ("@task", "@task is not there; there are @colour, action"), ("speech", "speech is not there"),
-    ("file:{name}.txt", r"b\.txt cannot be read"), ("/@colour#/x", "leads nowhere"),
-    ("@colour", "of step 0 is empty"), ("qpos", "expected text")])
+@pytest.mark.parametrize(
+    "key, words",
+    [
+        ("@task", "@task is not there; there are @colour, action"),
+        ("speech", "speech is not there"),
+        ("file:{name}.txt", r"b\.txt cannot be read"),
+        ("/@colour#/x", "leads nowhere"),
+        ("@colour", "of step 0 is empty"),
+        ("qpos", "expected text"),
+    ],
+)
 def test_an_instruction_that_is_missing(key, words, tmp_path):
     recording(tmp_path / "b.h5", **own(**{"@colour": ""}))
     with pytest.raises(ValueError, match=f"fits no episode(.|\n)*missing(.|\n)*{words}"):
@@ -209,12 +259,14 @@ def test_lengths_that_differ_are_told_apart(tmp_path):
 def test_files_that_do_not_open(tmp_path):
     recording(tmp_path / "good.hdf5", **own())
     whole = (tmp_path / "good.hdf5").read_bytes()
-    (tmp_path / "short.hdf5").write_bytes(whole[:len(whole) // 2])
+    (tmp_path / "short.hdf5").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "text.h5").write_text("no HDF5")
     read, problems = read_own(tmp_path)
     assert [e.id for e in read] == ["good"]
     assert [(p.kind, p.episode) for p in problems] == [
-        ("unreadable file", "short"), ("unreadable file", "text")]
+        ("unreadable file", "short"),
+        ("unreadable file", "text"),
+    ]
 
 
 def test_a_damaged_picture_is_named_by_its_frame(tmp_path):
@@ -241,10 +293,11 @@ def test_keys_that_fit_nothing_list_what_there_is(tmp_path):
     recording(tmp_path / "a.h5", **own(**{"data/demo_0/obs/image": np.zeros((3, 4)), "@note": "x"}))
     listing = r"holds:\n  @note\n  action \(float64 \[6, 7\]\)\n  data/demo_0/obs/image"
     for overrides, words in (
-            ({"data.fields.state": ("joints",)}, "joints is not there; there are"),
-            ({"data.fields.episodes": "data/episode_*"}, r"no group 'data/episode_\*'"),
-            ({"data.fields.fps": 0.0}, "set config.data.fields.fps"),
-            ({"data.cameras": ("wrist",)}, "wrist is not there")):
+        ({"data.fields.state": ("joints",)}, "joints is not there; there are"),
+        ({"data.fields.episodes": "data/episode_*"}, r"no group 'data/episode_\*'"),
+        ({"data.fields.fps": 0.0}, "set config.data.fields.fps"),
+        ({"data.cameras": ("wrist",)}, "wrist is not there"),
+    ):
         with pytest.raises(ValueError, match=f"fits no episode(.|\n)*{words}(.|\n)*{listing}"):
             read_own(tmp_path, **overrides)
     with pytest.raises(ValueError, match=f"state, task must say where(.|\n)*{listing}"):
@@ -252,8 +305,11 @@ def test_keys_that_fit_nothing_list_what_there_is(tmp_path):
 
 
 def test_fps_in_the_file(tmp_path):
-    recording(tmp_path / "a.h5", **{f"data/demo_{i}/{k}": v for i in (10, 2) for k, v in (
-        own().items())}, **{"data@fps": 12.5})
+    recording(
+        tmp_path / "a.h5",
+        **{f"data/demo_{i}/{k}": v for i in (10, 2) for k, v in (own().items())},
+        **{"data@fps": 12.5},
+    )
     read, _ = read_own(tmp_path, **{"data.fields.episodes": "data/demo_*", "data.fields.fps": 0.0})
     assert [(e.id, e.fps) for e in read] == [("a/data/demo_2", 12.5), ("a/data/demo_10", 12.5)]
 
@@ -264,21 +320,38 @@ def layouts():
     pictures = rng.integers(0, 256, (n, 12, 16, 3), np.uint8)
     jpegs = [writers.encoded(p) for p in pictures]
     padded = np.array([np.frombuffer(j.ljust(5000, b"\0"), np.uint8) for j in jpegs])
-    demo = {"actions": rng.random((n, 7)), "obs/ee_states": rng.random((n, 6)),
-            "obs/gripper_states": rng.random((n, 2)), "obs/agentview_rgb": pictures,
-            "obs/eye_in_hand_rgb": pictures}
+    demo = {
+        "actions": rng.random((n, 7)),
+        "obs/ee_states": rng.random((n, 6)),
+        "obs/gripper_states": rng.random((n, 2)),
+        "obs/agentview_rgb": pictures,
+        "obs/eye_in_hand_rgb": pictures,
+    }
     libero = {f"data/demo_{i}/{k}": v for i in range(2) for k, v in demo.items()}
     qpos = {"observations/qpos": rng.random((n, 14)), "action": rng.random((n, 14))}
     return {
-        "own": {"observations/qpos": rng.random((n, 7)), "action": rng.random((n, 7)),
-                **{f"observations/images/{c}": pictures for c in ("front", "wrist")}},
+        "own": {
+            "observations/qpos": rng.random((n, 7)),
+            "action": rng.random((n, 7)),
+            **{f"observations/images/{c}": pictures for c in ("front", "wrist")},
+        },
         "libero": {**libero, "data@problem_info": json.dumps({"language_instruction": "open it"})},
         "libero_replayed": libero,
-        "robotwin": {"joint_action/vector": rng.random((n, 14)), **{
-            f"observation/{side}_camera/rgb": np.array(jpegs) for side in (
-                "head", "left", "right")}},
-        "aloha": {**qpos, **{f"observations/images/cam_{c}": padded for c in (
-            "high", "left_wrist", "right_wrist")}}}
+        "robotwin": {
+            "joint_action/vector": rng.random((n, 14)),
+            **{
+                f"observation/{side}_camera/rgb": np.array(jpegs)
+                for side in ("head", "left", "right")
+            },
+        },
+        "aloha": {
+            **qpos,
+            **{
+                f"observations/images/cam_{c}": padded
+                for c in ("high", "left_wrist", "right_wrist")
+            },
+        },
+    }
 
 
 @pytest.mark.parametrize("name", hdf5_robot.LAYOUTS)
@@ -289,8 +362,9 @@ def test_the_layouts_of_the_config(name, tmp_path):
     (tmp_path / "instructions").mkdir()
     (tmp_path / "instructions" / "open_it.json").write_text('{"seen": ["open it"]}')
     config = config_lib.from_config_dict(hdf5_robot.get_config(name))
-    config = dataclasses.replace(config, data=dataclasses.replace(
-        config.data, path=str(tmp_path / "data")))
+    config = dataclasses.replace(
+        config, data=dataclasses.replace(config.data, path=str(tmp_path / "data"))
+    )
     read = episodes.load_episodes(config)
     assert len(read) == (2 if "libero" in name else 1)
     if name not in ("own", "aloha"):
@@ -300,8 +374,9 @@ def test_the_layouts_of_the_config(name, tmp_path):
     action = next(v for k, v in contents.items() if "action" in k)
     np.testing.assert_array_equal(read[0].action, action[shift:].astype(np.float32))
     if name == "libero":
-        np.testing.assert_array_equal(read[1].state[:, :6], contents[
-            "data/demo_1/obs/ee_states"][:-1].astype(np.float32))
+        np.testing.assert_array_equal(
+            read[1].state[:, :6], contents["data/demo_1/obs/ee_states"][:-1].astype(np.float32)
+        )
     for camera in config.data.cameras:
         assert read[0].frames(camera, [0, read[0].length - 1]).shape == (2, 12, 16, 3)
     with pytest.raises(ValueError, match="expected one of own, libero"):
@@ -315,8 +390,10 @@ def test_other_threads_and_processes(tmp_path):
     last = [episode.frames("front", [-1])[0, 0, 0, 0] for episode in read]
     assert last == list(range(len(read))) and len(hdf5._OPEN.files) == hdf5._OPEN_FILES
     look = operator.methodcaller("frames", "front", [-1])
-    pools = (concurrent.futures.ThreadPoolExecutor(4), concurrent.futures.ProcessPoolExecutor(
-        1, multiprocessing.get_context("spawn")))
+    pools = (
+        concurrent.futures.ThreadPoolExecutor(4),
+        concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")),
+    )
     for pool in pools:
         with pool:
             assert [frames[0, 0, 0, 0] for frames in pool.map(look, read)] == last

@@ -96,17 +96,28 @@ def test_the_slurm_script_trains_with_two_tasks_and_is_queued_again_when_told_to
     python.chmod(0o755)
     (here / "tiny.py").write_text(
         "import json, os, ml_collections\ndef get_config():\n"
-        "    return ml_collections.ConfigDict(json.loads(os.environ['LIGHTWAM_TEST_CONFIG']))\n")
+        "    return ml_collections.ConfigDict(json.loads(os.environ['LIGHTWAM_TEST_CONFIG']))\n"
+    )
     script = (LAUNCH / "slurm.sh").read_text()
     trains = f'TRAIN=(--config "{here}/tiny.py" --workdir "{tmp_path}/run" --config.mesh.fsdp=2)'
     script = re.sub(r"^TRAIN=.*$", trains, script, flags=re.M)
 
     config = pod.make_config(**{"train.checkpoint_every": 0})
     environ = os.environ | {
-        "PATH": f"{commands}:{os.environ['PATH']}", "SLURM_JOB_ID": "4711",
-        "LIGHTWAM_TEST_CONFIG": config_lib.to_json(config), "JAX_NUM_CPU_DEVICES": "1"}
-    done = subprocess.run(["bash", "-c", script], cwd=here, env=environ, capture_output=True,
-                          text=True, timeout=300, check=False)
+        "PATH": f"{commands}:{os.environ['PATH']}",
+        "SLURM_JOB_ID": "4711",
+        "LIGHTWAM_TEST_CONFIG": config_lib.to_json(config),
+        "JAX_NUM_CPU_DEVICES": "1",
+    }
+    done = subprocess.run(
+        ["bash", "-c", script],
+        cwd=here,
+        env=environ,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     assert "2 process(es)" in done.stdout and "data=1 x fsdp=2" in done.stdout
     assert pod.arrays(tmp_path / "run")[0] == config.train.steps

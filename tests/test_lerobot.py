@@ -57,46 +57,86 @@ def by_hand(root, version, **changes):
         "gripper": pa.array([0, 1, 0, 1, 0], pa.int64()),
         "action": pa.array([[float(i)] * 3 for i in range(5)], pa.large_list(pa.float32())),
         "timestamp": pa.array([0, 0.1, 0.2, 0, 0.1], pa.float32()),
-        "frame_index": [0, 1, 2, 0, 1], "episode_index": index, "index": list(range(5)),
+        "frame_index": [0, 1, 2, 0, 1],
+        "episode_index": index,
+        "index": list(range(5)),
         "task_index": [4, 4, 7, 4, 4],
-        "top": pa.array([{"bytes": png(counted(5, 8, 64)[i]), "path": None} if i != 1 else
-                         {"bytes": None, "path": "images/1.png"} for i in range(5)]),
+        "top": pa.array(
+            [
+                {"bytes": png(counted(5, 8, 64)[i]), "path": None}
+                if i != 1
+                else {"bytes": None, "path": "images/1.png"}
+                for i in range(5)
+            ]
+        ),
     } | changes
     (root / "meta").mkdir(parents=True)
     (root / "images").mkdir()
     (root / "images/1.png").write_bytes(png(counted(5, 8, 64)[1]))
-    numeric = {"joints": 2, "gripper": 1, "action": 3, "timestamp": 1, "frame_index": 1,
-               "episode_index": 1, "index": 1, "task_index": 1}
-    info = {"codebase_version": version, "fps": 10, "chunks_size": 1, "total_episodes": 2,
-            "features": {"top": {"dtype": "image", "shape": [3, 8, 64], "names": None}} | {
-                key: {"dtype": "float32", "shape": [n], "names": None}
-                for key, n in numeric.items()}}
+    numeric = {
+        "joints": 2,
+        "gripper": 1,
+        "action": 3,
+        "timestamp": 1,
+        "frame_index": 1,
+        "episode_index": 1,
+        "index": 1,
+        "task_index": 1,
+    }
+    info = {
+        "codebase_version": version,
+        "fps": 10,
+        "chunks_size": 1,
+        "total_episodes": 2,
+        "features": {"top": {"dtype": "image", "shape": [3, 8, 64], "names": None}}
+        | {key: {"dtype": "float32", "shape": [n], "names": None} for key, n in numeric.items()},
+    }
     table = pa.table(columns)
     if version == "v3.0":
         info |= {"data_path": "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"}
         (root / "data/chunk-000").mkdir(parents=True)
         pq.write_table(table, root / "data/chunk-000/file-000.parquet", row_group_size=2)
-        pq.write_table(pa.table({"task_index": [7, 4], "__index_level_0__": ["lift", "reach"]}),
-                       root / "meta/tasks.parquet")
+        pq.write_table(
+            pa.table({"task_index": [7, 4], "__index_level_0__": ["lift", "reach"]}),
+            root / "meta/tasks.parquet",
+        )
         (root / "meta/episodes/chunk-000").mkdir(parents=True)
-        pq.write_table(pa.table({
-            "episode_index": [0, 1], "length": [3, 2], "data/chunk_index": [0, 0],
-            "data/file_index": [0, 0], "stats/action/mean": [[0.0], [0.0]]}),
-            root / "meta/episodes/chunk-000/file-000.parquet")
+        pq.write_table(
+            pa.table(
+                {
+                    "episode_index": [0, 1],
+                    "length": [3, 2],
+                    "data/chunk_index": [0, 0],
+                    "data/file_index": [0, 0],
+                    "stats/action/mean": [[0.0], [0.0]],
+                }
+            ),
+            root / "meta/episodes/chunk-000/file-000.parquet",
+        )
     else:
         info |= {"data_path": "data/chunk-{episode_chunk:03d}/episode_{episode_index:06d}.parquet"}
         for i, (first, n) in enumerate(((0, 3), (3, 2))):
             (root / f"data/chunk-00{i}").mkdir(parents=True)
-            pq.write_table(table.slice(first, n),
-                           root / f"data/chunk-00{i}/episode_00000{i}.parquet")
-        (root / "meta/tasks.jsonl").write_text('{"task_index": 4, "task": "reach"}\n'
-                                               '{"task_index": 7, "task": "lift"}\n')
-        (root / "meta/episodes.jsonl").write_text('{"episode_index": 1, "length": 2}\n\n'
-                                                  '{"episode_index": 0, "length": 3}\n')
+            pq.write_table(
+                table.slice(first, n), root / f"data/chunk-00{i}/episode_00000{i}.parquet"
+            )
+        (root / "meta/tasks.jsonl").write_text(
+            '{"task_index": 4, "task": "reach"}\n{"task_index": 7, "task": "lift"}\n'
+        )
+        (root / "meta/episodes.jsonl").write_text(
+            '{"episode_index": 1, "length": 2}\n\n{"episode_index": 0, "length": 3}\n'
+        )
     (root / "meta/info.json").write_text(json.dumps(info))
-    return configure(root, **{
-        "data.fields.state": ("joints", "gripper"), "data.fields.image": "{camera}",
-        "data.cameras": ("top",), "model.proprio_dim": 3, "model.action_dim": 3})
+    return configure(
+        root,
+        **{
+            "data.fields.state": ("joints", "gripper"),
+            "data.fields.image": "{camera}",
+            "data.cameras": ("top",),
+            "model.proprio_dim": 3,
+            "model.action_dim": 3,
+        },
+    )
 
 
 @pytest.mark.parametrize("version", ["v2.0", "v2.1", "v3.0"])
@@ -110,23 +150,34 @@ def test_what_others_write(tmp_path, version):
     np.testing.assert_array_equal(second.frames("top", [1, 0]), counted(5, 8, 64)[[4, 3]])
 
 
-@pytest.mark.parametrize("changes, reason", [
-    ({"joints": pa.array([[0.0, 1], [0.0], [0, 1], [0, 1], [0, 1]])}, "rows of 1 and of 2 numbers"),
-    ({"joints": pa.array([[0.0, 1], None, [0, 1], [0, 1], [0, 1]])}, "1 empty rows"),
-    ({"gripper": pa.array([1, 2, None, 1, 2])}, "1 empty cells"),
-    ({"gripper": pa.array(["a", "b", "c", "d", "e"])}, "unreadable data file"),
-])
+@pytest.mark.parametrize(
+    "changes, reason",
+    [
+        (
+            {"joints": pa.array([[0.0, 1], [0.0], [0, 1], [0, 1], [0, 1]])},
+            "rows of 1 and of 2 numbers",
+        ),
+        ({"joints": pa.array([[0.0, 1], None, [0, 1], [0, 1], [0, 1]])}, "1 empty rows"),
+        ({"gripper": pa.array([1, 2, None, 1, 2])}, "1 empty cells"),
+        ({"gripper": pa.array(["a", "b", "c", "d", "e"])}, "unreadable data file"),
+    ],
+)
 def test_columns_that_are_no_numbers(tmp_path, changes, reason):
     found, problems = episodes.read(by_hand(tmp_path / "set", "v2.1", **changes))
     assert "episode_000000" not in [e.id for e in found]
     assert problems[0].kind == "unreadable data file" and reason in problems[0].line()
 
 
-@pytest.mark.parametrize("cell, reason", [
-    ({"bytes": None, "path": None}, "empty"), ({"bytes": None, "path": "no.png"}, "No such file"),
-    ({"bytes": png(counted(1, 8, 64)[0])[:90], "path": None}, "do not decode"),
-    ({"bytes": png(np.zeros((8, 64), np.uint16)), "path": None}, "mode I;16"),
-    ({"bytes": png(counted(1, 8, 32)[0]), "path": None}, r"\[8, 32, 3\] here")])
+@pytest.mark.parametrize(
+    "cell, reason",
+    [
+        ({"bytes": None, "path": None}, "empty"),
+        ({"bytes": None, "path": "no.png"}, "No such file"),
+        ({"bytes": png(counted(1, 8, 64)[0])[:90], "path": None}, "do not decode"),
+        ({"bytes": png(np.zeros((8, 64), np.uint16)), "path": None}, "mode I;16"),
+        ({"bytes": png(counted(1, 8, 32)[0]), "path": None}, r"\[8, 32, 3\] here"),
+    ],
+)
 def test_pictures_that_cannot_be_decoded(tmp_path, cell, reason):
     good = {"bytes": png(counted(1, 8, 64)[0]), "path": None}
     config = by_hand(tmp_path / "set", "v3.0", top=pa.array([good, good, cell, good, good]))
@@ -160,16 +211,26 @@ def test_faults_of_single_files(single):
     data, videos = single / "data/chunk-000", single / "videos/chunk-000/observation.images.wrist"
     (data / "episode_000000.parquet").unlink()
     (data / "episode_000001.parquet").write_bytes(
-        (data / "episode_000001.parquet").read_bytes()[:2000])
+        (data / "episode_000001.parquet").read_bytes()[:2000]
+    )
     (videos / "episode_000002.mp4").unlink()
     rewrite(data / "episode_000003.parquet", lambda rows: rows[:-2])
     rewrite(data / "episode_000004.parquet", lambda rows: [r | {"task_index": 9} for r in rows])
     rewrite(data / "episode_000005.parquet", lambda rows: rows[::-1])
     sound, problems = fault(single)
     assert sound == set() and set(problems) == {
-        (kind, f"episode_{i:06d}") for i, kind in enumerate((
-            "missing data file", "unreadable data file", "missing video", "wrong length",
-            "unknown task", "rows out of order"))}
+        (kind, f"episode_{i:06d}")
+        for i, kind in enumerate(
+            (
+                "missing data file",
+                "unreadable data file",
+                "missing video",
+                "wrong length",
+                "unknown task",
+                "rows out of order",
+            )
+        )
+    }
     for (_, name), problem in problems.items():
         assert name in problem.file and problem.severity == "error"
     assert "31 rows, meta/ says 33" in problems["wrong length", "episode_000003"].message
@@ -177,8 +238,9 @@ def test_faults_of_single_files(single):
     # Excluded, they are not even opened: nothing is left to say about them.
     sound, problems = fault(single, **{"data.exclude": tuple(ids(0, 1, 3, 4, 5))})
     assert sound == set() and set(problems) == {("missing video", "episode_000002")}
-    sound, problems = fault(single, **{"data.exclude": tuple(ids(0, 1, 3, 4, 5)),
-                                       "data.cameras": ("scene",)})
+    sound, problems = fault(
+        single, **{"data.exclude": tuple(ids(0, 1, 3, 4, 5)), "data.cameras": ("scene",)}
+    )
     assert sound == ids(2) and not problems  # nobody asks for that camera
     with pytest.raises(ValueError, match="has no such episode"):
         fault(single, **{"data.exclude": ("episode_000099",)})
@@ -228,8 +290,12 @@ def test_faults_of_packed_files(packed):
 
     sound, problems = fault(packed, **{"data.cameras": ("scene",)})
     assert sound == ids(*range(6)) and not problems
-    rewrite(meta, lambda rows: [
-        row | {f"{key}/to_timestamp": row[f"{key}/from_timestamp"] + 0.5} for row in rows])
+    rewrite(
+        meta,
+        lambda rows: [
+            row | {f"{key}/to_timestamp": row[f"{key}/from_timestamp"] + 0.5} for row in rows
+        ],
+    )
     _, problems = fault(packed, **{"data.exclude": tuple(ids(*inside))})
     late = {i for i in range(6) if LENGTHS[i] > 10} - inside  # the others last half a second
     assert late and {name for kind, name in problems} == ids(*late)
@@ -266,15 +332,24 @@ def test_rows_in_two_places(packed):
     assert sound == ids(*range(1, 6)) and set(problems) == {("scattered rows", "episode_000000")}
 
 
-@pytest.mark.parametrize("overrides, reason", [
-    ({"data.fields.state": ("state",)}, r"no feature 'state'.*has observation.state \(float32 \[8"),
-    ({"data.fields.action": ("observation.images.scene",)}, "'observation.images.scene' of num"),
-    ({"data.cameras": ("top",)}, "'observation.images.top'.*observation.images.wrist"),
-    ({"data.fields.image": "{camera}"}, "no feature 'scene'"),
-    ({"data.fields.image": "observation.images.scene"}, "one feature for all"),
-    ({"data.fields.fps": 10.0}, "fps=10, but .* says 20"),
-    ({"data.fields.task": "language"}, "do nothing"),
-])
+@pytest.mark.parametrize(
+    "overrides, reason",
+    [
+        (
+            {"data.fields.state": ("state",)},
+            r"no feature 'state'.*has observation.state \(float32 \[8",
+        ),
+        (
+            {"data.fields.action": ("observation.images.scene",)},
+            "'observation.images.scene' of num",
+        ),
+        ({"data.cameras": ("top",)}, "'observation.images.top'.*observation.images.wrist"),
+        ({"data.fields.image": "{camera}"}, "no feature 'scene'"),
+        ({"data.fields.image": "observation.images.scene"}, "one feature for all"),
+        ({"data.fields.fps": 10.0}, "fps=10, but .* says 20"),
+        ({"data.fields.task": "language"}, "do nothing"),
+    ],
+)
 def test_a_config_that_fits_no_episode(packed, overrides, reason):
     with pytest.raises(ValueError, match=reason):
         episodes.read(configure(packed, **overrides))
@@ -282,11 +357,15 @@ def test_a_config_that_fits_no_episode(packed, overrides, reason):
         episodes.load_episodes(configure(packed, **{"data.fields.fps": 20.0}))[0].frames("top", [0])
 
 
-@pytest.mark.parametrize("change, reason", [
-    ({"codebase_version": "v1.6"}, "'v1.6'; readable are v2.0, v2.1, v3.0"),
-    ({"codebase_version": None}, "readable are"), ({"fps": None, "delete": "fps"}, "lacks fps"),
-    ({"depth": True}, "no feature 'observation.images.wrist' of colour pictures"),
-])
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        ({"codebase_version": "v1.6"}, "'v1.6'; readable are v2.0, v2.1, v3.0"),
+        ({"codebase_version": None}, "readable are"),
+        ({"fps": None, "delete": "fps"}, "lacks fps"),
+        ({"depth": True}, "no feature 'observation.images.wrist' of colour pictures"),
+    ],
+)
 def test_sets_that_are_not_readable(single, change, reason):
     file = single / "meta/info.json"
     info = json.loads(file.read_text()) | change
@@ -297,10 +376,16 @@ def test_sets_that_are_not_readable(single, change, reason):
         episodes.read(configure(single))
 
 
-@pytest.mark.parametrize("name, content, reason", [
-    ("info.json", None, "no meta/info.json"), ("info.json", "{", "is not JSON"),
-    ("tasks.jsonl", None, "does not exist"), ("episodes.jsonl", "{}", "line 1 lacks episode_index"),
-    ("episodes.jsonl", '{"episode_index": 0, "length": 3}\n{"epi', "line 2 is not JSON")])
+@pytest.mark.parametrize(
+    "name, content, reason",
+    [
+        ("info.json", None, "no meta/info.json"),
+        ("info.json", "{", "is not JSON"),
+        ("tasks.jsonl", None, "does not exist"),
+        ("episodes.jsonl", "{}", "line 1 lacks episode_index"),
+        ("episodes.jsonl", '{"episode_index": 0, "length": 3}\n{"epi', "line 2 is not JSON"),
+    ],
+)
 def test_broken_metadata(single, name, content, reason):
     (single / "meta" / name).unlink()
     if content is not None:

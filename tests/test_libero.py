@@ -53,9 +53,15 @@ def test_initial_states_are_read_and_code_is_not_run(tmp_path):
     assert mark.exists(), "the file would have done nothing anyway: the test proves nothing"
 
 
-@pytest.mark.parametrize("content", [
-    b"cnumpy.f2py.crackfortran\nmyeval\n(S'1'\ntR.", b"\x80\x02}q\x00.", b"not a pickle",
-    b"\x80\x02X\x01\x00\x00\x000Q."])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"cnumpy.f2py.crackfortran\nmyeval\n(S'1'\ntR.",
+        b"\x80\x02}q\x00.",
+        b"not a pickle",
+        b"\x80\x02X\x01\x00\x00\x000Q.",
+    ],
+)
 def test_files_that_are_something_else_are_refused(tmp_path, content):
     with pytest.raises(ValueError, match=r"bad\.pruned_init"):
         libero_files.read_states(write_states(tmp_path / "bad.pruned_init", content))
@@ -93,7 +99,8 @@ def package(tmp_path, monkeypatch):
         table = {f"libero_{suite}": [] for suite in libero_files.SUITES}
         table["libero_spatial"] = names
         (tmp_path / "benchmark" / "libero_suite_task_map.py").write_text(
-            f"raise RuntimeError('executed')\nlibero_task_map = {table!r}\n")
+            f"raise RuntimeError('executed')\nlibero_task_map = {table!r}\n"
+        )
         libero_files.tasks.cache_clear()
 
     fill(names)
@@ -108,10 +115,16 @@ def test_tasks_are_listed_without_running_the_package(package, monkeypatch):
     assert libero_files.instruction(bowl) == "pick up the bowl from table center"
     assert libero_files.instruction(drawer) == "close the drawer"
     assert libero.episodes(("spatial",), 2, 100) == [
-        (bowl, 0, 100), (bowl, 1, 101), (drawer, 0, 100), (drawer, 1, 101)]
+        (bowl, 0, 100),
+        (bowl, 1, 101),
+        (drawer, 0, 100),
+        (drawer, 1, 101),
+    ]
     assert libero.episodes((drawer, drawer), 1, 0) == [(drawer, 0, 0)]
     assert libero.demonstrations((bowl,), 2, 5) == [
-        (bowl, libero.DRAWN, 5), (bowl, libero.DRAWN, 6)]
+        (bowl, libero.DRAWN, 5),
+        (bowl, libero.DRAWN, 6),
+    ]
     with pytest.raises(ValueError, match="has no task 'fly'"):
         libero.episodes(("fly",), 1, 0)
     with pytest.raises(ValueError, match="stores 50 initial states"):
@@ -137,12 +150,14 @@ def test_libero_plus_has_suites_and_rules_of_its_own(package):
         libero_files.tasks("plus_spatial")
     (package.path / "benchmark" / "task_classification.json").write_text("{}")
     base = "pick_up_the_bowl_from_table_center"
-    files = {f"{base}_table_3": f"libero_spatial/{base}",
-             f"{base}_view_0_0_100_0_0_initstate_7": f"libero_spatial/{base}",
-             f"{base}_light_2": f"libero_spatial/{base}",
-             f"{base}_tb_4": f"libero_spatial/{base}",
-             f"{base}_add_5": f"libero_newobj/libero_spatial/{base}_add_5",
-             f"{base}_language_1": f"libero_spatial/{base}"}
+    files = {
+        f"{base}_table_3": f"libero_spatial/{base}",
+        f"{base}_view_0_0_100_0_0_initstate_7": f"libero_spatial/{base}",
+        f"{base}_light_2": f"libero_spatial/{base}",
+        f"{base}_tb_4": f"libero_spatial/{base}",
+        f"{base}_add_5": f"libero_newobj/libero_spatial/{base}_add_5",
+        f"{base}_language_1": f"libero_spatial/{base}",
+    }
     package.fill([*files])
     with pytest.raises(ModuleNotFoundError, match="'spatial' belongs to LIBERO, and"):
         libero_files.tasks("spatial")
@@ -152,27 +167,37 @@ def test_libero_plus_has_suites_and_rules_of_its_own(package):
     wording.write_text("(define (problem P)\n (:language Grab that bowl )\n (:regions))")
     assert libero_files.instruction(f"{base}_language_1") == "Grab that bowl"
     assert {libero_files.instruction(t) for t in files if "_language_" not in t} == {
-        "pick up the bowl from table center"}
+        "pick up the bowl from table center"
+    }
 
 
 def test_a_suite_of_libero_plus_is_evaluated_by_its_name(package):
     config = libero_config.get_config("spatial")
     config.evaluation.tasks = ("plus_spatial",)
     config = config_lib.from_config_dict(config)
-    with pytest.raises(ModuleNotFoundError, match="'plus_spatial' belongs to LIBERO-Plus, and .* "
-                       r"each needs an environment of its own \(docs/libero\.md\)"):
+    with pytest.raises(
+        ModuleNotFoundError,
+        match="'plus_spatial' belongs to LIBERO-Plus, and .* "
+        r"each needs an environment of its own \(docs/libero\.md\)",
+    ):
         setup.of_config(config, "libero")
     tasks = [f"pick_up_the_bowl_{kind}" for kind in ("table_3", "tb_4", "light_2")]
     package.fill(tasks)
-    kinds = {"libero_spatial": [
-        {"id": i, "name": task, "category": category, "difficulty_level": 1}
-        for i, (task, category) in enumerate(zip(tasks, ["Background Textures"] * 2))]}
+    kinds = {
+        "libero_spatial": [
+            {"id": i, "name": task, "category": category, "difficulty_level": 1}
+            for i, (task, category) in enumerate(zip(tasks, ["Background Textures"] * 2))
+        ]
+    }
     (package.path / "benchmark" / "task_classification.json").write_text(json.dumps(kinds))
     found = setup.of_config(config, "libero")
     assert [(e.task, e.init) for e in found.episodes] == [(task, 0) for task in tasks]
     assert found.expert_tasks == ()
-    assert found.groups == {"plus_spatial": tasks, "Background Textures": tasks[:2],
-                            "not classified": tasks[2:]}
+    assert found.groups == {
+        "plus_spatial": tasks,
+        "Background Textures": tasks[:2],
+        "not classified": tasks[2:],
+    }
 
 
 def test_standins_are_called_standins(tmp_path):
@@ -186,14 +211,20 @@ def test_standins_are_called_standins(tmp_path):
 # ---- with the package, on the stand-in assets ------------------------------------------------
 
 MILK = "pick_up_the_milk_and_place_it_in_the_basket"
-DRAWER = ("pick_up_the_black_bowl_in_the_top_drawer_of_the_wooden_cabinet_and_place_it_"
-          "on_the_plate")
+DRAWER = "pick_up_the_black_bowl_in_the_top_drawer_of_the_wooden_cabinet_and_place_it_on_the_plate"
 SIZE = 64
 
 
 def make(**kwargs):
-    return libero.make(**{"assets": str(STANDINS), "image_size": SIZE, "rendering": "fast",
-                          "protocol": "openpi", **kwargs})
+    return libero.make(
+        **{
+            "assets": str(STANDINS),
+            "image_size": SIZE,
+            "rendering": "fast",
+            "protocol": "openpi",
+            **kwargs,
+        }
+    )
 
 
 def episode(task, init=0, seed=0):
@@ -232,15 +263,18 @@ def env():
 
 
 @pytest.mark.sim
-@pytest.mark.parametrize("suite, experts", [
-    ("object", ["object"]), ("goal", []), ("10", []), ("all", ["spatial", "object"])])
+@pytest.mark.parametrize(
+    "suite, experts",
+    [("object", ["object"]), ("goal", []), ("10", []), ("all", ["spatial", "object"])],
+)
 def test_suites_are_set_up_with_and_without_an_expert(suite, experts):
     config = config_lib.from_config_dict(libero_config.get_config(suite))
     found = setup.of_config(config, "libero")
     assert len(found.tasks) == (40 if suite == "all" else 10)
     assert len(found.episodes) == 50 * len(found.tasks)
     assert found.expert_tasks == tuple(
-        task for expert in experts for task in libero_files.tasks(expert))
+        task for expert in experts for task in libero_files.tasks(expert)
+    )
     assert list(found.groups) == (["spatial", "object", "goal", "10"] if suite == "all" else [])
     if len(found.expert_tasks) < len(found.tasks):
         with pytest.raises(ValueError, match=r"no scripted expert for suite .*, only for spatial"):
@@ -264,8 +298,13 @@ print(t.finish(ours), sorted({"torch", "jax"} & set(sys.modules)))
 env.close()
 """
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
-        stdin=subprocess.DEVNULL, env={"PATH": os.environ["PATH"], "HOME": str(tmp_path)})
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        env={"PATH": os.environ["PATH"], "HOME": str(tmp_path)},
+    )
     assert done.stdout.splitlines()[-1:] == [f"{first} []"], done.stderr
     assert not list(tmp_path.iterdir())
     assert finish(play(env, episode(DRAWER, 3, 9))) != first, "the seed places the furniture"
@@ -277,7 +316,8 @@ def test_pictures_and_states_are_those_of_the_package(env):
     full = make(rendering="full")
     first = full.reset(episode(MILK, 2, 5))
     theirs = env._modules.env_wrapper.OffScreenRenderEnv(
-        bddl_file_name=str(libero_files.bddl_file(MILK)), camera_heights=SIZE, camera_widths=SIZE)
+        bddl_file_name=str(libero_files.bddl_file(MILK)), camera_heights=SIZE, camera_widths=SIZE
+    )
     theirs.env.object_property_initializers.clear()
     theirs.seed(5)
     theirs.reset()
@@ -299,8 +339,10 @@ def test_pictures_and_states_are_those_of_the_package(env):
 
 
 @pytest.mark.sim
-@pytest.mark.parametrize("task, init, protocol", [
-    (MILK, 1, "lightwam"), (DRAWER, 0, "openpi"), (MILK, libero.DRAWN, "openpi")])
+@pytest.mark.parametrize(
+    "task, init, protocol",
+    [(MILK, 1, "lightwam"), (DRAWER, 0, "openpi"), (MILK, libero.DRAWN, "openpi")],
+)
 def test_the_expert_solves(task, init, protocol):
     pytest.importorskip("robosuite", reason="pip install -r requirements-libero.txt")
     env = make(protocol=protocol, image_size=16)

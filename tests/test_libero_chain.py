@@ -11,13 +11,21 @@ from tests.test_end_to_end import ROOT, SMALL, run
 
 pytestmark = [pytest.mark.sim, pytest.mark.slow]
 # One of the suite object, one of spatial, each with its number there.
-TASKS = {"pick_up_the_milk_and_place_it_in_the_basket": 7,
-         "pick_up_the_black_bowl_from_table_center_and_place_it_on_the_plate": 2}
+TASKS = {
+    "pick_up_the_milk_and_place_it_in_the_basket": 7,
+    "pick_up_the_black_bowl_from_table_center_and_place_it_on_the_plate": 2,
+}
 STANDINS = {"assets": "tests/libero_standins", "rendering": "fast", "image_size": 32}
 TINY = {key: value for key, value in SMALL.items() if not key.startswith("demo.")} | {
-    "data.canvas": "(32,64)", "data.camera_size": "(32,32)", "data.num_frames": 9,
-    "train.eval_every": 0, "train.checkpoint_every": 4,
-    "evaluation.max_steps": 24, "evaluation.batch": 2, "evaluation.workers": 1}
+    "data.canvas": "(32,64)",
+    "data.camera_size": "(32,32)",
+    "data.num_frames": 9,
+    "train.eval_every": 0,
+    "train.checkpoint_every": 4,
+    "evaluation.max_steps": 24,
+    "evaluation.batch": 2,
+    "evaluation.workers": 1,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -27,29 +35,59 @@ def installed():
 
 def refused(*command):
     """Runs a command that has to fail and returns what it says."""
-    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True,
-                          env={**os.environ, "JAX_NUM_CPU_DEVICES": "1"}, timeout=300)
+    done = subprocess.run(
+        [sys.executable, *command],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "JAX_NUM_CPU_DEVICES": "1"},
+        timeout=300,
+    )
     assert done.returncode == 2, done.stderr[-3000:]
     return done.stderr
 
 
 def test_record_precompute_train_evaluate(tmp_path):
     tasks, workdir = ",".join(TASKS), tmp_path / "run"
-    said = run("-m", "lightwam_jax.evaluation.record", "--suite", "libero", "--tasks", tasks,
-               "--episodes", "2", "--env", json.dumps(STANDINS), "--out",
-               str(tmp_path / "episodes"))
+    said = run(
+        "-m",
+        "lightwam_jax.evaluation.record",
+        "--suite",
+        "libero",
+        "--tasks",
+        tasks,
+        "--episodes",
+        "2",
+        "--env",
+        json.dumps(STANDINS),
+        "--out",
+        str(tmp_path / "episodes"),
+    )
     assert said.count("2 kept of") == 2
     about = json.loads((tmp_path / "episodes" / "meta" / "recording.json").read_text())
     assert about["environment"]["assets"] == "stand-in" and {*about["tried"]} == {*TASKS}
 
-    config = ["--config", "configs/libero_standin.py:object",
-              f"--config.data.path={tmp_path / 'episodes'}",
-              f"--config.data.cache={tmp_path / 'cache'}",
-              *(f"--config.{key}={value}" for key, value in TINY.items())]
+    config = [
+        "--config",
+        "configs/libero_standin.py:object",
+        f"--config.data.path={tmp_path / 'episodes'}",
+        f"--config.data.cache={tmp_path / 'cache'}",
+        *(f"--config.{key}={value}" for key, value in TINY.items()),
+    ]
     run("-m", "lightwam_jax.precompute", *config, "--what", "all")
     run("train.py", *config, "--workdir", str(workdir))
-    evaluate = ["evaluate.py", "--workdir", str(workdir), "--mode", "libero", "--tasks", tasks,
-                "--episodes", "1", "--env"]
+    evaluate = [
+        "evaluate.py",
+        "--workdir",
+        str(workdir),
+        "--mode",
+        "libero",
+        "--tasks",
+        tasks,
+        "--episodes",
+        "1",
+        "--env",
+    ]
     out = run(*evaluate, json.dumps({"image_size": 32}))
     assert all(name in out for name in ("expert", "spatial ", "object ", *TASKS))
 
@@ -78,8 +116,17 @@ def test_record_precompute_train_evaluate(tmp_path):
 
 
 def test_recording_without_assets_says_how_to_get_them(tmp_path):
-    error = refused("-m", "lightwam_jax.evaluation.record", "--suite", "libero", "--tasks",
-                    next(iter(TASKS)), "--env", json.dumps({"assets": str(tmp_path)}), "--out",
-                    str(tmp_path / "episodes"))
+    error = refused(
+        "-m",
+        "lightwam_jax.evaluation.record",
+        "--suite",
+        "libero",
+        "--tasks",
+        next(iter(TASKS)),
+        "--env",
+        json.dumps({"assets": str(tmp_path)}),
+        "--out",
+        str(tmp_path / "episodes"),
+    )
     assert "git clone https://github.com/Lifelong-Robot-Learning/LIBERO" in error
     assert not (tmp_path / "episodes").exists()

@@ -43,11 +43,24 @@ def mixture(tmp_path_factory):
 
 
 def make_mixture(directory, **overrides):
-    entries = {"arm": {"path": "arm", "weight": 0.3}, "bimanual": {
-        "path": "bimanual", "weight": 0.7, "normalization": "z_score",
-        "delta_mask": (True,) * 6 + (False,)}}
-    made = synthetic.make_config(directory, **{
-        "data.mixture": entries, "data.check_frames": "none", "train.batch_size": 10, **overrides})
+    entries = {
+        "arm": {"path": "arm", "weight": 0.3},
+        "bimanual": {
+            "path": "bimanual",
+            "weight": 0.7,
+            "normalization": "z_score",
+            "delta_mask": (True,) * 6 + (False,),
+        },
+    }
+    made = synthetic.make_config(
+        directory,
+        **{
+            "data.mixture": entries,
+            "data.check_frames": "none",
+            "train.batch_size": 10,
+            **overrides,
+        },
+    )
 
     def read(config):
         return synthetic.make_episodes(6 if config.data.path == "arm" else 7), []
@@ -82,8 +95,9 @@ def test_batches_fit_the_contract_and_the_records(config):
             record = source[int(index)]
             np.testing.assert_array_equal(batch["latents"][row], record["latents"])
             np.testing.assert_array_equal(batch["proprio"][row], state.normalize(record["proprio"]))
-            raw = actions_lib.zero_padded_deltas(record["actions"], record["action_is_pad"],
-                                               config.data.delta_mask)
+            raw = actions_lib.zero_padded_deltas(
+                record["actions"], record["action_is_pad"], config.data.delta_mask
+            )
             np.testing.assert_array_equal(batch["actions"][row], action.normalize(raw))
             prompt = text.prompt(tasks[record["task"]], config.data.prompt_template)
             context, mask = assets.load_text(directory, config).table([prompt], 24)
@@ -118,7 +132,7 @@ def test_epochs_are_permutations_and_differ(config):
     size = cache.open_cache(config).size("train")
     count = 2 * size // config.train.batch_size + 1
     index = np.concatenate([b["index"] for b in batches(config, count)])
-    first, second = index[:size], index[size:2 * size]
+    first, second = index[:size], index[size : 2 * size]
     assert sorted(first) == sorted(second) == list(range(size))
     assert first.tolist() != second.tolist() != list(range(size))
 
@@ -143,8 +157,9 @@ def test_worker_processes_do_not_change_the_order(config):
 
 def test_validation_covers_the_held_out_windows_once(config):
     held_out = cache.open_cache(config).size("val")
-    wide = dataclasses.replace(config, train=dataclasses.replace(
-        config.train, batch_size=6, eval_batches=100))
+    wide = dataclasses.replace(
+        config, train=dataclasses.replace(config.train, batch_size=6, eval_batches=100)
+    )
     got = loader.val_batches(wide)
     assert len(got) == -(-held_out // 6)
     seen = collections.Counter()
@@ -185,8 +200,9 @@ def test_batch_size_must_divide(config):
 
 
 def test_a_mixture_has_exact_shares_and_whole_epochs_of_each_member(mixture):
-    sizes = [cache.open_cache(member.config).size("train")
-             for member in config_lib.members(mixture)]
+    sizes = [
+        cache.open_cache(member.config).size("train") for member in config_lib.members(mixture)
+    ]
     count = 2 * max(size / share for size, share in zip(sizes, (3, 7))) + 1
     got = batches(mixture, int(count))
     rows = [[], []]
@@ -196,10 +212,10 @@ def test_a_mixture_has_exact_shares_and_whole_epochs_of_each_member(mixture):
         for member, row in zip(batch["member"], batch["index"]):
             rows[member].append(int(row))
     for size, seen in zip(sizes, rows):
-        first, second = seen[:size], seen[size:2 * size]
+        first, second = seen[:size], seen[size : 2 * size]
         assert sorted(first) == sorted(second) == list(range(size))
         assert first != second != list(range(size))
-    assert rows[0][:sizes[0]] != [row for row in rows[1] if row < sizes[0]][:sizes[0]]
+    assert rows[0][: sizes[0]] != [row for row in rows[1] if row < sizes[0]][: sizes[0]]
 
 
 def test_members_have_their_own_statistics_and_transforms(mixture):
@@ -213,10 +229,10 @@ def test_members_have_their_own_statistics_and_transforms(mixture):
             np.testing.assert_array_equal(batch["latents"][row], record["latents"])
             np.testing.assert_array_equal(batch["proprio"][row], state.normalize(record["proprio"]))
             actions = actions_lib.from_config(members[number]).forward(
-                record["actions"], record["proprio"], record["action_is_pad"])
+                record["actions"], record["proprio"], record["action_is_pad"]
+            )
             np.testing.assert_array_equal(batch["actions"][row], action.normalize(actions))
-            prompt = text.prompt(opened.meta["tasks"][record["task"]],
-                                 mixture.data.prompt_template)
+            prompt = text.prompt(opened.meta["tasks"][record["task"]], mixture.data.prompt_template)
             context, _ = assets.load_text(directory, mixture).table([prompt], 24)
             np.testing.assert_array_equal(batch["context"][row], context[0])
 
@@ -276,15 +292,23 @@ def test_shares_are_those_of_grain_where_it_is_exact():
 
 def test_validation_takes_held_out_windows_of_every_member(mixture):
     sizes = [cache.open_cache(member.config).size("val") for member in config_lib.members(mixture)]
-    wide = dataclasses.replace(mixture, train=dataclasses.replace(
-        mixture.train, eval_batches=100))
-    for run, counts in ((wide, sizes), (dataclasses.replace(mixture, train=dataclasses.replace(
-            mixture.train, eval_batches=1)), (5, 5))):
+    wide = dataclasses.replace(mixture, train=dataclasses.replace(mixture.train, eval_batches=100))
+    for run, counts in (
+        (wide, sizes),
+        (
+            dataclasses.replace(mixture, train=dataclasses.replace(mixture.train, eval_batches=1)),
+            (5, 5),
+        ),
+    ):
         seen = collections.Counter()
         for batch in loader.val_batches(run):
             spec.check_batch(batch, run)
-            seen.update(zip(batch["member"][batch["valid"]].tolist(),
-                            batch["index"][batch["valid"]].tolist()))
+            seen.update(
+                zip(
+                    batch["member"][batch["valid"]].tolist(),
+                    batch["index"][batch["valid"]].tolist(),
+                )
+            )
         assert max(seen.values()) == 1
         assert [sum(member == m for member, _ in seen) for m in (0, 1)] == list(counts)
 
@@ -309,7 +333,9 @@ sys.meta_path.insert(0, Guard())
 
 def test_a_fresh_train_py_reads_a_cache_without_tensorflow_and_torch(config, tmp_path):
     (tmp_path / "config.json").write_text(config_lib.to_json(config))
-    code = GUARD + """
+    code = (
+        GUARD
+        + """
 import train
 from lightwam_jax import config as config_lib
 from lightwam_jax.data import loader
@@ -319,11 +345,14 @@ assert len(next(batches)["latents"]) == len(loader.val_batches(config)[0]["laten
 batches.close()
 check()
 """
+    )
     subprocess.run([sys.executable, "-c", code, tmp_path / "config.json"], cwd=ROOT, check=True)
 
 
 # Notes which samples every step got and, at the step KILL, kills itself as nothing can prevent.
-RECORDER = GUARD + """
+RECORDER = (
+    GUARD
+    + """
 import json, multiprocessing, os, pathlib, signal
 import train
 from absl import app
@@ -354,35 +383,54 @@ if __name__ == "__main__":
     loader.train_loader = Recorded
     app.run(train.main)
 """
+)
 
 
 @pytest.mark.slow
 def test_killed_training_resumes_with_exactly_the_samples_that_were_left(tmp_path):
     """Through train.py, with a mixture and two worker processes; these die with the training."""
     steps, every, kill = 12, 3, random.randint(7, 10)
-    config = make_mixture(tmp_path, **{
-        "data.workers": 2, "data.prefetch": 40, "train.steps": steps, "train.log_every": 4,
-        "train.checkpoint_every": every, "train.eval_every": 0, "model.num_layers": 1,
-        "model.adapter_layers": (0,), "model.lora_layers": (0,)})
+    config = make_mixture(
+        tmp_path,
+        **{
+            "data.workers": 2,
+            "data.prefetch": 40,
+            "train.steps": steps,
+            "train.log_every": 4,
+            "train.checkpoint_every": every,
+            "train.eval_every": 0,
+            "model.num_layers": 1,
+            "model.adapter_layers": (0,),
+            "model.lora_layers": (0,),
+        },
+    )
     (tmp_path / "recorder.py").write_text(RECORDER)
     (tmp_path / "tiny.py").write_text(
         "import json\nimport ml_collections\n\ndef get_config():\n"
-        f"    return ml_collections.ConfigDict(json.loads({config_lib.to_json(config)!r}))\n")
+        f"    return ml_collections.ConfigDict(json.loads({config_lib.to_json(config)!r}))\n"
+    )
     logs, log = [], tmp_path / "seen.jsonl"
     for at, code in ((kill, -signal.SIGKILL), (-1, 0)):
         done = subprocess.run(
-            [sys.executable, "recorder.py", "--config=tiny.py", "--workdir=run"], cwd=tmp_path,
+            [sys.executable, "recorder.py", "--config=tiny.py", "--workdir=run"],
+            cwd=tmp_path,
             env=os.environ | {"KILL": str(at), "PYTHONPATH": str(ROOT), "JAX_NUM_CPU_DEVICES": "1"},
-            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
         assert done.returncode == code, done.stderr
         logs.append([json.loads(line) for line in log.read_text().splitlines()])
         log.unlink()
 
     single = dataclasses.replace(config, data=dataclasses.replace(config.data, workers=0))
-    wanted = [[step, batch["member"].tolist(), batch["index"].tolist()]
-              for step, batch in enumerate(batches(single, steps))]
+    wanted = [
+        [step, batch["member"].tolist(), batch["index"].tolist()]
+        for step, batch in enumerate(batches(single, steps))
+    ]
     killed, resumed = ([row[:3] for row in log] for log in logs)
-    assert killed == wanted[:kill + 1]
+    assert killed == wanted[: kill + 1]
     start = resumed[0][0]
     assert start in (kill // every * every, kill // every * every - every)
     assert resumed == wanted[start:]

@@ -189,8 +189,14 @@ def test_finished_run_is_left_alone(whole, capsys):
 
 def test_contradicting_config_is_refused(whole):
     with pytest.raises(ValueError, match="another config") as error:
-        loop.prepare(change(optimizer={"lr": 5.0}, train={"log_every": 1},
-                            data={"codec_weights": "moved", "text_weights": "moved"}), whole)
+        loop.prepare(
+            change(
+                optimizer={"lr": 5.0},
+                train={"log_every": 1},
+                data={"codec_weights": "moved", "text_weights": "moved"},
+            ),
+            whole,
+        )
     assert "config.optimizer.lr: 0.001 so far, 5.0 now" in str(error.value)
     assert "log_every" not in str(error.value) and "moved" not in str(error.value)
     assert config_lib.from_json((whole / "config.json").read_text()) == CONFIG

@@ -47,7 +47,8 @@ def test_means_are_those_of_all_batches_together():
     both = spec.fake_batch(CONFIG, 4)
     parts = [{name: x[rows] for name, x in both.items()} for rows in (slice(1), slice(1, 4))]
     means = losses.mean_errors(
-        [losses.open_loop_errors(Still(), {}, part, CONFIG.loss) for part in parts])
+        [losses.open_loop_errors(Still(), {}, part, CONFIG.loss) for part in parts]
+    )
     steps = ~both["action_is_pad"]
     assert means["steps"] == steps.sum() and means["l1"].dtype == np.float64
     np.testing.assert_allclose(means["l1"], np.abs(both["actions"][steps]).mean(0), rtol=1e-6)

@@ -12,16 +12,27 @@ from lightwam_jax.training import memory
 from lightwam_jax.training import optimizer as optimizer_lib
 from lightwam_jax.training import step as step_lib
 
-CONFIG = synthetic.make_config(**{
-    "data.source": "fake", "train.batch_size": 16, "mesh.fsdp": 4, "optimizer.accum_steps": 2,
-    "model.num_layers": 6, "model.lora_layers": tuple(range(6)), "model.adapter_layers": (1, 3, 5)})
+CONFIG = synthetic.make_config(
+    **{
+        "data.source": "fake",
+        "train.batch_size": 16,
+        "mesh.fsdp": 4,
+        "optimizer.accum_steps": 2,
+        "model.num_layers": 6,
+        "model.lora_layers": tuple(range(6)),
+        "model.adapter_layers": (1, 3, 5),
+    }
+)
 
 
 def shapes(config):
     model = build.build_model(config.model)
     optimizer = optimizer_lib.make_optimizer(config.optimizer, config.train.steps)
-    return jax.eval_shape(lambda: step_lib.init_state(
-        build.init_params(model, jax.random.key(0), config.model), config, optimizer))
+    return jax.eval_shape(
+        lambda: step_lib.init_state(
+            build.init_params(model, jax.random.key(0), config.model), config, optimizer
+        )
+    )
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +53,10 @@ def test_what_is_held_is_divided_by_the_mesh(state, monkeypatch):
     whole = planned(CONFIG, state)  # everything tiny is replicated
     learns = size(state.trainable)
     assert (whole["parameters"], whole["gathered"], whole["gradients"]) == (
-        learns, learns, 2 * learns)
+        learns,
+        learns,
+        2 * learns,
+    )
     assert whole["frozen"] == size(state.frozen) and whole["average"] == 0
     monkeypatch.setattr(sharding, "MIN_SPLIT_BYTES", 0)
     split = planned(CONFIG, state)
@@ -53,8 +67,7 @@ def test_what_is_held_is_divided_by_the_mesh(state, monkeypatch):
 
 def test_activations_grow_with_the_batch_and_shrink_with_rematerialisation(state):
     def kept(remat, rows):
-        config = dataclasses.replace(
-            CONFIG, model=dataclasses.replace(CONFIG.model, remat=remat))
+        config = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, remat=remat))
         return memory.activations(config, state, rows)
 
     none, dots, full = (kept(remat, 2) for remat in ("none", "dots", "full"))

@@ -19,10 +19,19 @@ WAYS = [  # (data, fsdp), micro-batches, remat, frozen weights
 
 def rows(workdir, mesh, accum, remat, frozen):
     """Losses and norms of a run of three steps, validation included."""
-    config = pod.make_config(**{
-        "mesh.data": mesh[0], "mesh.fsdp": mesh[1], "mesh.frozen": frozen, "model.remat": remat,
-        "optimizer.accum_steps": accum, "train.batch_size": 16, "train.steps": 3,
-        "train.log_every": 1, "train.checkpoint_every": 0})
+    config = pod.make_config(
+        **{
+            "mesh.data": mesh[0],
+            "mesh.fsdp": mesh[1],
+            "mesh.frozen": frozen,
+            "model.remat": remat,
+            "optimizer.accum_steps": accum,
+            "train.batch_size": 16,
+            "train.steps": 3,
+            "train.log_every": 1,
+            "train.checkpoint_every": 0,
+        }
+    )
     loop.train(config, workdir)
     return pod.rows(workdir)
 
@@ -40,5 +49,6 @@ def test_losses_are_those_of_the_plain_step(way, plain, tmp_path, monkeypatch):
     monkeypatch.setattr(sharding, "MIN_SPLIT_BYTES", 0)  # everything is split that can be
     for row, expected in zip(rows(tmp_path / "run", *way), plain, strict=True):
         for name in set(expected) - {"kind"}:
-            np.testing.assert_allclose(row[name], expected[name], rtol=2e-4, atol=1e-6,
-                                       err_msg=name)
+            np.testing.assert_allclose(
+                row[name], expected[name], rtol=2e-4, atol=1e-6, err_msg=name
+            )

@@ -111,6 +111,7 @@ def _first_state(seed):
 
 def test_every_task_has_its_own_instruction_and_expert():
     from metaworld import env_dict, policies
+
     assert set(metaworld.INSTRUCTIONS) == set(env_dict.ALL_V3_ENVIRONMENTS)
     assert len(set(metaworld.INSTRUCTIONS.values())) == 50
     assert set(metaworld.INSTRUCTIONS) <= set(policies.ENV_POLICY_MAP)
@@ -118,17 +119,30 @@ def test_every_task_has_its_own_instruction_and_expert():
     for name, tasks in metaworld.SETS.items():
         assert len(tasks) == int(name.removeprefix("MT"))
         assert set(tasks) == set(getattr(env_dict, f"{name}_V3"))
-    assert [e.task for e in metaworld.episodes(("MT25", "MT10"), 1, 0)] == list(
-        env_dict.MT25_V3), "each task once, in the order of Meta-World"
+    assert [e.task for e in metaworld.episodes(("MT25", "MT10"), 1, 0)] == list(env_dict.MT25_V3), (
+        "each task once, in the order of Meta-World"
+    )
 
 
 def test_experts_are_recorded(tmp_path):
-    tried = record.record("metaworld", ("reach-v3", "button-press-topdown-v3"), 1,
-                          tmp_path / "episodes", noise=0.3, image_size=32)
+    tried = record.record(
+        "metaworld",
+        ("reach-v3", "button-press-topdown-v3"),
+        1,
+        tmp_path / "episodes",
+        noise=0.3,
+        image_size=32,
+    )
     assert set(tried) == {"reach-v3", "button-press-topdown-v3"}
-    config = synthetic.make_config(tmp_path, **{
-        "data.source": "lerobot", "data.path": str(tmp_path / "episodes"),
-        "model.action_dim": 4, "model.proprio_dim": 4})
+    config = synthetic.make_config(
+        tmp_path,
+        **{
+            "data.source": "lerobot",
+            "data.path": str(tmp_path / "episodes"),
+            "model.action_dim": 4,
+            "model.proprio_dim": 4,
+        },
+    )
     data = dataclasses.replace(config.data, cameras=metaworld.CAMERAS)
     found, problems = lerobot.read(dataclasses.replace(config, data=data))
     assert not problems

@@ -75,12 +75,19 @@ def test_timer_knows_where_it_is():
 def test_utilisation_only_where_the_peak_is_known():
     assert metrics_lib.utilisation(100.0, 0, 4, 1e12) == {}
     assert metrics_lib.utilisation(100.0, 4e11, 4, 2e12) == pytest.approx(
-        {"tflop_per_s_per_device": 1.0, "mfu": 0.5})
+        {"tflop_per_s_per_device": 1.0, "mfu": 0.5}
+    )
 
 
 def test_chips_are_recognised_by_what_jax_calls_them():
-    names = {"TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e", "TPU v4": "v4",
-             "NVIDIA H100 80GB HBM3": "h100", "NVIDIA H200": "h200"}
+    names = {
+        "TPU v5 lite": "v5e",
+        "TPU v5": "v5p",
+        "TPU v6 lite": "v6e",
+        "TPU v4": "v4",
+        "NVIDIA H100 80GB HBM3": "h100",
+        "NVIDIA H200": "h200",
+    }
     for kind, name in names.items():
         assert chips.of_kind(kind) == chips.CHIPS[name]
     for other in ("cpu", "NVIDIA H100 PCIe", "TPU v99"):

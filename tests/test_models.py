@@ -42,15 +42,22 @@ def tiny():
 def inputs():
     rng = np.random.default_rng(0)
     draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
-    return {"latents": draw(2, 3, 4, 8, 16), "text": draw(2, 5, 32), "proprio": draw(2, 8),
-            "t": jnp.array([600.0, 20.0])}
+    return {
+        "latents": draw(2, 3, 4, 8, 16),
+        "text": draw(2, 5, 32),
+        "proprio": draw(2, 8),
+        "t": jnp.array([600.0, 20.0]),
+    }
 
 
 @pytest.fixture(scope="module")
 def act(tiny):
     _, model, _ = tiny
-    return jax.jit(lambda tree, x, text, proprio: model.apply(
-        {"params": tree}, x, text, proprio, 8, method="act"))
+    return jax.jit(
+        lambda tree, x, text, proprio: model.apply(
+            {"params": tree}, x, text, proprio, 8, method="act"
+        )
+    )
 
 
 @pytest.mark.parametrize("suite, dims", [("libero", (7, 8)), ("robotwin", (14, 14))])
@@ -59,8 +66,9 @@ def test_full_size_parameter_counts(golden, suite, dims):
     c = base.get_config("wan21_1_3b", action_dim=dims[0], proprio_dim=dims[1])
     config = configs.from_config_dict(c)
     model = build.build_model(config.model)
-    shapes = jax.eval_shape(lambda key: build.init_params(model, key, config.model),
-                            jax.random.key(0))
+    shapes = jax.eval_shape(
+        lambda key: build.init_params(model, key, config.model), jax.random.key(0)
+    )
     rows = {row[0]: row[1:] for row in params.count_table(shapes, config.train.trainable)}
     assert rows["lora"] == (told["lora"],) * 2
     assert rows["adapters"] == (told["adapters"],) * 2
@@ -71,8 +79,10 @@ def test_full_size_parameter_counts(golden, suite, dims):
     assert rows["total"] == (told["total_without_vae"], told["trainable"])
 
     from lightwam_jax.models.vae import WanVAE
-    vae = jax.eval_shape(lambda key: WanVAE().init(key, jnp.zeros((1, 1, 16, 16, 3))),
-                         jax.random.key(0))
+
+    vae = jax.eval_shape(
+        lambda key: WanVAE().init(key, jnp.zeros((1, 1, 16, 16, 3))), jax.random.key(0)
+    )
     assert params.count(vae) == told["vae"]
     assert rows["total"][0] + params.count(vae) == told["total"]
     assert rows["backbone"][0] + params.count(vae) == told["frozen"]
@@ -101,14 +111,23 @@ def test_the_action_pass_stops_at_the_last_tap(tiny, act, inputs):
     config, _, tree = tiny
     assert max(config.model.adapter_layers) < config.model.num_layers - 1
     later = f"blocks_{max(config.model.adapter_layers) + 1}"
-    grads = jax.jit(jax.grad(lambda tree: act(
-        tree, inputs["latents"][:, :1], inputs["text"], inputs["proprio"])[0].sum()))(tree)
+    grads = jax.jit(
+        jax.grad(
+            lambda tree: act(tree, inputs["latents"][:, :1], inputs["text"], inputs["proprio"])[
+                0
+            ].sum()
+        )
+    )(tree)
     dead = [path for path, g in params.flatten(grads).items() if not np.any(g)]
-    assert all(path.startswith((f"dit/{later}/", "dit/head/"))
-               for path in dead if "bias" not in path)
+    assert all(
+        path.startswith((f"dit/{later}/", "dit/head/")) for path in dead if "bias" not in path
+    )
     assert any(path.startswith(f"dit/{later}/") for path in dead)
-    text = jax.jit(act).lower(tree, inputs["latents"][:, :1], inputs["text"],
-                              inputs["proprio"]).as_text()
+    text = (
+        jax.jit(act)
+        .lower(tree, inputs["latents"][:, :1], inputs["text"], inputs["proprio"])
+        .as_text()
+    )
     assert "xi1>" not in text.replace("tensor<i1>", "")  # no boolean mask is ever materialised
 
 
@@ -132,8 +151,11 @@ def test_another_adapter_set_needs_no_other_checkpoint(tiny):
     """The same weights on disk load into a model cut elsewhere."""
     _, _, tree = tiny
     other, model, _ = make(adapter_layers=(0, 2))
-    disk = {path: x for path, x in params.flatten(params.canonical(tree)).items()
-            if not path.startswith(("dit/adapters_1", "expert/"))}
+    disk = {
+        path: x
+        for path, x in params.flatten(params.canonical(tree)).items()
+        if not path.startswith(("dit/adapters_1", "expert/"))
+    }
     view = params.flatten(params.segmented(params.unflatten(disk), other.model))
     shapes = jax.eval_shape(lambda k: build.init_params(model, k, other.model), jax.random.key(0))
     for path, leaf in params.flatten(shapes).items():
@@ -158,15 +180,19 @@ def test_merged_lora_gives_the_same_actions(tiny, act, inputs):
 def test_rows_of_a_batch_do_not_see_each_other(tiny, act, inputs):
     _, _, tree = tiny
     both = act(tree, inputs["latents"][:, :1], inputs["text"], inputs["proprio"])[0]
-    swapped = act(tree, inputs["latents"][::-1, :1], inputs["text"][::-1],
-                  inputs["proprio"][::-1])[0]
+    swapped = act(tree, inputs["latents"][::-1, :1], inputs["text"][::-1], inputs["proprio"][::-1])[
+        0
+    ]
     np.testing.assert_allclose(both, swapped[::-1], atol=1e-5)
 
 
 def test_first_frame_ignores_time_and_future(tiny, inputs):
     _, model, tree = tiny
-    run = jax.jit(lambda x, t: model.apply({"params": tree}, x, t, inputs["text"],
-                                           inputs["proprio"], method="velocity"))
+    run = jax.jit(
+        lambda x, t: model.apply(
+            {"params": tree}, x, t, inputs["text"], inputs["proprio"], method="velocity"
+        )
+    )
     a = run(inputs["latents"], inputs["t"])
     b = run(inputs["latents"].at[:, 1:].add(1.0), inputs["t"] + 100)
     np.testing.assert_allclose(a[:, 0], b[:, 0], atol=1e-5)
@@ -176,24 +202,43 @@ def test_first_frame_ignores_time_and_future(tiny, inputs):
 def test_predicted_video_keeps_the_frame_it_started_from(tiny, inputs):
     _, model, tree = tiny
     first = inputs["latents"][:, :1]
-    video = jax.jit(lambda tree: model.apply(
-        {"params": tree}, first, inputs["latents"], inputs["text"], inputs["proprio"], steps=3,
-        method="predict_video"))(tree)
+    video = jax.jit(
+        lambda tree: model.apply(
+            {"params": tree},
+            first,
+            inputs["latents"],
+            inputs["text"],
+            inputs["proprio"],
+            steps=3,
+            method="predict_video",
+        )
+    )(tree)
     assert video.shape == inputs["latents"].shape and np.isfinite(video).all()
     np.testing.assert_array_equal(video[:, :1], first)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variation", [
-    dict(remat="full"), dict(remat="dots"), dict(scan_unroll=8)], ids=str)
+@pytest.mark.parametrize(
+    "variation", [dict(remat="full"), dict(remat="dots"), dict(scan_unroll=8)], ids=str
+)
 def test_execution_switches_change_no_number(tiny, inputs, variation):
     _, model, tree = tiny
     _, other, _ = make(**variation)
-    run = lambda m: jax.jit(jax.grad(lambda tree: m.apply(
-        {"params": tree}, inputs["latents"], inputs["t"], inputs["text"], inputs["proprio"],
-        method="velocity").sum()))(tree)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3),
-                 run(model), run(other))
+    run = lambda m: jax.jit(
+        jax.grad(
+            lambda tree: m.apply(
+                {"params": tree},
+                inputs["latents"],
+                inputs["t"],
+                inputs["text"],
+                inputs["proprio"],
+                method="velocity",
+            ).sum()
+        )
+    )(tree)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3), run(model), run(other)
+    )
 
 
 @pytest.mark.slow
@@ -223,8 +268,14 @@ def test_pooling_needs_a_grid_it_divides():
 def test_errors_say_what_to_do(tiny, inputs):
     _, model, tree = tiny
     with pytest.raises(ValueError, match="must be even"):
-        model.apply({"params": tree}, jnp.zeros((1, 1, 3, 4, 16)), inputs["text"][:1],
-                    inputs["proprio"][:1], 8, method="act")
+        model.apply(
+            {"params": tree},
+            jnp.zeros((1, 1, 3, 4, 16)),
+            inputs["text"][:1],
+            inputs["proprio"][:1],
+            8,
+            method="act",
+        )
     with pytest.raises(ValueError, match="do not exist"):
         dit.segments(4, (9,), ())
     with pytest.raises(ValueError, match="every part must be even"):

@@ -19,11 +19,14 @@ def mode(name, low=-1.0, high=1.0):
 
 
 def test_modes_by_hand():
-    table = {f"global_{key}": [value, 10 * value] for key, value in dict(
-        min=-4.0, max=4.0, q01=-2.0, q99=2.0, mean=1.0, std=0.5).items()}
+    table = {
+        f"global_{key}": [value, 10 * value]
+        for key, value in dict(min=-4.0, max=4.0, q01=-2.0, q99=2.0, mean=1.0, std=0.5).items()
+    }
     statistics, x = {"state": {"default": table}}, np.float32([[2, 20]])
-    for name, wanted in dict(min_max=0.5, quantile=1, z_score=2, z_score_reference=2, constants=0.2,
-                             none=2).items():
+    for name, wanted in dict(
+        min_max=0.5, quantile=1, z_score=2, z_score_reference=2, constants=0.2, none=2
+    ).items():
         made = normalize.from_statistics(statistics, "state", mode(name, -10, 10))
         y = made.normalize(x)
         assert y.dtype == np.float32 and made.inverse(y).dtype == np.float32
@@ -31,8 +34,14 @@ def test_modes_by_hand():
         if name not in ("constants", "none"):
             np.testing.assert_allclose(y[0, 1], wanted, rtol=1e-6)
         np.testing.assert_allclose(made.inverse(y), x, rtol=1e-6)
-    assert set(normalize.MODES) == {"min_max", "quantile", "z_score", "z_score_reference",
-                                    "constants", "none"}
+    assert set(normalize.MODES) == {
+        "min_max",
+        "quantile",
+        "z_score",
+        "z_score_reference",
+        "constants",
+        "none",
+    }
     with pytest.raises(ValueError, match="normalization is 'minmax'; expected one of min_max"):
         normalize.from_statistics(statistics, "state", mode("minmax"))
     with pytest.raises(ValueError, match=r"normalization_range is \(1.0, 1.0\); expected \(low"):
@@ -44,7 +53,8 @@ def test_normalize_clips_and_the_inverse_does_not():
     np.testing.assert_array_equal(normalizer.normalize(np.float32([[9, -9]])), [[5, -5]])
     np.testing.assert_array_equal(normalizer.inverse(np.float32([[9, -9]])), [[9, -9]])
     untouched = normalize.from_statistics(
-        normalize.fit_statistics(synthetic.make_episodes(2), 4), "action", mode("none"))
+        normalize.fit_statistics(synthetic.make_episodes(2), 4), "action", mode("none")
+    )
     far = np.full((1, 7), 90, np.float32)  # joint angles in degrees
     np.testing.assert_array_equal(untouched.normalize(far), far)
 
@@ -67,12 +77,14 @@ def test_every_mode_but_the_references_is_safe_for_constant_dimensions(length):
         a_little = np.float32([[7, 7.01]])
         y = made.normalize(a_little)
         assert np.isfinite(y).all()
-        np.testing.assert_allclose(made.inverse(y)[0, 1],
-                                   7 if name == "z_score_reference" else 7.01, atol=1e-5)
+        np.testing.assert_allclose(
+            made.inverse(y)[0, 1], 7 if name == "z_score_reference" else 7.01, atol=1e-5
+        )
         if name == "z_score_reference":
             assert y[0, 1] == 5
             assert normalize.unsafe_dimensions(statistics, "state", name) == sorted(
-                {0, 1} - set(moving))
+                {0, 1} - set(moving)
+            )
         else:
             assert abs(y[0, 1]) <= (8 if name == "none" else 1)
             assert not normalize.unsafe_dimensions(statistics, "state", name)
@@ -115,9 +127,17 @@ def test_statistics_survive_the_file_and_are_checked(tmp_path):
 def test_statistics_of_a_large_data_set_take_seconds():
     """A tenth of 2,500 episodes, which may take 30 s and take 4."""
     rng = np.random.default_rng(0)
-    many = [episodes.ArrayEpisode(str(k), 10.0, "", rng.normal(size=(150, 8)).astype(np.float32),
-                                  rng.normal(size=(150, 7)).astype(np.float32), {})
-            for k in range(250)]
+    many = [
+        episodes.ArrayEpisode(
+            str(k),
+            10.0,
+            "",
+            rng.normal(size=(150, 8)).astype(np.float32),
+            rng.normal(size=(150, 7)).astype(np.float32),
+            {},
+        )
+        for k in range(250)
+    ]
     started = time.monotonic()
     statistics = normalize.fit_statistics(many, 32)
     assert time.monotonic() - started < 3

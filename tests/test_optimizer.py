@@ -56,7 +56,8 @@ def test_adamw_equals_torch_formula(clip_norm):
         scale = min(1.0, clip_norm / (norm + 1e-6)) if clip_norm else 1.0
         for k in exact:
             exact[k], m[k], v[k] = torch_adamw(
-                exact[k], grads[k] * scale, m[k], v[k], step, lr, config)
+                exact[k], grads[k] * scale, m[k], v[k], step, lr, config
+            )
             np.testing.assert_allclose(params[k], exact[k], rtol=2e-6, atol=2e-7)
 
 

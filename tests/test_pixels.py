@@ -18,15 +18,24 @@ from lightwam_jax.training import encoder, loop
 from lightwam_jax.training import metrics as metrics_lib
 
 OVERRIDES = {
-    "model.num_layers": 1, "model.adapter_layers": (0,), "model.lora_layers": (0,),
-    "model.dtype": "float32", "train.steps": 4, "train.batch_size": 4, "train.log_every": 1,
-    "train.eval_every": 4, "train.eval_batches": 2, "train.checkpoint_every": 0,
-    "optimizer.warmup_steps": 1}
+    "model.num_layers": 1,
+    "model.adapter_layers": (0,),
+    "model.lora_layers": (0,),
+    "model.dtype": "float32",
+    "train.steps": 4,
+    "train.batch_size": 4,
+    "train.log_every": 1,
+    "train.eval_every": 4,
+    "train.eval_batches": 2,
+    "train.checkpoint_every": 0,
+    "optimizer.warmup_steps": 1,
+}
 
 
 def changed(config, section, **values):
     return dataclasses.replace(
-        config, **{section: dataclasses.replace(getattr(config, section), **values)})
+        config, **{section: dataclasses.replace(getattr(config, section), **values)}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -42,13 +51,16 @@ def config(tmp_path_factory):
 def test_batches_are_those_of_the_cache_with_video_in_place_of_latents(config):
     of_pixels = changed(config, "data", pixels=True)
     pairs = zip(loader.train_loader(config), loader.train_loader(of_pixels))
-    pairs = [*itertools.islice(pairs, 2),
-             *zip(loader.val_batches(config), loader.val_batches(of_pixels), strict=True)]
+    pairs = [
+        *itertools.islice(pairs, 2),
+        *zip(loader.val_batches(config), loader.val_batches(of_pixels), strict=True),
+    ]
     for cached, batch in pairs:
         spec.check_batch(batch, of_pixels)
         np.testing.assert_array_equal(
             pixels.load_codec(config).encode(batch.pop("video")).astype(cached["latents"].dtype),
-            cached.pop("latents"))
+            cached.pop("latents"),
+        )
         for name in cached:
             np.testing.assert_array_equal(batch[name], cached[name], err_msg=name)
 
@@ -79,8 +91,9 @@ def encoded(config, batch, devices, key=None):
 
 def test_latents_are_those_of_the_cache_on_any_devices(config):
     run = changed(changed(config, "data", pixels=True), "train", batch_size=8)
-    cached, batch = (next(loader.train_loader(c)) for c in (
-        changed(config, "train", batch_size=8), run))
+    cached, batch = (
+        next(loader.train_loader(c)) for c in (changed(config, "train", batch_size=8), run)
+    )
     for devices in (1, 4):
         out = encoded(run, batch, devices, key=0)
         assert out.keys() == cached.keys() - {"index"}
@@ -95,8 +108,9 @@ def test_latents_are_those_of_the_cache_on_any_devices(config):
 
 def test_augmentation_depends_on_key_and_row_alone(config):
     run = changed(changed(config, "data", pixels=True), "train", batch_size=8)
-    augmented = changed(run, "data", augment=dataclasses.replace(
-        run.data.augment, crop=0.7, brightness=0.2))
+    augmented = changed(
+        run, "data", augment=dataclasses.replace(run.data.augment, crop=0.7, brightness=0.2)
+    )
     batch = next(loader.train_loader(run))
     plain = encoded(run, batch, 1, key=0)["latents"]
     one, four = (encoded(augmented, batch, n, key=0)["latents"] for n in (1, 4))
@@ -119,8 +133,9 @@ def test_open_loop_errors_are_those_of_the_cache(config):
     directory = assets.assets_directory(config)
     errors = []
     for run in (config, changed(config, "data", pixels=True)):
-        policy = types.SimpleNamespace(model=Looks(), params={}, config=run,
-                                       assets=assets.load_assets(directory, run))
+        policy = types.SimpleNamespace(
+            model=Looks(), params={}, config=run, assets=assets.load_assets(directory, run)
+        )
         errors.append(open_loop.evaluate(policy, loader.val_batches(run)))
     grippers = [each.pop("grippers") for each in errors]
     assert list(grippers[0]) == ["3"] and grippers[0]["3"] == pytest.approx(grippers[1]["3"])
@@ -160,9 +175,13 @@ def test_losses_are_those_of_training_from_the_cache(config, tmp_path, monkeypat
     two = changed(config, "optimizer", accum_steps=2)
     assert loop.train(two, tmp_path / "cache").step == 4
     assert loop.train(changed(two, "data", pixels=True), tmp_path / "pixels").step == 4
-    rows = [[{k: v for k, v in row.items() if not k.startswith(("ms_", "samples"))}
-             for row in metrics_lib.read_rows(tmp_path / name / "metrics.jsonl")]
-            for name in ("cache", "pixels")]
+    rows = [
+        [
+            {k: v for k, v in row.items() if not k.startswith(("ms_", "samples"))}
+            for row in metrics_lib.read_rows(tmp_path / name / "metrics.jsonl")
+        ]
+        for name in ("cache", "pixels")
+    ]
     assert [row["kind"] for row in rows[0]] == ["train"] * 4 + ["eval"]
     for cached, row in zip(*rows, strict=True):
         for name in set(row) - {"kind"}:

@@ -30,8 +30,9 @@ def assert_same_losses(workdir, other):
     for row, expected in zip(pod.rows(workdir), pod.rows(other), strict=True):
         assert row["step"] == expected["step"]
         for name in set(expected) - {"kind"}:
-            np.testing.assert_allclose(row[name], expected[name], rtol=2e-4, atol=1e-6,
-                                       err_msg=name)
+            np.testing.assert_allclose(
+                row[name], expected[name], rtol=2e-4, atol=1e-6, err_msg=name
+            )
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +92,8 @@ def alter_what_one_reads(index):
             leaf = next(x for x in jax.tree.leaves(tree) if x.ndim)
             parts = [s.data for s in leaf.addressable_shards]
             wrong = jax.make_array_from_single_device_arrays(
-                leaf.shape, leaf.sharding, [parts[0] + 1, *parts[1:]])
+                leaf.shape, leaf.sharding, [parts[0] + 1, *parts[1:]]
+            )
             tree = jax.tree.map(lambda x: wrong if x is leaf else x, tree)
         return tree
 
@@ -122,8 +124,9 @@ def hide_the_meta_item_from_one(index):
     storage.read_meta = hidden
 
 
-@pytest.mark.parametrize("damage", [alter_what_one_reads, hide_an_item_from_one,
-                                    hide_the_meta_item_from_one])
+@pytest.mark.parametrize(
+    "damage", [alter_what_one_reads, hide_an_item_from_one, hide_the_meta_item_from_one]
+)
 def test_damage_seen_by_one_process_turns_all_of_them_back(pods, tmp_path, damage):
     """... and the run ends as if nothing had happened, bit for bit."""
     workdir = tmp_path / "run"

@@ -19,8 +19,15 @@ CAMERAS = ("scene", "wrist")
 
 
 def make_config(data=(), **model):
-    sizes = dict(dtype="float32", action_dim=4, proprio_dim=5, latent_channels=8, num_layers=2,
-                 lora_layers=(0, 1), adapter_layers=(0, 1))
+    sizes = dict(
+        dtype="float32",
+        action_dim=4,
+        proprio_dim=5,
+        latent_channels=8,
+        num_layers=2,
+        lora_layers=(0, 1),
+        adapter_layers=(0, 1),
+    )
     c = base.get_config("tiny", **sizes | model)
     c.data.cameras, c.data.canvas, c.data.text_len = CAMERAS, (32, 64), 32
     c.data.num_frames, c.data.frame_stride, c.data.action_horizon = 9, 2, 8
@@ -188,7 +195,9 @@ def test_cameras_of_any_size_need_no_new_compilation(policy):
     same = {camera: np.full_like(image, 80) for camera, image in large.items()}
     np.testing.assert_allclose(
         policy.act(same, state, prompts),
-        policy.act({c: i[:, :32, :32] for c, i in same.items()}, state, prompts), atol=1e-4)
+        policy.act({c: i[:, :32, :32] for c, i in same.items()}, state, prompts),
+        atol=1e-4,
+    )
 
 
 class Echo:
@@ -202,6 +211,7 @@ class Echo:
 
 def test_a_smaller_robot_in_a_larger_model_with_its_own_conventions(policy):
     """4 actions and 5 states in a model of 6 and 9; deltas, a gripper, cameras upside down."""
+
     def robot(**data):
         config = make_config(dict(data, action_dim=4, state_dim=5), action_dim=6, proprio_dim=9)
         return policy_lib.Policy(Echo(), {"dit": {}}, config, policy.assets)
@@ -210,9 +220,14 @@ def test_a_smaller_robot_in_a_larger_model_with_its_own_conventions(policy):
     actions = robot().act(images, state, prompts)
     assert actions.shape == (2, 8, 4)
     assert actions[..., 3].min() < 0.5 < 1 < actions[..., 3].max()
-    own = robot(action_as=("delta_state", "delta_previous", "absolute", "absolute"),
-                action_state_dims=(4, 1, 0, 0), gripper_dims=(3,), gripper_snap=True,
-                gripper_closed_open=(1.0, -1.0), orientation=("rotate_180", "flip_vertical"))
+    own = robot(
+        action_as=("delta_state", "delta_previous", "absolute", "absolute"),
+        action_state_dims=(4, 1, 0, 0),
+        gripper_dims=(3,),
+        gripper_snap=True,
+        gripper_closed_open=(1.0, -1.0),
+        orientation=("rotate_180", "flip_vertical"),
+    )
     turned = {"scene": images["scene"][:, ::-1, ::-1], "wrist": images["wrist"][:, ::-1]}
     got = own.act(turned, state, prompts)
     np.testing.assert_allclose(got[..., 0], actions[..., 0] + state[:, 4:], atol=1e-5)
@@ -258,7 +273,10 @@ def test_full_size_deployment_is_25_blocks_and_half_a_vae():
     model_config = dataclasses.replace(config.model, num_layers=25, lora_rank=0, lora_layers=())
     runs = {n: p for n, p in small["dit"].items() if n.startswith("blocks_")}
     assert {n: p["modulation"].shape[0] for n, p in runs.items()} == {
-        "blocks_0": 9, "blocks_9": 8, "blocks_17": 8}
+        "blocks_0": 9,
+        "blocks_9": 8,
+        "blocks_17": 8,
+    }
     paths = params_lib.flatten(small)
     assert not [p for p in paths if p.startswith("dit/head") or p.endswith(("lora_a", "lora_b"))]
 
@@ -271,8 +289,13 @@ def test_full_size_deployment_is_25_blocks_and_half_a_vae():
     def act(params, encoder):  # nothing else is asked for
         latents = vae.apply({"params": encoder}, video, method="encode")
         actions, _ = build.build_model(model_config).apply(
-            {"params": params}, latents, jnp.zeros((1, 128, 4096)), jnp.zeros((1, 8)), 32,
-            method="act")
+            {"params": params},
+            latents,
+            jnp.zeros((1, 128, 4096)),
+            jnp.zeros((1, 8)),
+            32,
+            method="act",
+        )
         return actions
 
     assert jax.eval_shape(act, small, half).shape == (1, 32, 7)
@@ -290,8 +313,11 @@ def test_merged_and_shortened_models_act_the_same(lora_layers):
     assert smaller.num_layers == 2
     assert [name for name in merged["dit"] if name.startswith("blocks_")] == ["blocks_0"]
     rng = np.random.default_rng(0)
-    inputs = (rng.normal(size=(2, 1, 4, 8, 8)), rng.normal(size=(2, 6, c.text_dim)),
-              rng.normal(size=(2, 5)))
+    inputs = (
+        rng.normal(size=(2, 1, 4, 8, 8)),
+        rng.normal(size=(2, 6, c.text_dim)),
+        rng.normal(size=(2, 5)),
+    )
 
     def act(model, params):
         run = lambda params: model.apply({"params": params}, *inputs, 8, method="act")[0]
@@ -301,7 +327,8 @@ def test_merged_and_shortened_models_act_the_same(lora_layers):
     got, want = act(build.build_model(smaller), merged), act(model, params)
     np.testing.assert_allclose(got, want, atol=2e-5 * float(np.abs(want).max()))
     without = jax.tree_util.tree_map_with_path(
-        lambda path, x: np.zeros_like(x) if path[-1].key == "lora_b" else x, params)
+        lambda path, x: np.zeros_like(x) if path[-1].key == "lora_b" else x, params
+    )
     assert np.abs(act(model, without) - want).max() > 1e-3  # LoRA does matter here
 
 

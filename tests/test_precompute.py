@@ -53,7 +53,8 @@ def config(made, tmp_path, members):
 
 def changed(config, section, **values):
     return dataclasses.replace(
-        config, **{section: dataclasses.replace(getattr(config, section), **values)})
+        config, **{section: dataclasses.replace(getattr(config, section), **values)}
+    )
 
 
 def test_records_are_the_raw_windows(config, members):
@@ -77,8 +78,9 @@ def test_records_are_the_raw_windows(config, members):
             np.testing.assert_array_equal(record["image_is_pad"], window.image_is_pad)
             video = cache.canvases(episode, window.frames, config)[None]
             assert record["latents"].dtype == ml_dtypes.bfloat16
-            np.testing.assert_allclose(record["latents"].astype(np.float32), codec.encode(video)[0],
-                                       atol=1e-3, rtol=1e-2)
+            np.testing.assert_allclose(
+                record["latents"].astype(np.float32), codec.encode(video)[0], atol=1e-3, rtol=1e-2
+            )
 
 
 def test_tensorflow_is_not_needed(config):
@@ -88,8 +90,11 @@ def test_tensorflow_is_not_needed(config):
 
 def test_second_run_changes_nothing(config, capsys):
     def stamps():
-        return {os.path.join(where, name): os.stat(os.path.join(where, name)).st_mtime_ns
-                for where, _, names in os.walk(config.data.cache) for name in names}
+        return {
+            os.path.join(where, name): os.stat(os.path.join(where, name)).st_mtime_ns
+            for where, _, names in os.walk(config.data.cache)
+            for name in names
+        }
 
     before = stamps()
     capsys.readouterr()
@@ -157,9 +162,19 @@ def test_z_score_of_a_constant_dimension_warns(config, members, capsys):
 
 def test_a_stale_cache_lists_every_difference(config):
     fields = dataclasses.replace(config.data.fields, colour="bgr")
-    other = changed(changed(config, "data", canvas=(32, 32), frame_stride=4, fields=fields,
-                            orientation=("", "rotate_180"), camera_size=(32, 16)),
-                    "model", action_dim=6)
+    other = changed(
+        changed(
+            config,
+            "data",
+            canvas=(32, 32),
+            frame_stride=4,
+            fields=fields,
+            orientation=("", "rotate_180"),
+            camera_size=(32, 16),
+        ),
+        "model",
+        action_dim=6,
+    )
     with pytest.raises(ValueError) as error:
         cache.open_cache(other)
     message = str(error.value)
@@ -194,8 +209,9 @@ def test_moved_data_keep_their_latents(config, capsys):
 
 
 def test_keys_that_only_normalise_or_pad_need_no_new_cache(config):
-    wider = changed(changed(config, "data", action_dim=7, normalization="quantile"),
-                    "model", action_dim=14)
+    wider = changed(
+        changed(config, "data", action_dim=7, normalization="quantile"), "model", action_dim=14
+    )
     cache.open_cache(wider)
 
 
@@ -231,8 +247,10 @@ def test_assets_are_all_a_policy_needs(config, tmp_path):
     loaded = assets.load_assets(str(tmp_path / "elsewhere"), config)
     assert loaded.codec.latent_channels == config.model.latent_channels
     assert loaded.state.scale.shape == (8,) and loaded.action.scale.shape == (7,)
-    prompts = [text.prompt(task, config.data.prompt_template)
-               for task in (synthetic.TASKS[0], "put the green cube in the bowl")]
+    prompts = [
+        text.prompt(task, config.data.prompt_template)
+        for task in (synthetic.TASKS[0], "put the green cube in the bowl")
+    ]
     context, mask = loaded.text_encoder.encode(prompts, 24)
     assert context.shape == (2, 24, 32) and mask.sum() == 2 * 20
 
@@ -271,6 +289,7 @@ def test_steps_and_sources(config, tmp_path, monkeypatch, capsys):
     fake.record = recorded.append
     monkeypatch.setitem(sys.modules, fake.__name__, fake)
     import lightwam_jax.data
+
     monkeypatch.setattr(lightwam_jax.data, "demo", fake, raising=False)
     precompute.precompute(config, ("all",))
     assert recorded == [config]
@@ -285,13 +304,24 @@ def test_wrong_action_width_says_both_numbers(tmp_path, members):
 
 def test_command_line():
     """A mistake in a flag ends before anything is read, with the advice as the last line."""
-    command = [sys.executable, "-m", "lightwam_jax.precompute", "--config", "configs/base.py",
-               "--config.data.source=demo", "--config.data.cache=unused", "--what=stats"]
-    done = subprocess.run(command, cwd=pathlib.Path(__file__).parents[1], capture_output=True,
-                          text=True)
+    command = [
+        sys.executable,
+        "-m",
+        "lightwam_jax.precompute",
+        "--config",
+        "configs/base.py",
+        "--config.data.source=demo",
+        "--config.data.cache=unused",
+        "--what=stats",
+    ]
+    done = subprocess.run(
+        command, cwd=pathlib.Path(__file__).parents[1], capture_output=True, text=True
+    )
     assert done.returncode == 2
-    assert "config.data.path='' is not a directory of episodes; make it with" in (
-        done.stderr.splitlines()[-1])
+    assert (
+        "config.data.path='' is not a directory of episodes; make it with"
+        in (done.stderr.splitlines()[-1])
+    )
 
 
 def test_missing_cache_says_how_to_make_it(tmp_path):

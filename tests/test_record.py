@@ -17,9 +17,16 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 
 def config_of(path):
-    return synthetic.make_config(path.parent, **{
-        "data.source": "lerobot", "data.path": str(path), "data.check_frames": "all",
-        "model.action_dim": 4, "model.proprio_dim": 5})
+    return synthetic.make_config(
+        path.parent,
+        **{
+            "data.source": "lerobot",
+            "data.path": str(path),
+            "data.check_frames": "all",
+            "model.action_dim": 4,
+            "model.proprio_dim": 5,
+        },
+    )
 
 
 @pytest.fixture(scope="module")
@@ -27,10 +34,29 @@ def recorded(tmp_path_factory):
     """A data set of three episodes, recorded through the command line."""
     out = tmp_path_factory.mktemp("record") / "episodes"
     done = subprocess.run(
-        [sys.executable, "-m", "lightwam_jax.evaluation.record", "--suite", "demo", "--episodes",
-         "3", "--first_seed", "5", "--noise", "0.3", "--workers", "2",
-         "--env", '{"image_size": 32}', "--out", str(out)],
-        cwd=ROOT, capture_output=True, text=True)
+        [
+            sys.executable,
+            "-m",
+            "lightwam_jax.evaluation.record",
+            "--suite",
+            "demo",
+            "--episodes",
+            "3",
+            "--first_seed",
+            "5",
+            "--noise",
+            "0.3",
+            "--workers",
+            "2",
+            "--env",
+            '{"image_size": 32}',
+            "--out",
+            str(out),
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     return out, done.stdout
 
@@ -75,10 +101,13 @@ def test_mistakes_are_told_before_anything_is_recorded(recorded):
 
 
 def test_recorders_and_suites_import_neither_jax_nor_a_simulator():
-    code = ("import sys; from lightwam_jax.evaluation import envs, record, worker\n"
-            "from lightwam_jax.evaluation.envs import metaworld\n"
-            "print(sorted({m.split('.')[0] for m in sys.modules} "
-            "& {'jax', 'flax', 'metaworld', 'gymnasium', 'mujoco'}))")
-    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
-                         check=True)
+    code = (
+        "import sys; from lightwam_jax.evaluation import envs, record, worker\n"
+        "from lightwam_jax.evaluation.envs import metaworld\n"
+        "print(sorted({m.split('.')[0] for m in sys.modules} "
+        "& {'jax', 'flax', 'metaworld', 'gymnasium', 'mujoco'}))"
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert out.stdout.strip() == "[]"

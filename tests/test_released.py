@@ -13,7 +13,7 @@ from lightwam_jax.models import lightwam
 
 pytestmark = pytest.mark.slow
 
-CONFIG = '''
+CONFIG = """
 from configs import base
 
 def get_config(suite):
@@ -23,34 +23,80 @@ def get_config(suite):
     c.data.cameras, c.data.layout, c.data.canvas = ("image", "wrist_image"), "horizontal", (32, 64)
     c.data.text_len = 32
     return c
-'''
+"""
 
 
 @pytest.fixture(scope="module")
 def policy_directory(golden, tmp_path_factory):
     root = tmp_path_factory.mktemp("release")
     words = ["<pad>", "</s>", "<unk>", *["open", "the", "top", "drawer", "a", "video", "robot"]]
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(
-        {word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>")
+    )
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
-        single="$A </s>", special_tokens=[("</s>", 1)])
+        single="$A </s>", special_tokens=[("</s>", 1)]
+    )
     tokenizer.save(str(root / "tokenizer.json"))
-    stats = {name: {"default": {f"global_{key}": [value] * width for key, value in {
-        "min": -1.0, "max": 1.0, "mean": 0.0, "std": 1.0, "q01": -1.0, "q99": 1.0}.items()}}
-        for name, width in (("state", 8), ("action", 7))}
+    stats = {
+        name: {
+            "default": {
+                f"global_{key}": [value] * width
+                for key, value in {
+                    "min": -1.0,
+                    "max": 1.0,
+                    "mean": 0.0,
+                    "std": 1.0,
+                    "q01": -1.0,
+                    "q99": 1.0,
+                }.items()
+            }
+        }
+        for name, width in (("state", 8), ("action", 7))
+    }
     (root / "dataset_stats.json").write_text(json.dumps({**stats, "num_episodes": 1}))
     (root / "tiny.py").write_text(CONFIG)
     (root / "prompts.txt").write_text("open the top drawer\n")
     for command in (
-            ["lightwam", "--in", golden / "ckpt" / "step_000123.safetensors", "--out", root / "w",
-             "--head_dim", 20, "--pool_heads", 2, "--stats", root / "dataset_stats.json"],
-            ["vae", "--in", golden / "f_vae" / "vae21_tiny.safetensors", "--out", root / "vae"],
-            ["t5", "--in", golden / "g_text" / "text_encoder_tiny.safetensors", "--out",
-             root / "t5", "--tokenizer", root / "tokenizer.json"],
-            ["policy", "--weights", root / "w", "--config", f"{root}/tiny.py:all", "--vae",
-             root / "vae", "--text", root / "t5", "--prompts", root / "prompts.txt", "--out",
-             root / "policy"]):
+        [
+            "lightwam",
+            "--in",
+            golden / "ckpt" / "step_000123.safetensors",
+            "--out",
+            root / "w",
+            "--head_dim",
+            20,
+            "--pool_heads",
+            2,
+            "--stats",
+            root / "dataset_stats.json",
+        ],
+        ["vae", "--in", golden / "f_vae" / "vae21_tiny.safetensors", "--out", root / "vae"],
+        [
+            "t5",
+            "--in",
+            golden / "g_text" / "text_encoder_tiny.safetensors",
+            "--out",
+            root / "t5",
+            "--tokenizer",
+            root / "tokenizer.json",
+        ],
+        [
+            "policy",
+            "--weights",
+            root / "w",
+            "--config",
+            f"{root}/tiny.py:all",
+            "--vae",
+            root / "vae",
+            "--text",
+            root / "t5",
+            "--prompts",
+            root / "prompts.txt",
+            "--out",
+            root / "policy",
+        ],
+    ):
         assert main([str(word) for word in command]) == 0
     return root / "policy"
 
@@ -58,8 +104,9 @@ def policy_directory(golden, tmp_path_factory):
 def test_a_converted_release_acts(policy_directory):
     policy = Policy.load(policy_directory)
     rng = np.random.default_rng(0)
-    images = {name: rng.integers(0, 256, (2, 32, 32, 3), np.uint8)
-              for name in ("image", "wrist_image")}
+    images = {
+        name: rng.integers(0, 256, (2, 32, 32, 3), np.uint8) for name in ("image", "wrist_image")
+    }
     state = rng.normal(size=(2, 8)).astype(np.float32)
     prompts = ["open the top drawer", "open a drawer"]  # one cached, one encoded now
     actions = policy.act(images, state, prompts)
@@ -73,18 +120,25 @@ def test_a_converted_release_acts(policy_directory):
     context, _ = policy.assets.text_encoder.encode(text, 32)
     rounded = np.asarray(jax.numpy.bfloat16(latents), np.float32)
     expected, _ = policy.model.apply(
-        {"params": policy.params}, rounded, context, policy.assets.state.normalize(state), 32,
-        method=lightwam.LightWAM.act)
-    np.testing.assert_allclose(actions, policy.assets.action.inverse(np.asarray(expected)),
-                               rtol=0, atol=2e-5)
+        {"params": policy.params},
+        rounded,
+        context,
+        policy.assets.state.normalize(state),
+        32,
+        method=lightwam.LightWAM.act,
+    )
+    np.testing.assert_allclose(
+        actions, policy.assets.action.inverse(np.asarray(expected)), rtol=0, atol=2e-5
+    )
 
 
 @pytest.mark.parametrize("resolution", ["pooled", "full"])
 def test_a_converted_release_imagines(policy_directory, resolution):
     policy = Policy.load(policy_directory)
     images = {name: np.zeros((1, 32, 32, 3), np.uint8) for name in ("image", "wrist_image")}
-    video = policy.predict_video(images, np.zeros((1, 8)), ["open the top drawer"], steps=2,
-                                 resolution=resolution)
+    video = policy.predict_video(
+        images, np.zeros((1, 8)), ["open the top drawer"], steps=2, resolution=resolution
+    )
     shape = (16, 32) if resolution == "pooled" else (32, 64)
     assert video.shape == (1, 9, *shape, 3) and video.dtype == np.uint8
 
@@ -93,13 +147,32 @@ def test_what_does_not_fit_is_refused(policy_directory, tmp_path, capsys):
     root = policy_directory.parent
     rest = ["--vae", root / "vae", "--text", root / "t5", "--out", tmp_path / "p"]
     for words, command in {
-            "no such config file": ["--weights", root / "w", "--config", "absent.py", *rest],
-            "holds no whole Light-WAM": ["--weights", root / "vae", "--config",
-                                         f"{root}/tiny.py:all", *rest],
-            "exists": ["--weights", root / "w", "--config", f"{root}/tiny.py:all", *rest[:-1],
-                       root / "policy"],
-            "data.codec_weights": ["--weights", root / "w", "--config", f"{root}/tiny.py:all",
-                                   "--vae", root / "t5", *rest[2:]]}.items():
+        "no such config file": ["--weights", root / "w", "--config", "absent.py", *rest],
+        "holds no whole Light-WAM": [
+            "--weights",
+            root / "vae",
+            "--config",
+            f"{root}/tiny.py:all",
+            *rest,
+        ],
+        "exists": [
+            "--weights",
+            root / "w",
+            "--config",
+            f"{root}/tiny.py:all",
+            *rest[:-1],
+            root / "policy",
+        ],
+        "data.codec_weights": [
+            "--weights",
+            root / "w",
+            "--config",
+            f"{root}/tiny.py:all",
+            "--vae",
+            root / "t5",
+            *rest[2:],
+        ],
+    }.items():
         assert main(["policy", *map(str, command)]) == 2
         assert words in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

@@ -27,8 +27,12 @@ def record(seed, success, prompt="put the red cube in the tray"):
 
 def test_wilson_interval_equals_published_values():
     # Newcombe 1998, table I: 81/263, 15/148, 0/20, 1/29
-    for successes, n, low, high in ((81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605),
-                                    (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)):
+    for successes, n, low, high in (
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+    ):
         assert report.wilson_interval(successes, n) == pytest.approx((low, high), abs=6e-5)
     assert report.wilson_interval(50, 50)[1] == 1.0
     assert report.wilson_interval(0, 0) == (0.0, 1.0)
@@ -45,8 +49,14 @@ def test_episodes_that_could_not_run_count_for_nothing():
 
 def test_summary_holds_what_the_project_promises(tmp_path):
     manifest = report.manifest(make_config(), 7, "abc", "1 x cpu")
-    report.write_summary(tmp_path / "summary.json", report.Rate(40, 50, 0), report.Rate(0, 50, 0),
-                         report.Rate(50, 50, 0), 12.34, manifest)
+    report.write_summary(
+        tmp_path / "summary.json",
+        report.Rate(40, 50, 0),
+        report.Rate(0, 50, 0),
+        report.Rate(50, 50, 0),
+        12.34,
+        manifest,
+    )
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["success_rate"] == 0.8 and summary["episodes"] == 50
     assert summary["interval"] == pytest.approx([0.6696, 0.8876], abs=1e-3)
@@ -55,9 +65,16 @@ def test_summary_holds_what_the_project_promises(tmp_path):
     assert summary["manifest"]["replan"] == 4 and "jax" in summary["manifest"]["packages"]
 
 
-@pytest.mark.parametrize("script, expected", [
-    ("echo 550.54.15; echo 550.54.15", "550.54.15"), ("echo 560.1; echo 550.2", "550.2, 560.1"),
-    ("echo no devices were found; exit 6", "unknown"), ("true", "unknown"), (None, "unknown")])
+@pytest.mark.parametrize(
+    "script, expected",
+    [
+        ("echo 550.54.15; echo 550.54.15", "550.54.15"),
+        ("echo 560.1; echo 550.2", "550.2, 560.1"),
+        ("echo no devices were found; exit 6", "unknown"),
+        ("true", "unknown"),
+        (None, "unknown"),
+    ],
+)
 def test_the_driver_of_a_gpu_is_asked_for(tmp_path, monkeypatch, script, expected):
     marks = tmp_path / "asked"
     if script is not None:
@@ -72,9 +89,17 @@ def test_the_driver_of_a_gpu_is_asked_for(tmp_path, monkeypatch, script, expecte
 
 def test_weights_hash_sees_values_names_and_dtypes():
     w = np.arange(6, dtype=np.float32)
-    hashes = {report.weights_hash(leaves) for leaves in (
-        [("a", w)], [("b", w)], [("a", w + 1)], [("a", w.astype(np.int32))], [("a", w[None])],
-        [("a", np.float32(1))])}
+    hashes = {
+        report.weights_hash(leaves)
+        for leaves in (
+            [("a", w)],
+            [("b", w)],
+            [("a", w + 1)],
+            [("a", w.astype(np.int32))],
+            [("a", w[None])],
+            [("a", np.float32(1))],
+        )
+    }
     assert len(hashes) == 6
 
 
@@ -82,7 +107,8 @@ def test_metrics_of_a_killed_run_are_read(tmp_path):
     (tmp_path / "metrics.jsonl").write_text(
         '{"kind": "train", "step": 5, "loss": 2.0}\n'
         '{"kind": "eval", "step": 5, "l1": [0.5, 0.25]}\n'
-        '{"kind": "train", "step": 10, "loss": 1.0}\n{"kind": "tr')
+        '{"kind": "train", "step": 10, "loss": 1.0}\n{"kind": "tr'
+    )
     series = report.read_metrics(tmp_path / "metrics.jsonl")
     assert series["train/loss"] == ([5, 10], [2.0, 1.0])
     assert series["eval/l1/1"] == ([5], [0.25])
@@ -91,12 +117,25 @@ def test_metrics_of_a_killed_run_are_read(tmp_path):
 def test_page_is_one_file_that_needs_nothing_else(tmp_path):
     visualize.save_png(tmp_path / "a.png", np.full((8, 8, 3), 200, np.uint8))
     visualize.save_mp4(tmp_path / "b.mp4", np.zeros((2, 16, 16, 3), np.uint8))
-    sections = [page.Section("Films <here>", "text", (
-        page.Media(tmp_path / "a.png", "caption", wide=True),
-        page.Media(tmp_path / "b.mp4", "“a & b”", "not solved"))),
-        page.Section("Table", "", table=(("seed",), (1,), (2,)))]
-    page.write_html(tmp_path / "report.html", "Title", ("80 %", "of all"), [("1", "fact")],
-                    sections, {"packages": {"jax": "1.2"}})
+    sections = [
+        page.Section(
+            "Films <here>",
+            "text",
+            (
+                page.Media(tmp_path / "a.png", "caption", wide=True),
+                page.Media(tmp_path / "b.mp4", "“a & b”", "not solved"),
+            ),
+        ),
+        page.Section("Table", "", table=(("seed",), (1,), (2,))),
+    ]
+    page.write_html(
+        tmp_path / "report.html",
+        "Title",
+        ("80 %", "of all"),
+        [("1", "fact")],
+        sections,
+        {"packages": {"jax": "1.2"}},
+    )
     text = (tmp_path / "report.html").read_text()
     assert not re.search(r'(src|href)="(?!data:)', text) and "http" not in text
     assert "Films &lt;here&gt;" in text and "packages.jax" in text and "“a &amp; b”" in text
@@ -106,8 +145,11 @@ def test_page_is_one_file_that_needs_nothing_else(tmp_path):
 
 
 def test_charts_are_written(tmp_path):
-    rates = {"trained": report.Rate(4, 5, 0), "untrained": report.Rate(0, 5, 0),
-             "expert": report.Rate(5, 5, 0)}
+    rates = {
+        "trained": report.Rate(4, 5, 0),
+        "untrained": report.Rate(0, 5, 0),
+        "expert": report.Rate(5, 5, 0),
+    }
     report.success_chart(tmp_path / "success.png", rates)
     series = {f"dimension {i}": ([1, 2, 3], [1.0, 0.5, 0.1 * (i + 1)]) for i in range(9)}
     report.curve_chart(tmp_path / "curves.png", series, "loss", log=True)
@@ -116,8 +158,12 @@ def test_charts_are_written(tmp_path):
 
 
 def test_shown_episodes_cover_instructions_and_do_not_hide_failures():
-    records = [record(i, s, p) for i, (s, p) in enumerate(
-        [(True, "a"), (True, "a"), (False, "a"), (True, "b"), (None, "c"), (False, "b")])]
+    records = [
+        record(i, s, p)
+        for i, (s, p) in enumerate(
+            [(True, "a"), (True, "a"), (False, "a"), (True, "b"), (None, "c"), (False, "b")]
+        )
+    ]
     assert [r.episode.seed for r in closed_loop.choose(records, 4)] == [0, 3, 1, 2]
     assert [r.episode.seed for r in closed_loop.choose(records[:2], 4)] == [0, 1]
     assert [r.episode.seed for r in closed_loop.choose([records[2], records[5]], 2)] == [2, 5]
@@ -127,7 +173,8 @@ def test_demonstrated_seeds_are_refused():
     config = types.SimpleNamespace(
         evaluation=types.SimpleNamespace(first_seed=190, episodes=20, suite="", tasks=()),
         data=types.SimpleNamespace(source="demo"),
-        demo=types.SimpleNamespace(first_seed=0, episodes=100, image_size=32))
+        demo=types.SimpleNamespace(first_seed=0, episodes=100, image_size=32),
+    )
     with pytest.raises(ValueError, match=r"seeds 190\.\.209 are not held out"):
         setup.of_config(config, "demo")
     config.evaluation.first_seed = 200
@@ -142,9 +189,11 @@ def test_recorded_seeds_are_refused(tmp_path):
     about = {"first_seed": 0, "tried": {"reach-v3": 12, "push-v3": 10}}
     (tmp_path / "meta" / "recording.json").write_text(json.dumps(about))
     config = types.SimpleNamespace(
-        evaluation=types.SimpleNamespace(first_seed=11, episodes=2, suite="metaworld", env={},
-                                         tasks=("push-v3",)),
-        data=types.SimpleNamespace(source="lerobot", path=str(tmp_path)))
+        evaluation=types.SimpleNamespace(
+            first_seed=11, episodes=2, suite="metaworld", env={}, tasks=("push-v3",)
+        ),
+        data=types.SimpleNamespace(source="lerobot", path=str(tmp_path)),
+    )
     assert setup.of_config(config, "metaworld").tasks == ["push-v3"]
     config.evaluation.tasks = ("MT10",)
     with pytest.raises(ValueError, match=r"demonstrations of reach-v3 may have 0\.\.11"):
@@ -159,11 +208,20 @@ def test_recorded_seeds_are_refused(tmp_path):
 
 def summary(path, successes, **changes):
     """Writes a summary.json of two tasks, ten episodes each."""
-    rates = {"trained": {"a": report.Rate(successes, 10, 0), "b": report.Rate(10, 10, 1)},
-             "untrained": {"a": report.Rate(0, 10, 0), "b": report.Rate(0, 10, 0)}}
+    rates = {
+        "trained": {"a": report.Rate(successes, 10, 0), "b": report.Rate(10, 10, 1)},
+        "untrained": {"a": report.Rate(0, 10, 0), "b": report.Rate(0, 10, 0)},
+    }
     manifest = {"weights": "abc", "replan": 4, "environment": {"versions": {"mujoco": "1"}}}
-    report.write_summary(path, report.Rate(successes + 10, 20, 1), report.Rate(0, 20, 0),
-                         report.Rate(20, 20, 0), 1.0, manifest | changes, rates)
+    report.write_summary(
+        path,
+        report.Rate(successes + 10, 20, 1),
+        report.Rate(0, 20, 0),
+        report.Rate(20, 20, 0),
+        1.0,
+        manifest | changes,
+        rates,
+    )
 
 
 def test_results_are_compared_only_if_they_measured_the_same(tmp_path):
@@ -191,12 +249,24 @@ def test_results_are_compared_only_if_they_measured_the_same(tmp_path):
 
 def test_open_loop_tables_and_pictures(tmp_path):
     by_dim = np.array([[0.05, 0.15], [0.1, 0.2], [0.15, 0.25]])
-    timing = {"changing": 4, "still": 2, "found": 0.75, "offset": -1.0, "offset_abs": 1.0,
-              "spurious": 0.5}
-    errors = {"l1": np.array([0.1, 0.2]), "mse": np.array([0.01, 0.04]), "samples": 5,
-              "l1_step": np.array([0.1, 0.15, 0.2]), "l1_physical": np.array([1.0, 4.0]),
-              "l1_step_dim": by_dim, "gripper_offsets": np.array([[0, 3, 0, 0, 0]]),
-              "grippers": {"1": timing}}
+    timing = {
+        "changing": 4,
+        "still": 2,
+        "found": 0.75,
+        "offset": -1.0,
+        "offset_abs": 1.0,
+        "spurious": 0.5,
+    }
+    errors = {
+        "l1": np.array([0.1, 0.2]),
+        "mse": np.array([0.01, 0.04]),
+        "samples": 5,
+        "l1_step": np.array([0.1, 0.15, 0.2]),
+        "l1_physical": np.array([1.0, 4.0]),
+        "l1_step_dim": by_dim,
+        "gripper_offsets": np.array([[0, 3, 0, 0, 0]]),
+        "grippers": {"1": timing},
+    }
     dimensions, steps, grippers = open_loop.write(tmp_path, errors).split("\n\n")
     assert "0.1500" in dimensions.splitlines()[-1] and "4.0000" in dimensions
     assert steps.splitlines()[1].split() == ["L1", "0.1000", "0.1500", "0.2000"]
@@ -215,7 +285,14 @@ def test_brief_rate_leaves_nothing_out():
 
 
 def test_open_loop_without_grippers_says_so(tmp_path):
-    errors = {"l1": np.ones(2), "mse": np.ones(2), "samples": 5, "l1_step": np.ones(3),
-              "l1_physical": np.ones(2), "l1_step_dim": np.ones((3, 2)), "grippers": {}}
+    errors = {
+        "l1": np.ones(2),
+        "mse": np.ones(2),
+        "samples": 5,
+        "l1_step": np.ones(3),
+        "l1_physical": np.ones(2),
+        "l1_step_dim": np.ones((3, 2)),
+        "grippers": {},
+    }
     assert "no action dimension is known to be a gripper" in open_loop.write(tmp_path, errors)
     assert not (tmp_path / "open_loop_gripper.png").exists()

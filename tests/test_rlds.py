@@ -37,16 +37,24 @@ def data(tmp_path, written):
     overrides = writers.rlds(tmp_path, written, picture="png")
 
     def read(**changes):
-        return episodes.read(synthetic.make_config(tmp_path, **{**overrides, **{
-            key.replace("__", "."): value for key, value in changes.items()}}))
+        return episodes.read(
+            synthetic.make_config(
+                tmp_path,
+                **{
+                    **overrides,
+                    **{key.replace("__", "."): value for key, value in changes.items()},
+                },
+            )
+        )
 
     read.shards = sorted(Path(overrides["data.path"]).glob("*tfrecord*"))
     read.path = Path(overrides["data.path"])
     return read
 
 
-@pytest.mark.parametrize("picture, file_format", [
-    ("png", "tfrecord"), ("jpeg", "tfrecord"), ("png", "array_record")])
+@pytest.mark.parametrize(
+    "picture, file_format", [("png", "tfrecord"), ("jpeg", "tfrecord"), ("png", "array_record")]
+)
 def test_what_was_written_is_read_back(picture, file_format, written, tmp_path):
     overrides = writers.rlds(tmp_path, written, picture=picture, file_format=file_format)
     read = episodes.load_episodes(synthetic.make_config(tmp_path, **overrides))
@@ -54,7 +62,8 @@ def test_what_was_written_is_read_back(picture, file_format, written, tmp_path):
     for ours, theirs in zip(read, written):
         assert (ours.length, ours.fps) == (theirs.length, theirs.fps)
         assert [ours.task_at(i) for i in range(ours.length)] == [
-            theirs.task_at(i) for i in range(theirs.length)]
+            theirs.task_at(i) for i in range(theirs.length)
+        ]
         assert ours.timestamps is None and ours.state.dtype == np.float32
         np.testing.assert_array_equal(ours.state, theirs.state)
         np.testing.assert_array_equal(ours.action, theirs.action)
@@ -94,18 +103,22 @@ assert not {{"tensorflow", "torch"}} & set(sys.modules)
 def test_frames_are_the_ones_asked_for(data, written):
     read, _ = data()
     wanted = [4, 0, 4, 2]
-    np.testing.assert_array_equal(read[5].frames("scene", wanted),
-                                  written[5].images["scene"][wanted])
+    np.testing.assert_array_equal(
+        read[5].frames("scene", wanted), written[5].images["scene"][wanted]
+    )
     swapped, _ = data(data__fields__colour="bgr")
-    np.testing.assert_array_equal(swapped[5].frames("scene", wanted),
-                                  written[5].images["scene"][wanted][..., ::-1])
+    np.testing.assert_array_equal(
+        swapped[5].frames("scene", wanted), written[5].images["scene"][wanted][..., ::-1]
+    )
 
 
 def test_keys(data, written):
     read, problems = data(
         data__fields__state=("observation/state[:-1, 2:]", "is_last[:-1]", "action[:-1, 0]"),
-        data__fields__action=("action[1:]",), data__fields__image="observation/{camera}[1:]",
-        data__fields__task="/episode_metadata/file_path")
+        data__fields__action=("action[1:]",),
+        data__fields__image="observation/{camera}[1:]",
+        data__fields__task="/episode_metadata/file_path",
+    )
     assert not problems and read[2].task == "somewhere.hdf5"
     np.testing.assert_array_equal(read[2].state[:, :6], written[2].state[:-1, 2:])
     np.testing.assert_array_equal(read[2].state[:, 7], written[2].action[:-1, 0])
@@ -116,16 +129,19 @@ def test_keys(data, written):
     assert "state has" in problems[0].message and problems[0].kind == "wrong length"
 
 
-@pytest.mark.parametrize("changes, words", [
-    ({"data__fields__state": ("proprio",)}, "state: the data have no 'proprio'; they have"),
-    ({"data__fields__state": ("language_instruction",)}, "expected numbers"),
-    ({"data__fields__task": "action"}, "expected text"),
-    ({"data__fields__task": "instruction"}, "no 'instruction'; they have"),
-    ({"data__fields__image": "observation/state"}, "expected a tfds.features.Image"),
-    ({"data__fields__state": ("/episode_metadata/file_path",)}, "not in the steps"),
-    ({"data__cameras": ("front",)}, "no 'observation/front'; they have"),
-    ({"data__fields__fps": 0.0}, "config.data.fields.fps is 0"),
-])
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"data__fields__state": ("proprio",)}, "state: the data have no 'proprio'; they have"),
+        ({"data__fields__state": ("language_instruction",)}, "expected numbers"),
+        ({"data__fields__task": "action"}, "expected text"),
+        ({"data__fields__task": "instruction"}, "no 'instruction'; they have"),
+        ({"data__fields__image": "observation/state"}, "expected a tfds.features.Image"),
+        ({"data__fields__state": ("/episode_metadata/file_path",)}, "not in the steps"),
+        ({"data__cameras": ("front",)}, "no 'observation/front'; they have"),
+        ({"data__fields__fps": 0.0}, "config.data.fields.fps is 0"),
+    ],
+)
 def test_keys_that_fit_nothing_list_what_there_is(changes, words, data):
     with pytest.raises(ValueError, match=words) as error:
         data(**changes)
@@ -176,7 +192,8 @@ def test_a_flipped_bit_in_a_length(data):
     data.shards[1].write_bytes(content)
     _, problems = data()
     assert found(problems) == [
-        ("damaged file", f"train/00000{i}", "00001-of-00003") for i in (3, 4, 5)]
+        ("damaged file", f"train/00000{i}", "00001-of-00003") for i in (3, 4, 5)
+    ]
     assert "length at byte 0 does not match" in problems[0].message
 
 
@@ -194,7 +211,8 @@ def test_a_missing_shard(data):
     data.shards[0].unlink()
     read, problems = data()
     assert found(problems) == [
-        ("missing file", f"train/00000{i}", "00000-of-00003") for i in range(3)]
+        ("missing file", f"train/00000{i}", "00000-of-00003") for i in range(3)
+    ]
     assert read[0].id == "train/000003"  # ids do not shift
 
 
@@ -219,7 +237,8 @@ def test_a_damaged_array_record(written, tmp_path):
     shard.write_bytes(shard.read_bytes()[:1000])
     _, problems = episodes.read(synthetic.make_config(tmp_path, **overrides))
     assert found(problems) == [
-        ("damaged file", f"train/00000{i}", "00001-of-00003") for i in (3, 4, 5)]
+        ("damaged file", f"train/00000{i}", "00001-of-00003") for i in (3, 4, 5)
+    ]
 
 
 def test_a_damaged_picture_is_named_by_its_frame(tmp_path, monkeypatch):
@@ -249,8 +268,10 @@ def test_a_data_set_without_steps(data):
 def test_other_threads_and_processes(data, written):
     read, _ = data()
     look = operator.methodcaller("frames", "scene", [-1])
-    for pool in (concurrent.futures.ThreadPoolExecutor(4), concurrent.futures.ProcessPoolExecutor(
-            1, multiprocessing.get_context("spawn"))):
+    for pool in (
+        concurrent.futures.ThreadPoolExecutor(4),
+        concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")),
+    ):
         with pool:
             for frames, episode in zip(pool.map(look, read), written):
                 np.testing.assert_array_equal(frames, episode.images["scene"][-1:])

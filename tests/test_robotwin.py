@@ -41,8 +41,10 @@ class FakeTask:
     def get_obs(self):
         self.renders += 1
         rng = np.random.default_rng([self.seed, self.take_action_cnt])
-        cameras = {f"{side}_camera": {"rgb": rng.integers(0, 256, (*self.size, 3), np.uint8)}
-                   for side in ("head", "left", "right", "front")}
+        cameras = {
+            f"{side}_camera": {"rgb": rng.integers(0, 256, (*self.size, 3), np.uint8)}
+            for side in ("head", "left", "right", "front")
+        }
         return {"observation": cameras, "joint_action": {"vector": self.joints.copy()}}
 
     def take_action(self, action, action_type="qpos"):
@@ -116,8 +118,11 @@ def test_each_camera_goes_to_its_place():
     task.setup(0)
     observation = task.get_obs()
     request = robotwin.encode_observation(observation, "x")
-    for ours, theirs in (("cam_high", "head"), ("cam_left_wrist", "left"),
-                         ("cam_right_wrist", "right")):
+    for ours, theirs in (
+        ("cam_high", "head"),
+        ("cam_left_wrist", "left"),
+        ("cam_right_wrist", "right"),
+    ):
         picture = observation["observation"][f"{theirs}_camera"]["rgb"]
         np.testing.assert_array_equal(request["images"][ours], picture)
     assert set(request["images"]) == {"cam_high", "cam_left_wrist", "cam_right_wrist"}
@@ -148,8 +153,12 @@ def test_messages_are_those_of_robotwin(served):
 
     def pack(value):
         if isinstance(value, np.ndarray):
-            return {"__numpy_array__": True, "data": base64.b64encode(value.tobytes()).decode(),
-                    "dtype": str(value.dtype), "shape": value.shape}
+            return {
+                "__numpy_array__": True,
+                "data": base64.b64encode(value.tobytes()).decode(),
+                "dtype": str(value.dtype),
+                "shape": value.shape,
+            }
         return {k: pack(v) for k, v in value.items()} if isinstance(value, dict) else value
 
     with socket.create_connection(client._socket.getpeername(), 10) as connection:
@@ -163,7 +172,8 @@ def test_messages_are_those_of_robotwin(served):
             assert result["__numpy_array__"] is True and result["shape"] == [6, 14]
             values = np.frombuffer(base64.b64decode(result["data"]), result["dtype"])
             np.testing.assert_array_equal(
-                values.reshape(6, 14), robotwin.Model(FakePolicy(), 6).get_action(request))
+                values.reshape(6, 14), robotwin.Model(FakePolicy(), 6).get_action(request)
+            )
 
 
 def test_errors_reach_the_simulator_and_the_server_goes_on(served):
@@ -210,19 +220,36 @@ def test_what_does_not_fit_is_refused():
 
 
 def test_robotwins_environment_needs_numpy_only():
-    code = ("import sys; sys.modules.update(dict.fromkeys(('jax', 'flax', 'PIL', 'ml_dtypes')));"
-            "from lightwam_jax.inference.robotwin import eval, get_model, reset_model;"
-            "print(sorted({name.split('.')[0] for name in sys.modules} & {'tqdm', 'absl'}))")
+    code = (
+        "import sys; sys.modules.update(dict.fromkeys(('jax', 'flax', 'PIL', 'ml_dtypes')));"
+        "from lightwam_jax.inference.robotwin import eval, get_model, reset_model;"
+        "print(sorted({name.split('.')[0] for name in sys.modules} & {'tqdm', 'absl'}))"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stderr
 
 
 def test_a_real_policy_drives_it():
     """A tiny model, three cameras in RoboTwin's layout, z-scores and absolute joints."""
-    c = base.get_config("tiny", dtype="float32", action_dim=14, proprio_dim=14, num_layers=2,
-                        latent_channels=8, lora_layers=(0, 1), adapter_layers=(0, 1))
-    c.data.update(cameras=tuple(robotwin.CAMERAS), layout="robotwin", canvas=(96, 80),
-                  text_len=32, num_frames=9, frame_stride=2, action_horizon=8)
+    c = base.get_config(
+        "tiny",
+        dtype="float32",
+        action_dim=14,
+        proprio_dim=14,
+        num_layers=2,
+        latent_channels=8,
+        lora_layers=(0, 1),
+        adapter_layers=(0, 1),
+    )
+    c.data.update(
+        cameras=tuple(robotwin.CAMERAS),
+        layout="robotwin",
+        canvas=(96, 80),
+        text_len=32,
+        num_frames=9,
+        frame_stride=2,
+        action_horizon=8,
+    )
     c.evaluation.replan = 4
     config = config_lib.from_config_dict(c)
     rng = np.random.default_rng(0)
@@ -231,8 +258,13 @@ def test_a_real_policy_drives_it():
     params = jax.tree.map(lambda s: rng.normal(0, 0.1, s.shape).astype(np.float32), shapes)
     unit = normalize.z_score(np.zeros(14), np.full(14, 0.3))
     clips = rng.integers(0, 256, (4, 5, 32, 64, 3), np.uint8)
-    parts = assets.Assets(state=unit, action=unit, statistics={}, text_encoder=(
-        text.HashedTextEncoder(config.model.text_dim)), codec=codec.PcaCodec.fit(clips, 8))
+    parts = assets.Assets(
+        state=unit,
+        action=unit,
+        statistics={},
+        text_encoder=(text.HashedTextEncoder(config.model.text_dim)),
+        codec=codec.PcaCodec.fit(clips, 8),
+    )
     policy = policy_lib.Policy(model, params, config, parts)
     task = FakeTask(step_lim=10)
     actions = run(task, robotwin.Model(policy, config.evaluation.replan))

@@ -79,8 +79,18 @@ def policy(images, state, prompts):
 
 
 def evaluation(**changes):
-    values = dict(suite="", tasks=(), env={}, episodes=9, first_seed=0, replan=5, max_steps=60,
-                  workers=2, batch=4, videos=1)
+    values = dict(
+        suite="",
+        tasks=(),
+        env={},
+        episodes=9,
+        first_seed=0,
+        replan=5,
+        max_steps=60,
+        workers=2,
+        batch=4,
+        videos=1,
+    )
     return config_lib.EvaluationConfig(**{**values, **changes})
 
 
@@ -134,11 +144,16 @@ def test_results_do_not_depend_on_the_other_episodes(two_workers):
 def test_a_killed_evaluation_continues(tmp_path, two_workers):
     """SIGKILL in the middle, half a line at the end of the log, then the same command again."""
     log = tmp_path / "log.jsonl"
-    code = ("import sys, time; from tests.test_rollout import *\n"
-            "def slow(*batch):\n    time.sleep(0.1)\n    return policy(*batch)\n"
-            "rollout.run(slow, spec(), NINE, evaluation(), sys.argv[1], {'policy': 'a'})")
-    process = subprocess.Popen([sys.executable, "-c", code, str(log)],
-                               cwd=pathlib.Path(__file__).parent.parent, stderr=subprocess.DEVNULL)
+    code = (
+        "import sys, time; from tests.test_rollout import *\n"
+        "def slow(*batch):\n    time.sleep(0.1)\n    return policy(*batch)\n"
+        "rollout.run(slow, spec(), NINE, evaluation(), sys.argv[1], {'policy': 'a'})"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(log)],
+        cwd=pathlib.Path(__file__).parent.parent,
+        stderr=subprocess.DEVNULL,
+    )
     deadline = time.monotonic() + 60
     while not log.exists() or log.read_bytes().count(b"\n") < 3:
         assert process.poll() is None and time.monotonic() < deadline
@@ -146,7 +161,7 @@ def test_a_killed_evaluation_continues(tmp_path, two_workers):
     process.send_signal(signal.SIGKILL)
     process.wait()
     there = log.read_bytes()
-    there = there[:there.rfind(b"\n") + 1]
+    there = there[: there.rfind(b"\n") + 1]
     assert 3 <= there.count(b"\n") < 10, "it was not killed in the middle"
     log.write_bytes(there + there.splitlines()[1][:50])
     asked = []
@@ -219,7 +234,9 @@ def test_errors_say_what_is_wrong():
         rollout.run(policy, spec(colour="red"), episodes(1), evaluation())
     with pytest.raises(FloatingPointError, match=r"for episodes goal/0/1"):
         rollout.run(
-            lambda images, state, prompts: np.full((4, 12, 2), np.nan), spec(), episodes(1),
+            lambda images, state, prompts: np.full((4, 12, 2), np.nan),
+            spec(),
+            episodes(1),
             evaluation(),
         )
 

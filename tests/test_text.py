@@ -10,8 +10,16 @@ import pytest
 from lightwam_jax.data import text
 
 TEMPLATE = "A robot does: {task}"
-FROZEN_RED = [-0.6075078, -0.0218091, 0.8793629, -1.0420524, -1.6629938,
-              0.9723138, 0.4272711, 0.4610235]
+FROZEN_RED = [
+    -0.6075078,
+    -0.0218091,
+    0.8793629,
+    -1.0420524,
+    -1.6629938,
+    0.9723138,
+    0.4272711,
+    0.4610235,
+]
 
 
 def test_prompt_fills_the_template():
@@ -25,7 +33,8 @@ def test_prompt_fills_the_template():
 def test_cleaning_is_the_references(golden, mode):
     cases = json.loads((golden / "g_text" / "cleaning.json").read_text())["cases"]
     assert {case["raw"]: text.clean(case["raw"], mode) for case in cases} == {
-        case["raw"]: case[mode] for case in cases}
+        case["raw"]: case[mode] for case in cases
+    }
     assert text.clean("Pick&amp;amp;up ") == "Pick&up"
     with pytest.raises(ValueError, match="mode 'upper' is unknown; expected one of"):
         text.clean("x", "upper")
@@ -49,8 +58,10 @@ def test_hashed_vectors_never_change():
 
 def test_words_and_their_order_matter():
     encoder = text.HashedTextEncoder(256)
-    prompts = [f"the {first} cube in the {second} bowl"
-               for first, second in (("red", "blue"), ("blue", "blue"), ("blue", "red"))]
+    prompts = [
+        f"the {first} cube in the {second} bowl"
+        for first, second in (("red", "blue"), ("blue", "blue"), ("blue", "red"))
+    ]
     (red, blue, swapped), _ = encoder.encode(prompts, 8)
     assert not np.allclose(red[1], blue[1])
     np.testing.assert_array_equal(red[2], blue[2])

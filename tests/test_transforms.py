@@ -13,8 +13,10 @@ CAMERAS = ("left", "right")
 
 def declare(**keys):
     """The part of a `DataConfig` that says how pictures become a canvas."""
-    return types.SimpleNamespace(**dict(cameras=CAMERAS, orientation=(), camera_size=(),
-                                        layout="horizontal", canvas=(8, 16)) | keys)
+    return types.SimpleNamespace(
+        **dict(cameras=CAMERAS, orientation=(), camera_size=(), layout="horizontal", canvas=(8, 16))
+        | keys
+    )
 
 
 def pictures(*lead, size=(8, 8), cameras=CAMERAS):
@@ -24,8 +26,10 @@ def pictures(*lead, size=(8, 8), cameras=CAMERAS):
 
 def scaled(picture, size, how=Image.Resampling.BILINEAR):
     """Float32 [h, w, 3] resized by Pillow, written without the code under test."""
-    planes = [Image.fromarray(np.ascontiguousarray(picture[..., c])).resize(size[::-1], how)
-              for c in range(3)]
+    planes = [
+        Image.fromarray(np.ascontiguousarray(picture[..., c])).resize(size[::-1], how)
+        for c in range(3)
+    ]
     return np.stack([np.asarray(plane) for plane in planes], axis=-1)
 
 
@@ -42,16 +46,23 @@ def test_there_and_back_without_resampling(lead, layout, canvas):
 
 def test_single():
     images = pictures(2)
-    laid_out = transforms.canvas(images, declare(cameras=("right",), layout="single",
-                                                 canvas=(8, 8)))
+    laid_out = transforms.canvas(
+        images, declare(cameras=("right",), layout="single", canvas=(8, 8))
+    )
     np.testing.assert_array_equal(laid_out, images["right"])
 
 
 def test_orientation():
     rows, columns = np.mgrid[:4, :6].astype(np.uint8)
     image = np.stack([rows, columns, 0 * rows], axis=-1)  # red: row, green: column
-    corners = {"": (0, 0), "rotate_90": (0, 5), "rotate_180": (3, 5), "rotate_270": (3, 0),
-               "flip_vertical": (3, 0), "flip_horizontal": (0, 5)}
+    corners = {
+        "": (0, 0),
+        "rotate_90": (0, 5),
+        "rotate_180": (3, 5),
+        "rotate_270": (3, 0),
+        "flip_vertical": (3, 0),
+        "flip_horizontal": (0, 5),
+    }
     assert set(corners) == set(transforms.ORIENTATIONS)
     for orientation, corner in corners.items():  # what is then at the top left
         size = (6, 4) if orientation in ("rotate_90", "rotate_270") else (4, 6)
@@ -83,8 +94,10 @@ def test_each_camera_is_resized_to_its_place_or_to_what_the_config_says():
 def test_what_is_resampled_is_not_clipped():
     checkers = np.kron(np.indices((4, 4)).sum(0) % 2, np.ones((4, 4)))[..., None]
     image = np.repeat(255 * checkers, 3, axis=-1).astype(np.uint8)
-    large = transforms.canvas({"left": image}, declare(
-        cameras=("left",), layout="single", camera_size=(16, 16), canvas=(64, 64)))
+    large = transforms.canvas(
+        {"left": image},
+        declare(cameras=("left",), layout="single", camera_size=(16, 16), canvas=(64, 64)),
+    )
     assert -0.2 < large.min() < -0.02 and 1.02 < large.max() < 1.2
     eyes = transforms.to_uint8(large)
     assert eyes.dtype == np.uint8 and eyes.min() == 0 and eyes.max() == 255
@@ -100,24 +113,34 @@ def test_robotwin_is_the_releases_picture_or_fills_the_canvas():
     floats = {name: image.astype(np.float32) / 255 for name, image in images.items()}
 
     def picture(cells, camera_size=None):
-        parts = {name: scaled(floats[name], camera_size) if camera_size else floats[name]
-                 for name in ROBOTWIN}
+        parts = {
+            name: scaled(floats[name], camera_size) if camera_size else floats[name]
+            for name in ROBOTWIN
+        }
         parts = {name: scaled(parts[name], cells[name != "head"]) for name in ROBOTWIN}
         return np.concatenate(
-            [parts["head"], np.concatenate([parts["left"], parts["right"]], axis=1)])
+            [parts["head"], np.concatenate([parts["left"], parts["right"]], axis=1)]
+        )
 
     data = declare(cameras=ROBOTWIN, layout="robotwin", canvas=(384, 320), camera_size=(24, 32))
     wanted = picture([(256, 320), (128, 160)], (24, 32))
     np.testing.assert_allclose(transforms.canvas(images, data), wanted, atol=1e-6)
     assert transforms.regions(data) == {
-        "head": (0, 0, 256, 320), "left": (256, 0, 128, 160), "right": (256, 160, 128, 160)}
+        "head": (0, 0, 256, 320),
+        "left": (256, 0, 128, 160),
+        "right": (256, 160, 128, 160),
+    }
     assert transforms.regions(data, (24, 20))["right"] == (16, 10, 8, 10)
     smaller = declare(cameras=ROBOTWIN, layout="robotwin", canvas=(96, 80), camera_size=(24, 32))
-    np.testing.assert_allclose(transforms.canvas(images, smaller),
-                               scaled(wanted, (96, 80), Image.Resampling.BICUBIC), atol=1e-6)
+    np.testing.assert_allclose(
+        transforms.canvas(images, smaller),
+        scaled(wanted, (96, 80), Image.Resampling.BICUBIC),
+        atol=1e-6,
+    )
     direct = declare(cameras=ROBOTWIN, layout="robotwin", canvas=(96, 80))
-    np.testing.assert_allclose(transforms.canvas(images, direct), picture([(64, 80), (32, 40)]),
-                               atol=1e-6)
+    np.testing.assert_allclose(
+        transforms.canvas(images, direct), picture([(64, 80), (32, 40)]), atol=1e-6
+    )
 
 
 def test_regions_scale_with_the_map():
@@ -137,19 +160,22 @@ def test_regions_cover_a_cropped_canvas_once(canvas):
     seen = transforms.to_uint8(transforms.canvas(images, data))
     count = np.zeros(canvas, int)
     for k, (top, left, height, width) in enumerate(transforms.regions(data).values()):
-        count[top:top + height, left:left + width] += 1
-        assert (seen[top:top + height, left + 1:left + width - 1] == 50 * k).mean() > 0.9
+        count[top : top + height, left : left + width] += 1
+        assert (seen[top : top + height, left + 1 : left + width - 1] == 50 * k).mean() > 0.9
     assert (count == 1).all()
 
 
-@pytest.mark.parametrize("change, message", [
-    (dict(cameras=("left", "top")), "no image of camera 'top'; got 'left', 'right'"),
-    (dict(canvas=(8, 15)), r"does not divide into 1 rows and 2 columns"),
-    (dict(layout="single"), "'single' shows 1 camera, config.data.cameras names 2"),
-    (dict(layout="robotwin"), "'robotwin' shows 3 cameras, config.data.cameras names 2"),
-    (dict(camera_size=(8,)), r"config.data.camera_size is \(8,\); expected \(height, width\)"),
-    (dict(cameras=("left", "right", "left")), "config.data.cameras names a camera twice"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(cameras=("left", "top")), "no image of camera 'top'; got 'left', 'right'"),
+        (dict(canvas=(8, 15)), r"does not divide into 1 rows and 2 columns"),
+        (dict(layout="single"), "'single' shows 1 camera, config.data.cameras names 2"),
+        (dict(layout="robotwin"), "'robotwin' shows 3 cameras, config.data.cameras names 2"),
+        (dict(camera_size=(8,)), r"config.data.camera_size is \(8,\); expected \(height, width\)"),
+        (dict(cameras=("left", "right", "left")), "config.data.cameras names a camera twice"),
+    ],
+)
 def test_errors_say_what_to_change(change, message):
     with pytest.raises(ValueError, match=message):
         transforms.canvas(pictures(), declare(**change))
@@ -163,9 +189,11 @@ def test_a_camera_that_would_be_cropped_away_is_an_error():
 
 def test_pictures_are_checked():
     images = pictures(3)
-    for wrong, message in ((images["right"].astype(np.float32), "'right' gives float32"),
-                           (images["right"][:2], r"\[2, 8, 8, 3\]; expected uint8 \[3, 'h', 'w'"),
-                           (np.moveaxis(images["right"], -1, 1), "channels last"),
-                           (images["right"][:, :0], r"\[3, 0, 8, 3\]")):
+    for wrong, message in (
+        (images["right"].astype(np.float32), "'right' gives float32"),
+        (images["right"][:2], r"\[2, 8, 8, 3\]; expected uint8 \[3, 'h', 'w'"),
+        (np.moveaxis(images["right"], -1, 1), "channels last"),
+        (images["right"][:, :0], r"\[3, 0, 8, 3\]"),
+    ):
         with pytest.raises(ValueError, match=message):
             transforms.canvas({**images, "right": wrong}, declare())

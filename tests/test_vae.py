@@ -34,6 +34,7 @@ def _run(method, params, model=TINY, **options):
     def apply(x):
         with jax.default_matmul_precision("highest"):
             return model.apply({"params": params}, x, method=method, **options)
+
     return jax.jit(apply)
 
 
@@ -79,11 +80,23 @@ def test_full_size_wan22_has_the_published_count():
     assert sum(leaf.size for leaf in leaves) == 704_688_668
 
 
-@pytest.mark.parametrize("model, version", [
-    (WanVAE(), "wan21"), (WanVAE(dim=4, dim_mult=(1, 2, 2), num_res_blocks=1,
-                                 time_downsample=(True, False)), "wan21"),
-    (Wan22VAE(), "wan22"), (Wan22VAE(dim=4, decoder_dim=8, dim_mult=(1, 1, 2, 2),
-                                     time_downsample=(True, False, True)), "wan22")])
+@pytest.mark.parametrize(
+    "model, version",
+    [
+        (WanVAE(), "wan21"),
+        (
+            WanVAE(dim=4, dim_mult=(1, 2, 2), num_res_blocks=1, time_downsample=(True, False)),
+            "wan21",
+        ),
+        (Wan22VAE(), "wan22"),
+        (
+            Wan22VAE(
+                dim=4, decoder_dim=8, dim_mult=(1, 1, 2, 2), time_downsample=(True, False, True)
+            ),
+            "wan22",
+        ),
+    ],
+)
 def test_shapes_tell_the_fields(model, version):
     flat = params_lib.flatten(_shapes(model, frames=1))
     fields = wan_vae.model_fields({path: leaf.shape for path, leaf in flat.items()})
@@ -139,15 +152,20 @@ def test_latents_depend_on_the_past_only(encode, golden):
 
 
 def test_frames_after_the_last_group_have_no_latent(encode):
-    shapes = {frames: jax.eval_shape(encode, jnp.zeros((1, frames, 16, 24, 3))).shape[1]
-              for frames in (1, 4, 5, 8, 9)}
+    shapes = {
+        frames: jax.eval_shape(encode, jnp.zeros((1, frames, 16, 24, 3))).shape[1]
+        for frames in (1, 4, 5, 8, 9)
+    }
     assert shapes == {1: 1, 4: 1, 5: 2, 8: 2, 9: 3}
 
 
 def test_an_image_meets_no_3d_convolution(params, golden):
     encode = jax.make_jaxpr(lambda x: TINY.apply({"params": params}, x, method="encode"))
-    ranks = [eqn.outvars[0].aval.ndim for eqn in encode(golden["image"]).eqns
-             if eqn.primitive.name == "conv_general_dilated" and eqn.outvars[0].aval.size]
+    ranks = [
+        eqn.outvars[0].aval.ndim
+        for eqn in encode(golden["image"]).eqns
+        if eqn.primitive.name == "conv_general_dilated" and eqn.outvars[0].aval.size
+    ]
     assert ranks == [4] * len(ranks) and len(ranks) == 25
 
 

@@ -31,15 +31,15 @@ def counted(length, height=64, width=96):
     out = np.empty((length, height, width, 3), np.uint8)
     for i in range(length):
         out[i] = np.roll(ramp, 3 * i, axis=1)
-        out[i, :height // 2] = np.repeat(255 * (i >> np.arange(8) & 1), width // 8)[None, :, None]
+        out[i, : height // 2] = np.repeat(255 * (i >> np.arange(8) & 1), width // 8)[None, :, None]
     return out
 
 
 def numbers(frames):
     """What the bars of frames [k, H, W, 3] say, [k]."""
     count, height, width, _ = frames.shape
-    bars = frames[:, 4:height // 2 - 4].reshape(count, -1, 8, width // 8, 3)[:, :, :, 3:-3]
-    return ((bars.mean((1, 3, 4)) > 127) * 2**np.arange(8)).sum(1).tolist()
+    bars = frames[:, 4 : height // 2 - 4].reshape(count, -1, 8, width // 8, 3)[:, :, :, 3:-3]
+    return ((bars.mean((1, 3, 4)) > 127) * 2 ** np.arange(8)).sum(1).tolist()
 
 
 @pytest.fixture(scope="module")
@@ -75,17 +75,25 @@ def remux(source, target, later=0.0, **options):
         for packet in before.demux(video=0):
             if packet.size:
                 packet.pts, packet.dts, packet.stream = (
-                    packet.pts + shift, packet.dts + shift, stream)
+                    packet.pts + shift,
+                    packet.dts + shift,
+                    stream,
+                )
                 after.mux(packet)
     return target
 
 
 def test_the_files_are_what_their_names_say(files):
-    for kind, reordered, keyframes in [("h264", False, 5), ("h264_b_frames", True, 5),
-                                       ("h264_one_keyframe", True, 1), ("h264_open", True, 5),
-                                       ("h264_intra_refresh", False, 5), ("hevc", True, 5),
-                                       ("av1_lerobot", False, 25),
-                                       ("mpeg4", True, 5)]:
+    for kind, reordered, keyframes in [
+        ("h264", False, 5),
+        ("h264_b_frames", True, 5),
+        ("h264_one_keyframe", True, 1),
+        ("h264_open", True, 5),
+        ("h264_intra_refresh", False, 5),
+        ("hevc", True, 5),
+        ("av1_lerobot", False, 25),
+        ("mpeg4", True, 5),
+    ]:
         found = packets(files[kind])
         assert ([p[0] for p in found] != sorted(p[0] for p in found)) == reordered, kind
         assert sum(p[2] for p in found) == keyframes, kind
@@ -110,12 +118,16 @@ def test_windows_repeats_and_any_order(files, kind):
     assert video.frames(files[kind], []).shape == (0, 64, 96, 3)
 
 
-@pytest.mark.parametrize("kind, later, name, options", [
-    ("h264_b_frames", 0.5, "later.mp4", {}),
-    ("h264_b_frames", 0.0, "dts.mp4", {"use_editlist": "0"}),  # begins at 2 / fps
-    ("h264_b_frames", 0.0, "no_index.ts", {}), ("mpeg4", 0.5, "later.mkv", {}),
-    ("av1", 0.5, "later.mkv", {}),  # times in milliseconds
-])
+@pytest.mark.parametrize(
+    "kind, later, name, options",
+    [
+        ("h264_b_frames", 0.5, "later.mp4", {}),
+        ("h264_b_frames", 0.0, "dts.mp4", {"use_editlist": "0"}),  # begins at 2 / fps
+        ("h264_b_frames", 0.0, "no_index.ts", {}),
+        ("mpeg4", 0.5, "later.mkv", {}),
+        ("av1", 0.5, "later.mkv", {}),  # times in milliseconds
+    ],
+)
 def test_times_are_those_of_the_container(files, tmp_path, kind, later, name, options):
     path = remux(files[kind], tmp_path / name, later, **options)
     with av.open(str(path)) as container:
@@ -128,9 +140,16 @@ def test_times_are_those_of_the_container(files, tmp_path, kind, later, name, op
         video.frames(path, [0.0])
 
 
-@pytest.mark.parametrize("time, nearest", [
-    (LENGTH / FPS, 49 / FPS), (10.0, 49 / FPS), (-1 / FPS, 0), (10.5 / FPS, None),
-    (12 / FPS + 0.001, 12 / FPS)])
+@pytest.mark.parametrize(
+    "time, nearest",
+    [
+        (LENGTH / FPS, 49 / FPS),
+        (10.0, 49 / FPS),
+        (-1 / FPS, 0),
+        (10.5 / FPS, None),
+        (12 / FPS + 0.001, 12 / FPS),
+    ],
+)
 def test_no_frame_at_a_time_is_an_error(files, time, nearest):
     with pytest.raises(episodes.FrameError) as error:
         video.frames(files["h264"], [3 / FPS, time, 5 / FPS], numbers=[103, 77, 105])
@@ -145,7 +164,7 @@ def test_no_frame_at_a_time_is_an_error(files, time, nearest):
 def test_a_truncated_file_gives_no_wrong_frame(files, tmp_path, kind):
     whole = remux(files[kind], tmp_path / "whole.mp4", movflags="faststart")
     cut = tmp_path / "cut.mp4"
-    cut.write_bytes(whole.read_bytes()[:whole.stat().st_size * 6 // 10])
+    cut.write_bytes(whole.read_bytes()[: whole.stat().st_size * 6 // 10])
     with pytest.raises(episodes.FrameError, match="truncated"):
         video.probe(cut)
     sound, seen = video.frames(whole, np.arange(LENGTH) / FPS), 0
@@ -168,8 +187,9 @@ def test_a_damaged_frame_is_never_concealed(files, tmp_path):
     with av.open(str(path)) as container:
         packet = [p for p in container.demux(video=0) if p.size][25]
     content = bytearray(path.read_bytes())
-    content[packet.pos + 20:packet.pos + packet.size] = np.random.default_rng(0).bytes(
-        packet.size - 20)
+    content[packet.pos + 20 : packet.pos + packet.size] = np.random.default_rng(0).bytes(
+        packet.size - 20
+    )
     path.write_bytes(content)
     np.testing.assert_array_equal(video.frames(path, np.arange(25) / FPS), sound[:25])
     for i in (25, 26, 49):
@@ -187,8 +207,12 @@ def test_missing_and_foreign_files(files, tmp_path):
         frame = av.AudioFrame.from_ndarray(np.zeros((1, 800), np.int16), layout="mono")
         frame.sample_rate = 8000
         container.mux(stream.encode(frame))
-    for path, reason in ((tmp_path / "none.mp4", "no such file"), (foreign, "cannot be opened"),
-                         (cut, "no video stream"), (sound, "has no video stream")):
+    for path, reason in (
+        (tmp_path / "none.mp4", "no such file"),
+        (foreign, "cannot be opened"),
+        (cut, "no video stream"),
+        (sound, "has no video stream"),
+    ):
         for call in (video.probe, lambda path: video.frames(path, [0.0])):
             with pytest.raises(episodes.FrameError, match=reason) as error:
                 call(path)
@@ -198,7 +222,8 @@ def test_missing_and_foreign_files(files, tmp_path):
 def test_probe(files):
     for kind, codec in (("h264", "h264"), ("av1", "av1"), ("mpeg4", "mpeg4")):
         assert video.probe(files[kind]) == video.VideoInfo(
-            LENGTH, FPS, 64, 96, codec, pytest.approx(LENGTH / FPS), "yuv420p")
+            LENGTH, FPS, 64, 96, codec, pytest.approx(LENGTH / FPS), "yuv420p"
+        )
 
 
 def test_many_threads_read_the_same_files(files):
@@ -223,11 +248,16 @@ def test_frame_i_is_shown_at_i_over_fps(tmp_path, fps):
 
 
 def test_pictures_that_make_no_video(tmp_path):
-    for pictures, reason in ((counted(2, 63, 96), "even sides"), (counted(2) / 255, "float64"),
-                             (counted(2)[..., :1], "expected uint8")):
+    for pictures, reason in (
+        (counted(2, 63, 96), "even sides"),
+        (counted(2) / 255, "float64"),
+        (counted(2)[..., :1], "expected uint8"),
+    ):
         with pytest.raises(ValueError, match=reason):
             video.write(tmp_path / "a.mp4", pictures, FPS)
-    with pytest.raises(ValueError, match="one file has one size"), \
-            video.Writer(tmp_path / "b.mp4", FPS) as writer:
+    with (
+        pytest.raises(ValueError, match="one file has one size"),
+        video.Writer(tmp_path / "b.mp4", FPS) as writer,
+    ):
         writer.add(counted(2))
         writer.add(counted(2, 32, 96))

@@ -18,15 +18,22 @@ def policy():
 def recordings(length=12, seed=0):
     rng = np.random.default_rng(seed)
     images = {c: rng.integers(0, 256, (length, 32, 32, 3), np.uint8) for c in CAMERAS}
-    return episodes.ArrayEpisode("e", 20.0, "put the red cube in the tray",
-                                 rng.normal(size=(length, 5)).astype(np.float32),
-                                 np.zeros((length, 4), np.float32), images)
+    return episodes.ArrayEpisode(
+        "e",
+        20.0,
+        "put the red cube in the tray",
+        rng.normal(size=(length, 5)).astype(np.float32),
+        np.zeros((length, 4), np.float32),
+        images,
+    )
 
 
 def listed(rows):
     images, state, prompts = observe(rows)
-    return [{"images": {c: images[c][i] for c in CAMERAS}, "state": state[i], "prompt": prompts[i]}
-            for i in range(rows)]
+    return [
+        {"images": {c: images[c][i] for c in CAMERAS}, "state": state[i], "prompt": prompts[i]}
+        for i in range(rows)
+    ]
 
 
 def test_attention_is_weighted_by_importance_and_cut_per_camera():
@@ -62,8 +69,10 @@ def test_attention_chunks_agree_with_one_batch(policy):
 
 def test_sheet_lights_the_attended_camera_in_the_column_of_its_layer(policy, monkeypatch):
     hot = {("1_adapted", "scene"): (0, 1), ("3_delta", "wrist"): (1, 0)}
-    maps = {layer: {camera: np.full((1, 2, 2), 0.01) for camera in CAMERAS}
-            for layer in ("1_adapted", "3_delta")}
+    maps = {
+        layer: {camera: np.full((1, 2, 2), 0.01) for camera in CAMERAS}
+        for layer in ("1_adapted", "3_delta")
+    }
     for (layer, camera), cell in hot.items():
         maps[layer][camera][0][cell] = 0.93
     monkeypatch.setattr(visualize, "attention", lambda policy, observations: maps)
@@ -71,7 +80,7 @@ def test_sheet_lights_the_attended_camera_in_the_column_of_its_layer(policy, mon
     drawn = []
     monkeypatch.setattr(visualize, "sheet", lambda rows, header, edge: drawn.append((rows, header)))
     visualize.attention_sheet(policy, [{"images": grey, "prompt": "put it away"}])
-    (rows, header), = drawn
+    ((rows, header),) = drawn
     assert header == ["", "layer 1, adapted", "layer 3, delta"]
     assert [row.label for row in rows] == list(CAMERAS) and "put it away" in rows[0].title
     for row in rows:
@@ -109,7 +118,7 @@ def test_future_film_shows_imagined_beside_real(policy):
     # In frame 3 the left half of the tiles' rows is white and the right one holds a black tile.
     black = (film[3] == 0).all(axis=-1)
     left = np.flatnonzero(black.sum(axis=0) >= 32)[0]
-    assert left > 64 and black[:, left:left + 64].sum() >= 32 * 64
+    assert left > 64 and black[:, left : left + 64].sum() >= 32 * 64
 
 
 def test_future_is_written_as_pictures_film_and_numbers(policy, tmp_path):
@@ -133,10 +142,15 @@ def test_shrink_averages_squares():
 
 def test_film_strip_pairs_frames_with_the_plan_in_force(policy):
     frames = {c: np.full((4, 64, 64, 3), 90, np.uint8) for c in CAMERAS}
-    film = {"frames": frames, "frame_steps": [0, 2, 4, 5], "observations": listed(2),
-            "plan_steps": [0, 4]}
-    record = worker.Record(3, True, 5, "put the red cube in the tray", None, 1.0, 0,
-                           np.zeros((5, 4)))
+    film = {
+        "frames": frames,
+        "frame_steps": [0, 2, 4, 5],
+        "observations": listed(2),
+        "plan_steps": [0, 4],
+    }
+    record = worker.Record(
+        3, True, 5, "put the red cube in the tray", None, 1.0, 0, np.zeros((5, 4))
+    )
     strip = visualize.film_strip(policy, record, film, count=3, edge=40)
     assert strip.shape[0] > 4 * 40 and strip.shape[1] > 3 * 40
 

@@ -31,8 +31,12 @@ def random_params(model, *example, seed=0):
     """Random parameters without compiling the initialisers."""
     rng = np.random.default_rng(seed)
     shapes = jax.eval_shape(model.init, jax.random.key(0), *example)["params"]
-    return jax.tree.map(lambda s: rng.normal(0, 0.5 if len(s.shape) < 2 else np.prod(
-        s.shape[:-1]) ** -0.5, s.shape).astype(np.float32), shapes)
+    return jax.tree.map(
+        lambda s: rng.normal(
+            0, 0.5 if len(s.shape) < 2 else np.prod(s.shape[:-1]) ** -0.5, s.shape
+        ).astype(np.float32),
+        shapes,
+    )
 
 
 def save_vae(directory, version="wan21", seed=0, **fields):
@@ -45,12 +49,14 @@ def save_vae(directory, version="wan21", seed=0, **fields):
 
 def save_tokenizer(directory, end=True):
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
     vocab = {token: i for i, token in enumerate(("<pad>", "</s>", "<unk>", *WORDS))}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     if end:
         tokenizer.post_processor = processors.TemplateProcessing(
-            single="$A </s>", special_tokens=[("</s>", 1)])
+            single="$A </s>", special_tokens=[("</s>", 1)]
+        )
     directory.mkdir()
     tokenizer.save(str(directory / "tokenizer.json"))
     return directory
@@ -60,8 +66,9 @@ def save_t5(directory, end=True, **meta):
     model = UMT5Encoder(**T5)
     params = random_params(model, jnp.zeros((1, 4), jnp.int32))
     assets = save_tokenizer(directory.with_name(directory.name + "_assets"), end)
-    checkpoint.save_params(directory, params, meta or {"config": {"text_encoder": T5}},
-                           assets=assets)
+    checkpoint.save_params(
+        directory, params, meta or {"config": {"text_encoder": T5}}, assets=assets
+    )
     return model, params
 
 
@@ -98,7 +105,8 @@ def test_latents_are_the_vaes_of_pixels_in_minus_one_to_one(vae21, weights):
     assert latents.shape == (2, 2, 4, 4, 16) and latents.dtype == np.float32
     params = checkpoint.load_params(weights / "vae21").params
     want = jax.jit(lambda x: WanVAE(**VAE).apply({"params": params}, x, method="encode"))(
-        video / np.float32(127.5) - 1)
+        video / np.float32(127.5) - 1
+    )
     np.testing.assert_allclose(latents, want, atol=2e-5)
     assert set(vae21.arrays) == {"encoder", "conv1"}
 
@@ -157,8 +165,11 @@ def test_saved_codec_shares_the_files_and_is_checked(vae21, tmp_path, monkeypatc
     loaded = codec.load(tmp_path / "codec")
     assert (loaded.id, loaded.kind, loaded.dtype) == (vae21.id, "wan21", "float32")
     np.testing.assert_array_equal(loaded.encode(clips(1)), vae21.encode(clips(1)))
-    links = [p.stat().st_nlink for p in (tmp_path / "codec").rglob("*")
-             if p.is_file() and p.stat().st_size >= 1000]
+    links = [
+        p.stat().st_nlink
+        for p in (tmp_path / "codec").rglob("*")
+        if p.is_file() and p.stat().st_size >= 1000
+    ]
     assert links and min(links) == 2
     shutil.rmtree(tmp_path / "codec" / "weights")
     save_vae(tmp_path / "codec" / "weights", seed=1)
@@ -167,9 +178,11 @@ def test_saved_codec_shares_the_files_and_is_checked(vae21, tmp_path, monkeypatc
 
 
 def test_wrong_weights_are_refused(weights, tmp_path):
-    for place, words in (("", r"config.data.codec_weights is empty; .* converters vae"),
-                         (weights / "t5", "holds weights of text_encoder, expected vae"),
-                         (weights / "vae22", "holds VAE 'wan22', config.data.codec is 'wan21'")):
+    for place, words in (
+        ("", r"config.data.codec_weights is empty; .* converters vae"),
+        (weights / "t5", "holds weights of text_encoder, expected vae"),
+        (weights / "vae22", "holds VAE 'wan22', config.data.codec is 'wan21'"),
+    ):
         with pytest.raises(ValueError, match=words):
             wan.WanCodec(place, "wan21", "float32")
     with pytest.raises(FileNotFoundError, match="holds no converted weights; make them with"):
@@ -203,8 +216,10 @@ def test_prompts_are_cleaned_first(encoder):
 
 
 def test_a_prompt_that_is_cut_is_named(encoder):
-    with pytest.warns(UserWarning, match="'put the red cube in the bowl' is 4 tokens longer than "
-                      "config.data.text_len=4"):
+    with pytest.warns(
+        UserWarning,
+        match="'put the red cube in the bowl' is 4 tokens longer than config.data.text_len=4",
+    ):
         ids, mask = encoder._tokenize(["put the red cube in the bowl"], 4)
     np.testing.assert_array_equal(ids, [[3, 4, 5, 1]])  # as the reference: </s> is kept
     assert mask.all()
@@ -216,8 +231,9 @@ def test_a_prompt_that_is_cut_is_named(encoder):
 def test_bfloat16_weights_are_computed_in_bfloat16(encoder, weights, tmp_path):
     stored = checkpoint.load_params(weights / "t5")
     half = jax.tree.map(lambda x: np.asarray(x.astype("bfloat16")), stored.params)
-    checkpoint.save_params(tmp_path / "half", half, {"config": stored.meta["config"]},
-                           weights / "t5" / "assets")
+    checkpoint.save_params(
+        tmp_path / "half", half, {"config": stored.meta["config"]}, weights / "t5" / "assets"
+    )
     low = wan.UMT5TextEncoder(tmp_path / "half")
     assert low.id != encoder.id and low._model.dtype == jnp.bfloat16
     context, _ = low.encode(["put the red cube"], 8)
@@ -266,11 +282,21 @@ def run(weights, tmp_path_factory):
     """(config, workdir) of precomputed data and two checkpoints, the weights gone since."""
     root = tmp_path_factory.mktemp("run")
     shutil.copytree(weights, root / "weights")
-    config = synthetic.make_config(root, **{
-        "data.codec": "wan21", "data.codec_weights": str(root / "weights" / "vae21"),
-        "data.text_encoder": "umt5", "data.text_weights": str(root / "weights" / "t5"),
-        "data.text_len": 12, "data.prompt_template": "{task}", "model.dtype": "float32",
-        "model.num_layers": 2, "model.adapter_layers": (0, 1), "model.lora_layers": (0, 1)})
+    config = synthetic.make_config(
+        root,
+        **{
+            "data.codec": "wan21",
+            "data.codec_weights": str(root / "weights" / "vae21"),
+            "data.text_encoder": "umt5",
+            "data.text_weights": str(root / "weights" / "t5"),
+            "data.text_len": 12,
+            "data.prompt_template": "{task}",
+            "model.dtype": "float32",
+            "model.num_layers": 2,
+            "model.adapter_layers": (0, 1),
+            "model.lora_layers": (0, 1),
+        },
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(storage, "LARGE", 1000)
         patch.setattr(episodes_lib, "read", lambda config: (synthetic.make_episodes(3), []))
@@ -282,10 +308,12 @@ def run(weights, tmp_path_factory):
         model = build.build_model(config.model)
         shapes = jax.eval_shape(lambda: build.init_params(model, jax.random.key(0), config.model))
         rng = np.random.default_rng(0)
-        params = params_lib.canonical(jax.tree.map(
-            lambda s: rng.normal(0, 0.1, s.shape).astype(np.float32), shapes))
-        checkpoints = checkpoint.Checkpoints(root / "work", config,
-                                             assets=assets_lib.assets_directory(config))
+        params = params_lib.canonical(
+            jax.tree.map(lambda s: rng.normal(0, 0.1, s.shape).astype(np.float32), shapes)
+        )
+        checkpoints = checkpoint.Checkpoints(
+            root / "work", config, assets=assets_lib.assets_directory(config)
+        )
         for step in (1, 2):
             checkpoints.save(step, {"params": params}, None, {"window": []})
         checkpoints.close()
@@ -304,20 +332,22 @@ def test_the_cache_holds_the_latents_of_its_codec(run):
     stored = assets_lib.load_assets(assets_lib.assets_directory(config), config)
     assert opened.meta["codec"] == stored.codec.id and stored.codec.id.startswith("wan21-float32-")
     record = opened.source("train")[0]
-    episode = next(e for e in synthetic.make_episodes(3)
-                   if e.id == record["episode"].decode())
+    episode = next(e for e in synthetic.make_episodes(3) if e.id == record["episode"].decode())
     window = episodes_lib.window(episode.length, 0, 9, 2, 8)
     video = cache.canvases(episode, window.frames, config)[None]
-    np.testing.assert_allclose(record["latents"].astype(np.float32), stored.codec.encode(video)[0],
-                               atol=1e-3, rtol=1e-2)
+    np.testing.assert_allclose(
+        record["latents"].astype(np.float32), stored.codec.encode(video)[0], atol=1e-3, rtol=1e-2
+    )
 
 
 def test_a_checkpoint_is_a_policy_by_itself(run):
     """Converted weights and cache may be gone; what is large lies on the disk once."""
     _, workdir = run
     codecs = [workdir / "checkpoints" / str(step) / "assets" / "codec" for step in (1, 2)]
-    files = [[path for path in folder.rglob("*") if path.is_file() and path.stat().st_size >= 1000]
-             for folder in codecs]
+    files = [
+        [path for path in folder.rglob("*") if path.is_file() and path.stat().st_size >= 1000]
+        for folder in codecs
+    ]
     assert files[0] and all(a.samefile(b) for a, b in zip(*map(sorted, files)))
     policy = Policy.load(workdir)
     actions = policy.act(*observation(synthetic.TASKS[0]))
@@ -325,7 +355,12 @@ def test_a_checkpoint_is_a_policy_by_itself(run):
     other = policy.act(*observation(synthetic.TASKS[1]))
     assert (actions != other).any()
     assert policy.predict_video(*observation(synthetic.TASKS[0]), steps=1).shape == (
-        1, 5, 32, 64, 3)
+        1,
+        5,
+        32,
+        64,
+        3,
+    )
 
 
 @pytest.mark.slow
@@ -359,8 +394,9 @@ def test_precomputed_text_outlives_its_encoder(run, monkeypatch, capsys):
     without = dataclasses.replace(config, data=dataclasses.replace(config.data, codec_weights=""))
     precompute.precompute(without, ("latents",))
     assert "up to date" in capsys.readouterr().out
-    other = dataclasses.replace(config, data=dataclasses.replace(
-        config.data, prompt_template="do {task}"))
+    other = dataclasses.replace(
+        config, data=dataclasses.replace(config.data, prompt_template="do {task}")
+    )
     with pytest.raises(FileNotFoundError, match="holds no converted weights"):
         precompute.precompute(other, ("text",))
 
@@ -368,17 +404,27 @@ def test_precomputed_text_outlives_its_encoder(run, monkeypatch, capsys):
 def test_another_codec_takes_the_place_of_a_fitted_one(weights, tmp_path):
     codec.PcaCodec.fit(clips(4), 16).save(tmp_path / "codec")
     for dtype in ("float32", "bfloat16"):
-        config = synthetic.make_config(tmp_path, **{
-            "data.codec": "wan21", "data.codec_weights": str(weights / "vae21"),
-            "model.dtype": dtype})
+        config = synthetic.make_config(
+            tmp_path,
+            **{
+                "data.codec": "wan21",
+                "data.codec_weights": str(weights / "vae21"),
+                "model.dtype": dtype,
+            },
+        )
         done = [precompute._wan_codec(config, str(tmp_path / "codec")) for _ in range(2)]
         assert [note for _, note in done] == ["copied", "kept"]
         assert {made.dtype for made, _ in done} == {dtype}
 
 
 def test_latent_channels_have_to_agree(run, weights, tmp_path):
-    config = synthetic.make_config(tmp_path, **{
-        "data.codec": "wan22", "data.codec_weights": str(weights / "vae22"),
-        "model.latent_channels": 16})
+    config = synthetic.make_config(
+        tmp_path,
+        **{
+            "data.codec": "wan22",
+            "data.codec_weights": str(weights / "vae22"),
+            "model.latent_channels": 16,
+        },
+    )
     with pytest.raises(ValueError, match=r"48 latent channels, config.model.latent_channels is 16"):
         precompute._wan_codec(config, str(tmp_path / "codec"))

@@ -37,10 +37,17 @@ def robomimic(directory, episodes, cameras=("scene", "wrist")):
             demo["obs/pose"], demo["obs/gripper"] = episode.state[:, :-1], episode.state[:, -1]
             for camera in cameras:
                 demo[f"obs/{camera}_image"] = episode.frames(camera, np.arange(episode.length))
-    return {"data.source": "hdf5", "data.path": str(path), "data.cameras": tuple(cameras),
-            "data.fields.episodes": "data/demo_*", "data.fields.state": ("obs/pose", "obs/gripper"),
-            "data.fields.action": ("actions",), "data.fields.image": "obs/{camera}_image",
-            "data.fields.task": "@ep_meta#/lang", "data.fields.fps": episodes[0].fps}
+    return {
+        "data.source": "hdf5",
+        "data.path": str(path),
+        "data.cameras": tuple(cameras),
+        "data.fields.episodes": "data/demo_*",
+        "data.fields.state": ("obs/pose", "obs/gripper"),
+        "data.fields.action": ("actions",),
+        "data.fields.image": "obs/{camera}_image",
+        "data.fields.task": "@ep_meta#/lang",
+        "data.fields.fps": episodes[0].fps,
+    }
 
 
 def robotwin(directory, episodes, cameras=("scene", "wrist")):
@@ -57,60 +64,95 @@ def robotwin(directory, episodes, cameras=("scene", "wrist")):
         last = np.minimum(np.arange(episode.length + 1), episode.length - 1)
         with h5py.File(path / f"data/episode{number}.hdf5", "w") as file:
             vector = np.concatenate([episode.state[last], episode.action[last - 1]], axis=1)
-            vector[1:, episode.state.shape[1]:] = episode.action
+            vector[1:, episode.state.shape[1] :] = episode.action
             file["joint_action/vector"] = vector.astype(np.float64)
             for camera in cameras:
                 pictures = [encoded(p[..., ::-1]) for p in episode.frames(camera, last)]
                 file[f"observation/{camera}/rgb"] = np.array(pictures)  # dtype S: zero-padded
         (path / f"instructions/episode{number}.json").write_text(
-            json.dumps({"seen": [episode.task], "unseen": ["something else"]}))
+            json.dumps({"seen": [episode.task], "unseen": ["something else"]})
+        )
     width = episodes[0].state.shape[1]
-    return {"data.source": "hdf5", "data.path": str(path / "data"), "data.cameras": tuple(cameras),
-            "data.fields.state": (f"joint_action/vector[:-1, :{width}]",),
-            "data.fields.action": (f"joint_action/vector[1:, {width}:]",),
-            "data.fields.image": "observation/{camera}/rgb[:-1]",
-            "data.fields.task": "file:../instructions/{name}.json#/seen/0",
-            "data.fields.fps": episodes[0].fps, "data.fields.colour": "bgr"}
+    return {
+        "data.source": "hdf5",
+        "data.path": str(path / "data"),
+        "data.cameras": tuple(cameras),
+        "data.fields.state": (f"joint_action/vector[:-1, :{width}]",),
+        "data.fields.action": (f"joint_action/vector[1:, {width}:]",),
+        "data.fields.image": "observation/{camera}/rgb[:-1]",
+        "data.fields.task": "file:../instructions/{name}.json#/seen/0",
+        "data.fields.fps": episodes[0].fps,
+        "data.fields.colour": "bgr",
+    }
 
 
-def rlds(directory, episodes, cameras=("scene", "wrist"), picture="jpeg", shard=3,
-         file_format="tfrecord"):
+def rlds(
+    directory, episodes, cameras=("scene", "wrist"), picture="jpeg", shard=3, file_format="tfrecord"
+):
     """A TFDS data set of nested steps in shards of `shard` episodes, as OpenX data lie."""
     path = Path(directory) / "rlds" / "1.0.0"
     path.mkdir(parents=True)
     first = episodes[0]
-    features = tfds.features.FeaturesDict({
-        "steps": tfds.features.Dataset({
-            "observation": {
-                "state": tfds.features.Tensor(shape=first.state.shape[1:], dtype=np.float32),
-                **{camera: tfds.features.Image(encoding_format=picture) for camera in cameras}},
-            "action": tfds.features.Tensor(shape=first.action.shape[1:], dtype=np.float32),
-            "is_last": np.bool_,
-            "language_instruction": tfds.features.Text()}),
-        "episode_metadata": {"file_path": tfds.features.Text()}})
+    features = tfds.features.FeaturesDict(
+        {
+            "steps": tfds.features.Dataset(
+                {
+                    "observation": {
+                        "state": tfds.features.Tensor(
+                            shape=first.state.shape[1:], dtype=np.float32
+                        ),
+                        **{
+                            camera: tfds.features.Image(encoding_format=picture)
+                            for camera in cameras
+                        },
+                    },
+                    "action": tfds.features.Tensor(shape=first.action.shape[1:], dtype=np.float32),
+                    "is_last": np.bool_,
+                    "language_instruction": tfds.features.Text(),
+                }
+            ),
+            "episode_metadata": {"file_path": tfds.features.Text()},
+        }
+    )
     records = [features.serialize_example(_rlds_example(e, cameras, picture)) for e in episodes]
-    shards = [records[i:i + shard] for i in range(0, len(records), shard)]
+    shards = [records[i : i + shard] for i in range(0, len(records), shard)]
     identity = tfds.core.dataset_info.DatasetIdentity(
-        name="robot", version="1.0.0", data_dir=str(path), module_name=__name__)
+        name="robot", version="1.0.0", data_dir=str(path), module_name=__name__
+    )
     info = tfds.core.DatasetInfo(builder=identity, features=features)
     info.set_file_format(file_format)
-    template = tfds.core.ShardedFileTemplate(data_dir=path, dataset_name="robot", split="train",
-                                             filetype_suffix=file_format)
-    info.set_splits(tfds.core.splits.SplitDict([tfds.core.SplitInfo(
-        name="train", shard_lengths=[len(s) for s in shards], filename_template=template,
-        num_bytes=sum(map(len, records)))]))
+    template = tfds.core.ShardedFileTemplate(
+        data_dir=path, dataset_name="robot", split="train", filetype_suffix=file_format
+    )
+    info.set_splits(
+        tfds.core.splits.SplitDict(
+            [
+                tfds.core.SplitInfo(
+                    name="train",
+                    shard_lengths=[len(s) for s in shards],
+                    filename_template=template,
+                    num_bytes=sum(map(len, records)),
+                )
+            ]
+        )
+    )
     info.write_to_directory(path)
     for file, content in zip(sorted(template.sharded_filepaths(len(shards))), shards):
         if file_format == "tfrecord":
             file.write_bytes(b"".join(map(tfrecord, content)))
         else:
             from array_record.python import array_record_module
+
             writer = array_record_module.ArrayRecordWriter(str(file), "group_size:1")
             for record in content:
                 writer.write(record)
             writer.close()
-    return {"data.source": "rlds", "data.path": str(path), "data.cameras": tuple(cameras),
-            "data.fields.fps": first.fps}
+    return {
+        "data.source": "rlds",
+        "data.path": str(path),
+        "data.cameras": tuple(cameras),
+        "data.fields.fps": first.fps,
+    }
 
 
 def tfrecord(record):
@@ -121,13 +163,23 @@ def tfrecord(record):
 
 def _masked(data):
     crc = google_crc32c.value(data)
-    return struct.pack("<I", ((crc >> 15 | crc << 17) + 0xa282ead8) & 0xffffffff)
+    return struct.pack("<I", ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF)
 
 
 def _rlds_example(episode, cameras, picture):
     frames = {c: episode.frames(c, np.arange(episode.length)) for c in cameras}
-    return {"episode_metadata": {"file_path": "somewhere.hdf5"}, "steps": [{
-        "observation": {"state": episode.state[i],
-                        **{c: encoded(frames[c][i], picture) for c in cameras}},
-        "action": episode.action[i], "is_last": i == episode.length - 1,
-        "language_instruction": episode.task_at(i)} for i in range(episode.length)]}
+    return {
+        "episode_metadata": {"file_path": "somewhere.hdf5"},
+        "steps": [
+            {
+                "observation": {
+                    "state": episode.state[i],
+                    **{c: encoded(frames[c][i], picture) for c in cameras},
+                },
+                "action": episode.action[i],
+                "is_last": i == episode.length - 1,
+                "language_instruction": episode.task_at(i),
+            }
+            for i in range(episode.length)
+        ],
+    }

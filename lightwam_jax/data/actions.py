@@ -35,6 +35,7 @@ class ActionTransform:
       closed_open: their values in the data, 0 and 1 for the model.
       snap: `inverse` gives grippers fully closed (below the middle) or fully open.
     """
+
     delta_mask: tuple = ()
     action_as: tuple = ()
     state_dims: tuple = ()
@@ -63,8 +64,11 @@ class ActionTransform:
         if self._deltas:
             start = self._start(state)
             previous = xp.concatenate([start, x[..., :-1, :]], axis=-2)
-            x = x - xp.where(self._are("delta_previous"), previous,
-                             xp.where(self._are("delta_state"), start, np.float32(0)))
+            x = x - xp.where(
+                self._are("delta_previous"),
+                previous,
+                xp.where(self._are("delta_state"), start, np.float32(0)),
+            )
         if self.gripper_dims:
             closed, opened = map(np.float32, self.closed_open)
             x = xp.where(self._grippers(x), (x - closed) / (opened - closed), x)
@@ -75,8 +79,11 @@ class ActionTransform:
         x, xp = actions, actions.__array_namespace__()
         if self.gripper_dims:
             closed, opened = map(np.float32, self.closed_open)
-            physical = (xp.where(x < np.float32(0.5), closed, opened) if self.snap
-                        else closed + x * (opened - closed))
+            physical = (
+                xp.where(x < np.float32(0.5), closed, opened)
+                if self.snap
+                else closed + x * (opened - closed)
+            )
             x = xp.where(self._grippers(x), physical, x)
         if self._deltas:
             x = xp.where(self._are("delta_previous"), xp.cumsum(x, axis=-2), x)
@@ -110,34 +117,51 @@ def from_config(config):
       ValueError: keys that contradict each other or the widths of the data; names them.
     """
     data, width = config.data, config_lib.action_width(config)
-    made = ActionTransform(data.delta_mask, data.action_as, data.action_state_dims,
-                           data.gripper_dims, data.gripper_closed_open, data.gripper_snap)
+    made = ActionTransform(
+        data.delta_mask,
+        data.action_as,
+        data.action_state_dims,
+        data.gripper_dims,
+        data.gripper_closed_open,
+        data.gripper_snap,
+    )
     represented = data.action_as or ("absolute",) * width
     masked = data.delta_mask or (False,) * width
     state_dims, states = data.action_state_dims or range(width), config_lib.state_width(config)
     for dim, (kind, is_delta, state) in enumerate(zip(represented, masked, state_dims)):
         if kind != "absolute" and is_delta:
-            raise ValueError(f"config.data.delta_mask says that action {dim} is a delta already, "
-                             f"config.data.action_as makes it {kind!r}: change one of them")
+            raise ValueError(
+                f"config.data.delta_mask says that action {dim} is a delta already, "
+                f"config.data.action_as makes it {kind!r}: change one of them"
+            )
         if kind != "absolute" and not 0 <= state < states:
-            raise ValueError(f"action {dim} is {kind!r} to state {state}, and there are {states} "
-                             "states: name the state it belongs to in config.data.action_state_dims"
-                             " or make it 'absolute' in config.data.action_as")
+            raise ValueError(
+                f"action {dim} is {kind!r} to state {state}, and there are {states} "
+                "states: name the state it belongs to in config.data.action_state_dims"
+                " or make it 'absolute' in config.data.action_as"
+            )
         if dim in data.gripper_dims and (kind != "absolute" or is_delta):
             key = "delta_mask" if is_delta else "action_as"
-            raise ValueError(f"config.data.gripper_dims names action {dim}, which is a delta by "
-                             f"config.data.{key}: a delta is not closed or open, change one of "
-                             "them")
+            raise ValueError(
+                f"config.data.gripper_dims names action {dim}, which is a delta by "
+                f"config.data.{key}: a delta is not closed or open, change one of "
+                "them"
+            )
     wrong = sorted(set(data.gripper_dims) - set(range(width)))
     if wrong:
-        raise ValueError(f"config.data.gripper_dims names {wrong}; the actions have dimensions 0 "
-                         f"to {width - 1}")
+        raise ValueError(
+            f"config.data.gripper_dims names {wrong}; the actions have dimensions 0 to {width - 1}"
+        )
     if len(data.gripper_closed_open) != 2 or len(set(data.gripper_closed_open)) != 2:
-        raise ValueError(f"config.data.gripper_closed_open is {data.gripper_closed_open}; expected "
-                         "two different numbers, (closed, open)")
+        raise ValueError(
+            f"config.data.gripper_closed_open is {data.gripper_closed_open}; expected "
+            "two different numbers, (closed, open)"
+        )
     if data.gripper_snap and not data.gripper_dims:
-        raise ValueError("config.data.gripper_snap=True without config.data.gripper_dims: name the "
-                         "dimensions that are grippers")
+        raise ValueError(
+            "config.data.gripper_snap=True without config.data.gripper_dims: name the "
+            "dimensions that are grippers"
+        )
     return made
 
 

@@ -27,6 +27,7 @@ class Assets:
       text_encoder: CachedTextEncoder: known prompts from the cache, new ones encoded.
       statistics: dataset_stats.json.
     """
+
     state: normalize.Normalizer
     action: normalize.Normalizer
     codec: codec_lib.Codec
@@ -52,10 +53,12 @@ def load_assets(directory, config):
         raise ValueError(
             f"the codec in {directory}/codec has {codec.latent_channels} channels, "
             f"config.model.latent_channels is {config.model.latent_channels}: run python -m "
-            "lightwam_jax.precompute --config CONFIG --what latents, or change the config")
+            "lightwam_jax.precompute --config CONFIG --what latents, or change the config"
+        )
     cache = load_text(directory, config)
-    encoder = text_lib.make_encoder(config.data.text_encoder, config.model.text_dim,
-                                    config.data.text_weights, cache)
+    encoder = text_lib.make_encoder(
+        config.data.text_encoder, config.model.text_dim, config.data.text_weights, cache
+    )
     cached = text_lib.CachedTextEncoder(encoder, cache)
     return Assets(state, action, codec, cached, statistics)
 
@@ -67,18 +70,27 @@ def load_normalizers(directory, config):
       FileNotFoundError: no statistics. ValueError: of other widths, or of actions in another form.
     """
     path = os.path.join(directory, statistics_file(config))
-    statistics = normalize.read_statistics(path, config_lib.state_width(config),
-                                           config_lib.action_width(config))
+    statistics = normalize.read_statistics(
+        path, config_lib.state_width(config), config_lib.action_width(config)
+    )
     # Statistics without "made_from" were put there by hand (a released file): taken as they are.
     have = statistics.get("made_from", {}).get("config", {})
-    lines = [f"{key}: statistics {have[key]!r}, config {value!r}"
-             for key, value in statistics_keys(config).items() if have.get(key, value) != value]
+    lines = [
+        f"{key}: statistics {have[key]!r}, config {value!r}"
+        for key, value in statistics_keys(config).items()
+        if have.get(key, value) != value
+    ]
     if lines:
-        raise ValueError(f"{path} was computed for another config:\n  " + "\n  ".join(lines)
-                         + "\nCompute it again with: python -m lightwam_jax.precompute --config "
-                         "CONFIG --what stats")
-    return (statistics, *(normalize.from_statistics(statistics, name, config.data)
-                          for name in ("state", "action")))
+        raise ValueError(
+            f"{path} was computed for another config:\n  "
+            + "\n  ".join(lines)
+            + "\nCompute it again with: python -m lightwam_jax.precompute --config "
+            "CONFIG --what stats"
+        )
+    return (
+        statistics,
+        *(normalize.from_statistics(statistics, name, config.data) for name in ("state", "action")),
+    )
 
 
 def statistics_file(config):
@@ -89,11 +101,18 @@ def statistics_file(config):
 
 def statistics_keys(config):
     """Returns {"config.data.key": JSON} of the keys that decide statistics, beside the data."""
-    keys = ("action_horizon", "action_as", "action_state_dims", "gripper_dims",
-            "gripper_closed_open")
+    keys = (
+        "action_horizon",
+        "action_as",
+        "action_state_dims",
+        "gripper_dims",
+        "gripper_closed_open",
+    )
     values = {key: getattr(config.data, key) for key in keys}
-    return {f"config.data.{key}": list(value) if isinstance(value, tuple) else value
-            for key, value in values.items()}
+    return {
+        f"config.data.{key}": list(value) if isinstance(value, tuple) else value
+        for key, value in values.items()
+    }
 
 
 def load_text(directory, config):
@@ -103,14 +122,21 @@ def load_text(directory, config):
       ValueError: made with another encoder, width or template; every difference is listed.
     """
     cache = text_lib.TextCache(os.path.join(directory, "text"))
-    pairs = {"data.text_encoder": (cache.kind, config.data.text_encoder),
-             "data.prompt_template": (cache.template, config.data.prompt_template),
-             "model.text_dim": (cache.dim, config.model.text_dim)}
-    lines = [f"config.{key}: cache {have!r}, config {want!r}"
-             for key, (have, want) in pairs.items() if have != want]
+    pairs = {
+        "data.text_encoder": (cache.kind, config.data.text_encoder),
+        "data.prompt_template": (cache.template, config.data.prompt_template),
+        "model.text_dim": (cache.dim, config.model.text_dim),
+    }
+    lines = [
+        f"config.{key}: cache {have!r}, config {want!r}"
+        for key, (have, want) in pairs.items()
+        if have != want
+    ]
     if lines:
         raise ValueError(
             f"the text embeddings in {directory}/text were made for another config:\n  "
-            + "\n  ".join(lines) + "\nMake them again with: python -m lightwam_jax.precompute "
-            "--config CONFIG --what text")
+            + "\n  ".join(lines)
+            + "\nMake them again with: python -m lightwam_jax.precompute "
+            "--config CONFIG --what text"
+        )
     return cache

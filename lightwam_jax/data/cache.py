@@ -26,28 +26,50 @@ REBUILD = "python -m lightwam_jax.precompute --config CONFIG --what"
 
 # Config keys that decide what the records hold. What only normalises or transforms raw windows
 # does not; how wide they are is added below.
-_KEYS = ("data.source", "data.path", "data.exclude", "data.fields", "data.cameras",
-         "data.orientation", "data.camera_size", "data.layout", "data.canvas", "data.codec",
-         "data.num_frames", "data.frame_stride", "data.action_horizon", "data.val_fraction",
-         "model.latent_channels")
+_KEYS = (
+    "data.source",
+    "data.path",
+    "data.exclude",
+    "data.fields",
+    "data.cameras",
+    "data.orientation",
+    "data.camera_size",
+    "data.layout",
+    "data.canvas",
+    "data.codec",
+    "data.num_frames",
+    "data.frame_stride",
+    "data.action_horizon",
+    "data.val_fraction",
+    "model.latent_channels",
+)
 # With these two changed and the same fingerprint, the same episodes lie elsewhere.
 WHEREABOUTS = ("config.data.path", "config.data.exclude")
 
 
 def features(config):
     """Returns the TFDS features of a record."""
-    shapes = {name: (struct.shape[1:], struct.dtype)
-              for name, struct in spec.batch_spec(config, 1).items()}
+    shapes = {
+        name: (struct.shape[1:], struct.dtype)
+        for name, struct in spec.batch_spec(config, 1).items()
+    }
     # As wide as the data: the loader pads to the model's widths.
     shapes["proprio"] = ((config_lib.state_width(config),), shapes["proprio"][1])
-    shapes["actions"] = ((config.data.action_horizon, config_lib.action_width(config)),
-                         shapes["actions"][1])
+    shapes["actions"] = (
+        (config.data.action_horizon, config_lib.action_width(config)),
+        shapes["actions"][1],
+    )
     tensors = ("latents", "proprio", "actions", "action_is_pad", "image_is_pad")
     # encoding="bytes" keeps bfloat16 at two bytes; the default would widen it.
-    fields = {name: tfds.features.Tensor(shape=shapes[name][0], dtype=shapes[name][1].type,
-                                         encoding="bytes") for name in tensors}
+    fields = {
+        name: tfds.features.Tensor(
+            shape=shapes[name][0], dtype=shapes[name][1].type, encoding="bytes"
+        )
+        for name in tensors
+    }
     return tfds.features.FeaturesDict(
-        {**fields, "task": np.int64, "start": np.int64, "episode": tfds.features.Text()})
+        {**fields, "task": np.int64, "start": np.int64, "episode": tfds.features.Text()}
+    )
 
 
 def wanted(config):
@@ -56,10 +78,14 @@ def wanted(config):
     for key in _KEYS:
         section, name = key.split(".")
         value = getattr(getattr(config, section), name)
-        parts = ({f"{key}.{field}": v for field, v in dataclasses.asdict(value).items()}
-                 if dataclasses.is_dataclass(value) else {key: value})
-        out |= {f"config.{part}": list(v) if isinstance(v, tuple) else v
-                for part, v in parts.items()}
+        parts = (
+            {f"{key}.{field}": v for field, v in dataclasses.asdict(value).items()}
+            if dataclasses.is_dataclass(value)
+            else {key: value}
+        )
+        out |= {
+            f"config.{part}": list(v) if isinstance(v, tuple) else v for part, v in parts.items()
+        }
     out["config.data.state_dim, or else model.proprio_dim"] = config_lib.state_width(config)
     out["config.data.action_dim, or else model.action_dim"] = config_lib.action_width(config)
     return out
@@ -67,8 +93,11 @@ def wanted(config):
 
 def differences(have, config):
     """Returns lines "key: cache value, config value" for the keys of `wanted` that differ."""
-    return [f"{key}: cache {have.get(key)!r}, config {value!r}"
-            for key, value in wanted(config).items() if have.get(key) != value]
+    return [
+        f"{key}: cache {have.get(key)!r}, config {value!r}"
+        for key, value in wanted(config).items()
+        if have.get(key) != value
+    ]
 
 
 def fingerprint(episodes, config):
@@ -97,6 +126,7 @@ class Cache:
         records and the episodes' ids.
       directory: of the TFDS data set.
     """
+
     meta: dict
     directory: str
 
@@ -131,7 +161,8 @@ def open_cache(config):
     if meta is None:
         raise FileNotFoundError(
             f"config.data.cache={config.data.cache!r} holds no finished latent cache; make it "
-            f"with: {REBUILD} all")
+            f"with: {REBUILD} all"
+        )
     lines = differences(meta["config"], config)
     codec = _asset(config, "codec", "codec.json").get("id")
     if codec != meta["codec"]:
@@ -139,15 +170,15 @@ def open_cache(config):
     # Statistics without "made_from" were put there by hand (a released file): taken as they are.
     made_from = _asset(config, assets.statistics_file(config)).get("made_from")
     if made_from and meta["train_data"] not in made_from["data"].split("+"):
-        lines.append(f"training data: cache {meta['train_data']}, statistics "
-                     f"{made_from['data']}")
+        lines.append(f"training data: cache {meta['train_data']}, statistics {made_from['data']}")
     if lines:
         raise ValueError(
             f"the latent cache in {latents_directory(config)} does not fit:\n  "
             + "\n  ".join(lines)
             + "\nPoint config.data.cache elsewhere, change the config back, or rebuild the cache: "
             f"{REBUILD} stats,text,latents\n(If only config.data.path moved, that command compares "
-            "the episodes and keeps the latents.)")
+            "the episodes and keeps the latents.)"
+        )
     return Cache(meta, latents_directory(config))
 
 
@@ -176,7 +207,8 @@ def clips(episodes, config, most_episodes, per_episode):
     picked = np.unique(np.linspace(0, len(episodes) - 1, most_episodes).astype(int))
     for episode in (episodes[i] for i in picked):
         for start in np.unique(np.linspace(0, episode.length - 1, per_episode).astype(int)):
-            window = episodes_lib.window(episode.length, int(start), data.num_frames,
-                                         data.frame_stride, data.action_horizon)
+            window = episodes_lib.window(
+                episode.length, int(start), data.num_frames, data.frame_stride, data.action_horizon
+            )
             out.append(canvases(episode, window.frames, config))
     return np.stack(out)

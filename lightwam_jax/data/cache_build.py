@@ -60,39 +60,55 @@ def build(config, splits, codec, process_index=0, process_count=1, imported=None
     bytes_each = record_bytes(config)
 
     def missing():
-        return sum(shard["records"] for shard in plan["shards"]
-                   if not os.path.exists(_file(directory, shard))) * bytes_each
+        return (
+            sum(
+                shard["records"]
+                for shard in plan["shards"]
+                if not os.path.exists(_file(directory, shard))
+            )
+            * bytes_each
+        )
 
     def share(_):
         mine = plan["shards"][process_index::process_count]
         left = _left(directory, mine)
         if len(left) < len(mine):
-            print(f"continuing: {len(mine) - len(left)} of {len(mine)} shards are there",
-                  flush=True)
+            print(
+                f"continuing: {len(mine) - len(left)} of {len(mine)} shards are there", flush=True
+            )
         if left:
             partial.check_room(directory + ".partial", missing())
             _make(directory, left, mine, config, splits, codec, imported, plan["tasks"])
         return not missing()
 
     def complete(begun):
-        return _write_metadata(directory + ".partial", {**plan, "psnr": begun["psnr"]},
-                               cache.features(config))
+        return _write_metadata(
+            directory + ".partial", {**plan, "psnr": begun["psnr"]}, cache.features(config)
+        )
 
     os.makedirs(config.data.cache, exist_ok=True)
     with partial.explaining_full_disk(config.data.cache, missing):
         finished = partial.make(
-            directory, "cache.json",
+            directory,
+            "cache.json",
             lambda: {**plan, "psnr": {} if imported else _quality(config, splits, codec)},
-            lambda have: _changes(have, plan), lambda: _finished(directory, plan), share, complete,
-            process_index)
+            lambda have: _changes(have, plan),
+            lambda: _finished(directory, plan),
+            share,
+            complete,
+            process_index,
+        )
     return cache.read_meta(config) if finished else None
 
 
 def record_bytes(config):
     """Returns the size of a record before compression, roughly."""
     fields = cache.features(config).get_tensor_info().values()
-    return _RECORD_BYTES + sum(int(np.prod(field.shape)) * np.dtype(field.np_dtype).itemsize
-                               for field in fields if field.shape)
+    return _RECORD_BYTES + sum(
+        int(np.prod(field.shape)) * np.dtype(field.np_dtype).itemsize
+        for field in fields
+        if field.shape
+    )
 
 
 # ---- what is made --------------------------------------------------------------------------------
@@ -111,8 +127,11 @@ def _plan(config, splits, codec, imported):
         "records": {name: sum(e.length for e in members) for name, members in splits.items()},
         "tasks": episodes_lib.tasks(everything),
         "episodes": {name: [e.id for e in members] for name, members in splits.items()},
-        "shards": [shard for name, members in splits.items()
-                   for shard in _shards(name, members, record_bytes(config))],
+        "shards": [
+            shard
+            for name, members in splits.items()
+            for shard in _shards(name, members, record_bytes(config))
+        ],
     }
 
 
@@ -127,21 +146,30 @@ def _shards(split, episodes, bytes_each):
         out[-1]["episodes"][1] += 1
         out[-1]["records"] += episode.length
     names = _template("", split)
-    return [{"split": split,
-             "file": names.sharded_filepath(shard_index=i, num_shards=len(out)).name, **shard}
-            for i, shard in enumerate(out)]
+    return [
+        {
+            "split": split,
+            "file": names.sharded_filepath(shard_index=i, num_shards=len(out)).name,
+            **shard,
+        }
+        for i, shard in enumerate(out)
+    ]
 
 
 def _template(directory, split):
-    return naming.ShardedFileTemplate(dataset_name=_NAME, data_dir=directory, split=split,
-                                      filetype_suffix="array_record")
+    return naming.ShardedFileTemplate(
+        dataset_name=_NAME, data_dir=directory, split=split, filetype_suffix="array_record"
+    )
 
 
 def _changes(have, plan):
     """How the plan of a partial cache differs from this one; "" if it does not."""
     have, want = ({**side, **side["config"]} for side in (have, plan))
-    lines = [f"{key}: {have.get(key)!r}, now {value!r}"[:200] for key, value in want.items()
-             if key not in ("config", *cache.WHEREABOUTS) and have.get(key) != value]
+    lines = [
+        f"{key}: {have.get(key)!r}, now {value!r}"[:200]
+        for key, value in want.items()
+        if key not in ("config", *cache.WHEREABOUTS) and have.get(key) != value
+    ]
     return "\n  ".join(lines)
 
 
@@ -155,9 +183,11 @@ def _quality(config, splits, codec):
     episodes = splits.get("val") or splits["train"]
     clips = cache.clips(episodes, config, _TEST_EPISODES, 4)
     decoded, real = codec.decode(codec.encode(clips)), transforms.to_uint8(clips)
-    return {"first": round(codec_lib.psnr(decoded[:, 0], real[:, 0]), 2),
-            "later": round(codec_lib.psnr(decoded[:, 1:], real[:, 1:]), 2),
-            "frames": "held-out" if splits.get("val") else "training"}
+    return {
+        "first": round(codec_lib.psnr(decoded[:, 0], real[:, 0]), 2),
+        "later": round(codec_lib.psnr(decoded[:, 1:], real[:, 1:]), 2),
+        "frames": "held-out" if splits.get("val") else "training",
+    }
 
 
 # ---- making it -----------------------------------------------------------------------------------
@@ -165,6 +195,7 @@ def _quality(config, splits, codec):
 
 class _Batch(typing.NamedTuple):
     """Consecutive windows of an episode: their video, or their latents where those are given."""
+
     shard: dict
     episode: episodes_lib.Episode
     start: int
@@ -208,8 +239,10 @@ def _make(directory, left, mine, config, splits, codec, imported, tasks):
     total = sum(shard["records"] for shard in mine)
     there = total - sum(shard["records"] for shard in left)
     batches = _ahead(_batches(left, splits, config, imported))
-    with contextlib.closing(batches), tqdm.tqdm(total=total, initial=there, desc="latents",
-                                                unit="window") as bar:
+    with (
+        contextlib.closing(batches),
+        tqdm.tqdm(total=total, initial=there, desc="latents", unit="window") as bar,
+    ):
         for file, of_shard in itertools.groupby(batches, lambda b: b.shard["file"]):
             with partial.writing(os.path.join(directory + ".partial", file)) as path:
                 writer = array_record_module.ArrayRecordWriter(path, _OPTIONS)
@@ -238,17 +271,19 @@ def _ahead(items):
 def _batches(shards, splits, config, imported):
     """The `_Batch`es of shards, in order; every episode is decoded once."""
     data = config.data
-    first = {name: np.cumsum([0, *(e.length for e in members)])
-             for name, members in splits.items()}
+    first = {name: np.cumsum([0, *(e.length for e in members)]) for name, members in splits.items()}
     step = max(1, _ENCODE_VALUES // (3 * data.canvas[0] * data.canvas[1] * data.video_frames))
     for shard in shards:
         split = shard["split"]
         for place in range(*shard["episodes"]):
             episode = splits[split][place]
-            windows = [episodes_lib.window(episode.length, start, data.num_frames,
-                                           data.frame_stride, data.action_horizon)
-                       for start in range(episode.length)]
-            parts = {i: windows[i:i + step] for i in range(0, len(windows), step)}
+            windows = [
+                episodes_lib.window(
+                    episode.length, start, data.num_frames, data.frame_stride, data.action_horizon
+                )
+                for start in range(episode.length)
+            ]
+            parts = {i: windows[i : i + step] for i in range(0, len(windows), step)}
             if split in imported:
                 latents, begin = imported[split][0], first[split][place]
                 for start, part in parts.items():
@@ -262,8 +297,9 @@ def _batches(shards, splits, config, imported):
 
 def _videos(episode, parts, config):
     """Videos [k, frames, H, W, 3] of consecutive windows; a picture is laid out once."""
-    images = {camera: episode.frames(camera, np.arange(episode.length))
-              for camera in config.data.cameras}
+    images = {
+        camera: episode.frames(camera, np.arange(episode.length)) for camera in config.data.cameras
+    }
     canvases = {}
     for part in parts:
         frames = np.stack([window.frames for window in part])
@@ -307,18 +343,27 @@ def _serializer(features):
 def _write_metadata(directory, meta, features):
     """Writes what makes the finished shards a TFDS data set, and cache.json; returns directory."""
     identity = tfds.core.dataset_info.DatasetIdentity(
-        name=_NAME, version="1.0.0", data_dir=directory, module_name=cache.__name__)
-    info = tfds.core.DatasetInfo(builder=identity, features=features,
-                                 description="Windows of video latents, states and actions.")
+        name=_NAME, version="1.0.0", data_dir=directory, module_name=cache.__name__
+    )
+    info = tfds.core.DatasetInfo(
+        builder=identity,
+        features=features,
+        description="Windows of video latents, states and actions.",
+    )
     info.set_file_format("array_record")
     splits = []
     for name in meta["records"]:
         shards = [shard for shard in meta["shards"] if shard["split"] == name]
         size = sum(os.path.getsize(os.path.join(directory, shard["file"])) for shard in shards)
         if shards:
-            splits.append(tfds.core.SplitInfo(
-                name=name, shard_lengths=[shard["records"] for shard in shards], num_bytes=size,
-                filename_template=_template(directory, name)))
+            splits.append(
+                tfds.core.SplitInfo(
+                    name=name,
+                    shard_lengths=[shard["records"] for shard in shards],
+                    num_bytes=size,
+                    filename_template=_template(directory, name),
+                )
+            )
     info.set_splits(tfds.core.splits.SplitDict(splits))
     info.write_to_directory(directory)
     partial.write_json(os.path.join(directory, "cache.json"), meta)

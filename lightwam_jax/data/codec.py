@@ -32,6 +32,7 @@ class Codec(typing.Protocol):
       id: changes whenever the latents would.
       arrays: pytree of the weights that `encode_with` needs.
     """
+
     kind: str
     latent_channels: int
     stride: int
@@ -106,7 +107,8 @@ class PcaCodec:
             raise ValueError(
                 f"PCA codec of {channels} channels on clips of {videos.shape[1]} frames; expected "
                 f"{1 + PLACES} to {3 * STRIDE**2 + PLACES} channels and at least {1 + GROUP} "
-                "frames")
+                "frames"
+            )
         singles = einops.rearrange(videos[:, ::GROUP], "n t h w c -> (n t) h w c")
         arrays = {}
         patches = {"first": _first_patches(singles), "later": _later_patches(videos)}
@@ -136,10 +138,10 @@ class PcaCodec:
         with jax.default_matmul_precision("highest"):
             first = latents[:, :1] @ arrays["first_decode"] + arrays["first_mean"]
             later = latents[:, 1:] @ arrays["later_decode"] + arrays["later_mean"]
-        first = einops.rearrange(first, "b f h w (p q c) -> b f (h p) (w q) c",
-                                 p=STRIDE, q=STRIDE)
-        later = einops.rearrange(later, "b f h w (g p q c) -> b (f g) (h p) (w q) c",
-                                 g=GROUP, p=STRIDE, q=STRIDE)
+        first = einops.rearrange(first, "b f h w (p q c) -> b f (h p) (w q) c", p=STRIDE, q=STRIDE)
+        later = einops.rearrange(
+            later, "b f h w (g p q c) -> b (f g) (h p) (w q) c", g=GROUP, p=STRIDE, q=STRIDE
+        )
         return _namespace(latents).concatenate([first, later], axis=1)
 
     def encode(self, video):
@@ -150,16 +152,19 @@ class PcaCodec:
         """
         check_video(video)
         rows = max(1, _CHUNK_BYTES // max(1, video[:1].size))
-        chunks = [self.encode_with(self.arrays, video[i:i + rows])
-                  for i in range(0, len(video), rows)]
+        chunks = [
+            self.encode_with(self.arrays, video[i : i + rows]) for i in range(0, len(video), rows)
+        ]
         return np.concatenate(chunks)
 
     def decode(self, latents):
         """Latents [B, F, h, w, C] -> uint8 [B, 4F - 3, 8h, 8w, 3], on the host."""
         latents = np.asarray(latents)
         if latents.ndim != 5 or latents.shape[-1] != self.latent_channels:
-            raise ValueError(f"latents have shape {list(latents.shape)}; expected "
-                             f"[B, F, h, w, {self.latent_channels}]")
+            raise ValueError(
+                f"latents have shape {list(latents.shape)}; expected "
+                f"[B, F, h, w, {self.latent_channels}]"
+            )
         pixels = self.decode_with(self.arrays, latents)
         return np.clip(np.rint(pixels), 0, 255).astype(np.uint8)
 
@@ -168,8 +173,11 @@ class PcaCodec:
         os.makedirs(directory, exist_ok=True)
         np.savez(os.path.join(directory, "codec.npz"), **self.arrays)
         with open(os.path.join(directory, "codec.json"), "w") as f:
-            json.dump({"kind": self.kind, "id": self.id,
-                       "latent_channels": self.latent_channels}, f, indent=2)
+            json.dump(
+                {"kind": self.kind, "id": self.id, "latent_channels": self.latent_channels},
+                f,
+                indent=2,
+            )
 
 
 def load(directory):
@@ -181,15 +189,20 @@ def load(directory):
     """
     path = os.path.join(directory, "codec.json")
     if not os.path.exists(path):
-        raise FileNotFoundError(f"{path} is missing; make it with: "
-                                "python -m lightwam_jax.precompute --config CONFIG --what latents")
+        raise FileNotFoundError(
+            f"{path} is missing; make it with: "
+            "python -m lightwam_jax.precompute --config CONFIG --what latents"
+        )
     with open(path) as f:
         description = json.load(f)
     if description["kind"] not in STRIDES:
-        raise ValueError(f"{path}: codec kind {description['kind']!r} is unknown; known kinds: "
-                         f"{', '.join(map(repr, STRIDES))}")
+        raise ValueError(
+            f"{path}: codec kind {description['kind']!r} is unknown; known kinds: "
+            f"{', '.join(map(repr, STRIDES))}"
+        )
     if description["kind"] != "pca":
         from lightwam_jax.data import wan  # imports the models, which the PCA codec does not need
+
         return wan.WanCodec.load(directory, description)
     with np.load(os.path.join(directory, "codec.npz")) as stored:
         codec = PcaCodec(dict(stored))
@@ -197,7 +210,8 @@ def load(directory):
         raise ValueError(
             f"{directory}/codec.npz is {codec.id}, codec.json says {description['id']}: one of "
             f"them was replaced; delete {directory} and run python -m lightwam_jax.precompute "
-            "--config CONFIG --what latents")
+            "--config CONFIG --what latents"
+        )
     return codec
 
 
@@ -220,14 +234,19 @@ def ssim(pictures, reference):
     """
     a, b = _in_255(pictures).astype(np.float64), _in_255(reference).astype(np.float64)
     if a.shape != b.shape or a.ndim != 3 or min(a.shape[:2]) < len(_WINDOW):
-        raise ValueError(f"SSIM of pictures {list(a.shape)} and {list(b.shape)}; expected two of "
-                         f"one shape [H,W,3] of at least {len(_WINDOW)} pixels each way")
+        raise ValueError(
+            f"SSIM of pictures {list(a.shape)} and {list(b.shape)}; expected two of "
+            f"one shape [H,W,3] of at least {len(_WINDOW)} pixels each way"
+        )
     mean_a, mean_b = _smooth(a), _smooth(b)
     variance_a, variance_b = _smooth(a * a) - mean_a**2, _smooth(b * b) - mean_b**2
     covariance = _smooth(a * b) - mean_a * mean_b
     c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
-    index = ((2 * mean_a * mean_b + c1) * (2 * covariance + c2)
-             / ((mean_a**2 + mean_b**2 + c1) * (variance_a + variance_b + c2)))
+    index = (
+        (2 * mean_a * mean_b + c1)
+        * (2 * covariance + c2)
+        / ((mean_a**2 + mean_b**2 + c1) * (variance_a + variance_b + c2))
+    )
     return float(index.mean())
 
 
@@ -248,22 +267,26 @@ def check_video(video, stride=STRIDE):
     uint8, or float32 about 0..1; sides multiples of stride.
     """
     if video.dtype not in (np.uint8, np.float32) or video.ndim != 5 or video.shape[-1] != 3:
-        raise ValueError(f"video is {video.dtype} {list(video.shape)}; expected uint8, or float32 "
-                         "in 0..1, [B, T, H, W, 3]")
+        raise ValueError(
+            f"video is {video.dtype} {list(video.shape)}; expected uint8, or float32 "
+            "in 0..1, [B, T, H, W, 3]"
+        )
     if video.dtype == np.float32 and not (-1 < video.min(initial=0) <= video.max(initial=1) < 2):
-        raise ValueError(f"video is float32 from {video.min()} to {video.max()}; expected 0..1 "
-                         "(pictures in 0..255 are uint8)")
+        raise ValueError(
+            f"video is float32 from {video.min()} to {video.max()}; expected 0..1 "
+            "(pictures in 0..255 are uint8)"
+        )
     _, t, h, w, _ = video.shape
     if (t - 1) % GROUP or h % stride or w % stride:
         raise ValueError(
             f"video of {t} frames of {h}x{w}; expected 1 + a multiple of {GROUP} frames and sides "
-            f"that are multiples of {stride}: change config.data.num_frames or config.data.canvas")
+            f"that are multiples of {stride}: change config.data.num_frames or config.data.canvas"
+        )
 
 
 def _in_255(pixels):
     """Pixels of canvases as float32 in 0..255, the unit of the components."""
-    return (pixels.astype(np.float32) if pixels.dtype == np.uint8
-            else pixels * np.float32(255))
+    return pixels.astype(np.float32) if pixels.dtype == np.uint8 else pixels * np.float32(255)
 
 
 def _namespace(x):
@@ -272,8 +295,11 @@ def _namespace(x):
 
 def _places(height, width):
     """[h, w, PLACES] f32: row and column in -1..1, and the column at twice the pace."""
-    rows, columns = np.meshgrid((np.arange(height) * 2 + 1) / height - 1,
-                                (np.arange(width) * 2 + 1) / width - 1, indexing="ij")
+    rows, columns = np.meshgrid(
+        (np.arange(height) * 2 + 1) / height - 1,
+        (np.arange(width) * 2 + 1) / width - 1,
+        indexing="ij",
+    )
     turn = 2 * np.pi * columns
     return np.stack([rows, columns, np.sin(turn), np.cos(turn)], axis=-1).astype(np.float32)
 
@@ -285,8 +311,9 @@ def _first_patches(frames):
 
 def _later_patches(video):
     """[B, T, H, W, 3] -> [B, F-1, h, w, 768]; frame 0 left out."""
-    return einops.rearrange(video[:, 1:], "b (f g) (h p) (w q) c -> b f h w (g p q c)",
-                            g=GROUP, p=STRIDE, q=STRIDE)
+    return einops.rearrange(
+        video[:, 1:], "b (f g) (h p) (w q) c -> b f h w (g p q c)", g=GROUP, p=STRIDE, q=STRIDE
+    )
 
 
 def _fit_basis(patches, channels, whitening):

@@ -28,30 +28,30 @@ _STUCK_STEPS, _STUCK_OTHERS, _STUCK_SHARE = 10, 8, 0.95
 ADVICE = {
     "missing video": "Copy the file again, or exclude the episode.",
     "undecodable picture": "The file is cut short, damaged, or of other times than the rows: copy "
-                           "it again, or exclude the episode.",
+    "it again, or exclude the episode.",
     "wrong number of frames": "Record or convert the episode again: pictures and actions may be "
-                              "out of step.",
+    "out of step.",
     "wrong fps": "Correct the metadata or resample the episode: its windows would span another "
-                 "time than the model expects.",
+    "time than the model expects.",
     "shuffled timestamps": "Sort the rows of the episode by time, or exclude it.",
     "timestamp drift": "Steps were lost or recorded late: resample the episode at an even rate.",
     "not finite": "Repair the numbers at their source, or exclude the episode.",
     "empty episode": "Delete it, or exclude it.",
     "short episode": "It is used, with its last step repeated; exclude it if it was broken off.",
     "no long episode": "Lower config.data.num_frames and config.data.action_horizon, or record "
-                       "longer episodes.",
+    "longer episodes.",
     "wrong width": "Make config.model and config.data.fields fit the data.",
     "wrong length": "Convert the episode again: its columns do not belong together.",
     "duplicate id": "Rename one of the episodes.",
     "duplicate episode": "Keep one of them: it weighs double, and may be in training and "
-                         "validation at once.",
+    "validation at once.",
     "constant dimension": "Leave it out of config.data.fields if it means nothing; a sensor may be "
-                          "dead.",
+    "dead.",
     "stuck dimension": "Look at the episode: a sensor or a gripper may have failed.",
-    "near-constant dimension": "Normalise by \"quantile\", repair the few extreme values, or leave "
-                               "the dimension out of config.data.fields.",
+    "near-constant dimension": 'Normalise by "quantile", repair the few extreme values, or leave '
+    "the dimension out of config.data.fields.",
     "far from the mean": "Look at the named step: glitches widen min_max for all other steps; "
-                         "\"quantile\" does not see them.",
+    '"quantile" does not see them.',
     "empty task": "Write down what the robot does: it is what the policy is asked for.",
     "tasks alike": "Spell it in one way, or the same task becomes several prompts.",
     "several fps": "Resample to one rate: a window of the same length spans another time.",
@@ -71,6 +71,7 @@ class Column:
     mean; `moves`: share of steps that differ from the one before; `clipped`: share that
     normalisation clips (actions only); `flag`: "", "constant", "near-constant" or "outliers".
     """
+
     name: str
     dim: int
     min: float
@@ -88,6 +89,7 @@ class Column:
 @dataclasses.dataclass(frozen=True, eq=False)
 class Histogram:
     """Counts int [k] between edges [k + 1]; `guessed`: nobody said what it is, it looks so."""
+
     label: str
     edges: np.ndarray
     counts: np.ndarray
@@ -97,6 +99,7 @@ class Histogram:
 @dataclasses.dataclass(frozen=True)
 class Drift:
     """The largest |t_i - i / fps|, in seconds, and where."""
+
     seconds: float
     episode: str
     frame: int
@@ -119,6 +122,7 @@ class Report:
       pictures: `doctor_pictures.Pictures`.
       seconds: it took.
     """
+
     data: config_lib.DataConfig
     problems: tuple
     ids: tuple
@@ -173,18 +177,34 @@ def examine(config, read=None):
     problems += _duplicates(sound)
     fps = collections.Counter(e.fps for e in found)
     if len(fps) > 1:
-        problems.append(Problem("warning", "several fps", "", path, None, "; ".join(
-            f"{count} episodes at {value:g}" for value, count in fps.items())))
+        problems.append(
+            Problem(
+                "warning",
+                "several fps",
+                "",
+                path,
+                None,
+                "; ".join(f"{count} episodes at {value:g}" for value, count in fps.items()),
+            )
+        )
     columns, normalized = _normalized(sound, columns, config)
     pictures, wrong = doctor_pictures.examine(filled, broken, config)
     problems = sorted(problems + wrong, key=lambda p: (p.severity != "error", p.kind))
     return Report(
-        data=config.data, problems=tuple(problems), ids=ids,
+        data=config.data,
+        problems=tuple(problems),
+        ids=ids,
         lengths=np.array([e.length for e in found], int),
-        hours=sum(e.length / e.fps for e in found) / 3600, fps=dict(fps), tasks=tasks,
-        columns=tuple(columns), grippers=_grippers(sound, columns, config.data.gripper_dims),
-        normalized=normalized, drift=drift, pictures=pictures,
-        seconds=time.monotonic() - began)
+        hours=sum(e.length / e.fps for e in found) / 3600,
+        fps=dict(fps),
+        tasks=tasks,
+        columns=tuple(columns),
+        grippers=_grippers(sound, columns, config.data.gripper_dims),
+        normalized=normalized,
+        drift=drift,
+        pictures=pictures,
+        seconds=time.monotonic() - began,
+    )
 
 
 # ---- columns -------------------------------------------------------------------------------------
@@ -223,29 +243,62 @@ def _columns(episodes, name, path):
         beyond = float((distance > _SIGMA).mean())
         if high - low < _STILL:
             flag, beyond = "constant", 0.0
-            problems.append(Problem("warning", "constant dimension", "", path, None, (
-                f"{label} is {low:.6g} throughout" if high == low else
-                f"{label} stays between {low:.6g} and {high:.6g}; normalisation does not scale a "
-                f"range below {_STILL:g}")))
+            problems.append(
+                Problem(
+                    "warning",
+                    "constant dimension",
+                    "",
+                    path,
+                    None,
+                    (
+                        f"{label} is {low:.6g} throughout"
+                        if high == low
+                        else f"{label} stays between {low:.6g} and {high:.6g}; "
+                        f"normalisation does not scale a "
+                        f"range below {_STILL:g}"
+                    ),
+                )
+            )
         elif moves < _RARE or q99 - q01 < _NARROW * (high - low):
             flag = "near-constant"
             episode, frame = _place(episodes, starts, far)
-            problems.append(Problem("warning", "near-constant dimension", "", path, None, (
-                f"{label} moves in {moves:.2%} of the steps" if moves < _RARE else
-                f"98 % of {label} lie within {(q99 - q01) / (high - low):.2%} of its range "
-                f"{low:.6g} to {high:.6g}; the farthest value is {x[far]:.6g} in {episode.id}, "
-                f"frame {frame}")))
+            problems.append(
+                Problem(
+                    "warning",
+                    "near-constant dimension",
+                    "",
+                    path,
+                    None,
+                    (
+                        f"{label} moves in {moves:.2%} of the steps"
+                        if moves < _RARE
+                        else f"98 % of {label} lie within {(q99 - q01) / (high - low):.2%} "
+                        f"of its range "
+                        f"{low:.6g} to {high:.6g}; the farthest value is {x[far]:.6g} in "
+                        f"{episode.id}, "
+                        f"frame {frame}"
+                    ),
+                )
+            )
         elif beyond > _MANY or distance[far] > _FAR:
             flag = "outliers"
             episode, frame = _place(episodes, starts, far)
-            problems.append(Problem(
-                "warning", "far from the mean", episode.id, str(episode.file), frame,
-                f"{label} is {x[far]:.6g}, {distance[far]:.0f} sigma from the mean {mean:.6g}; "
-                f"{beyond:.3%} of the steps are beyond {_SIGMA:g}"))
+            problems.append(
+                Problem(
+                    "warning",
+                    "far from the mean",
+                    episode.id,
+                    str(episode.file),
+                    frame,
+                    f"{label} is {x[far]:.6g}, {distance[far]:.0f} sigma from the mean {mean:.6g}; "
+                    f"{beyond:.3%} of the steps are beyond {_SIGMA:g}",
+                )
+            )
         if flag != "constant":
             problems += _stuck(episodes, starts, x, label)
-        columns.append(Column(name, dim, *map(float, (low, high, mean, std, q01, q99)), beyond,
-                              moves, flag))
+        columns.append(
+            Column(name, dim, *map(float, (low, high, mean, std, q01, q99)), beyond, moves, flag)
+        )
     return columns, problems
 
 
@@ -257,9 +310,18 @@ def _stuck(episodes, starts, x, label):
     moving = int((~still & long).sum())
     if others < _STUCK_OTHERS or moving < _STUCK_SHARE * others:
         return []
-    return [Problem("warning", "stuck dimension", episodes[i].id, str(episodes[i].file), None,
-                    f"{label} is {x[starts[i]]:.6g} from beginning to end; it moves in {moving} of "
-                    f"the {others} other episodes") for i in stuck]
+    return [
+        Problem(
+            "warning",
+            "stuck dimension",
+            episodes[i].id,
+            str(episodes[i].file),
+            None,
+            f"{label} is {x[starts[i]]:.6g} from beginning to end; it moves in {moving} of "
+            f"the {others} other episodes",
+        )
+        for i in stuck
+    ]
 
 
 def _normalized(episodes, columns, config):
@@ -269,16 +331,26 @@ def _normalized(episodes, columns, config):
         return columns, None
     values = np.concatenate([e.action for e in episodes])[:, None]
     values = transform.forward(values, None, np.zeros((len(values), 1), bool))[:, 0]
-    table = {"min": values.min(0), "max": values.max(0), "mean": values.mean(0, np.float64),
-             "std": values.std(0, dtype=np.float64), "q01": np.quantile(values, 0.01, axis=0),
-             "q99": np.quantile(values, 0.99, axis=0)}
+    table = {
+        "min": values.min(0),
+        "max": values.max(0),
+        "mean": values.mean(0, np.float64),
+        "std": values.std(0, dtype=np.float64),
+        "q01": np.quantile(values, 0.01, axis=0),
+        "q99": np.quantile(values, 0.99, axis=0),
+    }
     table = {f"global_{field}": value.tolist() for field, value in table.items()}
     normalizer = normalize.from_statistics({"action": {"all": table}}, "action", config.data)
     values = normalizer.normalize(values)
     clipped = (np.abs(values) >= normalizer.clip).mean(0)
     counts, edges = np.histogram(values, 80)
-    return ([dataclasses.replace(c, clipped=float(clipped[c.dim])) if c.name == "action" else c
-             for c in columns], Histogram("normalised action", edges, counts))
+    return (
+        [
+            dataclasses.replace(c, clipped=float(clipped[c.dim])) if c.name == "action" else c
+            for c in columns
+        ],
+        Histogram("normalised action", edges, counts),
+    )
 
 
 def _grippers(episodes, columns, dims):
@@ -304,8 +376,19 @@ def _clock(episodes):
     problems, timed = [], []
     for e in episodes:
         if e.timestamps is not None and np.shape(e.timestamps) != (e.length,):
-            problems.append(Problem("error", "wrong length", e.id, str(e.file), None, (
-                f"timestamps have shape {list(np.shape(e.timestamps))}; expected [{e.length}]")))
+            problems.append(
+                Problem(
+                    "error",
+                    "wrong length",
+                    e.id,
+                    str(e.file),
+                    None,
+                    (
+                        f"timestamps have shape {list(np.shape(e.timestamps))}; expected "
+                        f"[{e.length}]"
+                    ),
+                )
+            )
         elif e.timestamps is not None:
             timed.append(e)
     if not timed:
@@ -336,18 +419,35 @@ def _clock_problem(episode):
     back = np.flatnonzero(~(intervals > 0))
     if len(back) or not np.isfinite(t[0]):
         at = int(back[0]) + 1 if len(back) else 0
-        return problem("error", "shuffled timestamps", at, (
-            f"{t[at]:.6g} s comes after {t[max(0, at - 1)]:.6g} s; expected about {at / fps:.6g} "
-            f"s ({len(back)} such in all)"))
+        return problem(
+            "error",
+            "shuffled timestamps",
+            at,
+            (
+                f"{t[at]:.6g} s comes after {t[max(0, at - 1)]:.6g} s; expected about "
+                f"{at / fps:.6g} "
+                f"s ({len(back)} such in all)"
+            ),
+        )
     rate = 1 / np.median(intervals) if len(intervals) else fps
     if abs(rate / fps - 1) > 0.05:
-        return problem("error", "wrong fps", None, (
-            f"its timestamps are those of {rate:.6g} fps, the metadata says {fps:.6g}"))
+        return problem(
+            "error",
+            "wrong fps",
+            None,
+            (f"its timestamps are those of {rate:.6g} fps, the metadata says {fps:.6g}"),
+        )
     drift = np.abs(t - np.arange(len(t)) / fps)
     at = int((drift * fps > _DRIFT).argmax())
-    return problem("warning", "timestamp drift", at, (
-        f"recorded at {t[at]:.6g} s, due at {at / fps:.6g} s; at most {drift.max() * fps:.1f} "
-        "steps apart"))
+    return problem(
+        "warning",
+        "timestamp drift",
+        at,
+        (
+            f"recorded at {t[at]:.6g} s, due at {at / fps:.6g} s; at most {drift.max() * fps:.1f} "
+            "steps apart"
+        ),
+    )
 
 
 def _lengths(episodes, data):
@@ -355,11 +455,30 @@ def _lengths(episodes, data):
     short = [e for e in episodes if e.length < need]
     if episodes and len(short) == len(episodes):
         longest = max(e.length for e in episodes)
-        return [Problem("error", "no long episode", "", data.path, None, (
-            f"a window is {need} steps long (the larger of config.data.num_frames and "
-            f"action_horizon), the longest episode {longest}"))]
-    return [Problem("warning", "short episode", e.id, str(e.file), None,
-                    f"{e.length} steps, fewer than the {need} of a window") for e in short]
+        return [
+            Problem(
+                "error",
+                "no long episode",
+                "",
+                data.path,
+                None,
+                (
+                    f"a window is {need} steps long (the larger of config.data.num_frames and "
+                    f"action_horizon), the longest episode {longest}"
+                ),
+            )
+        ]
+    return [
+        Problem(
+            "warning",
+            "short episode",
+            e.id,
+            str(e.file),
+            None,
+            f"{e.length} steps, fewer than the {need} of a window",
+        )
+        for e in short
+    ]
 
 
 def _duplicates(episodes):
@@ -368,8 +487,16 @@ def _duplicates(episodes):
         key = hashlib.sha256(np.ascontiguousarray(e.action)).digest()
         same = first.setdefault(key, e)
         if same is not e:
-            problems.append(Problem("warning", "duplicate episode", e.id, str(e.file), None,
-                                    f"its actions are those of {same.id} ({same.file})"))
+            problems.append(
+                Problem(
+                    "warning",
+                    "duplicate episode",
+                    e.id,
+                    str(e.file),
+                    None,
+                    f"its actions are those of {same.id} ({same.file})",
+                )
+            )
     return problems
 
 
@@ -381,14 +508,24 @@ def _tasks(episodes, path):
         for step in range(e.length):
             own.setdefault(e.task_at(step), step)
         count.update(own.keys())
-        problems += [Problem("error", "empty task", e.id, str(e.file), step,
-                             f"the instruction is {task!r}")
-                     for task, step in own.items() if not task.strip()]
+        problems += [
+            Problem("error", "empty task", e.id, str(e.file), step, f"the instruction is {task!r}")
+            for task, step in own.items()
+            if not task.strip()
+        ]
     alike = collections.defaultdict(list)
     for task in count:
         alike[" ".join(task.lower().split())].append(task)
     for same in alike.values():
         if len(same) > 1:
-            problems.append(Problem("warning", "tasks alike", "", path, None, (
-                " and ".join(map(repr, same)) + " differ only in case or spaces")))
+            problems.append(
+                Problem(
+                    "warning",
+                    "tasks alike",
+                    "",
+                    path,
+                    None,
+                    (" and ".join(map(repr, same)) + " differ only in case or spaces"),
+                )
+            )
     return dict(count), problems

@@ -20,6 +20,7 @@ _EXAMPLES = 3
 @dataclasses.dataclass(frozen=True)
 class Camera:
     """One camera: `sizes` {"480x640": episodes}, `codecs` {"h264": files}, {} without videos."""
+
     name: str
     sizes: dict
     codecs: dict
@@ -31,6 +32,7 @@ class Example:
 
     raw {camera: uint8 [k, H, W, 3]}, canvas uint8 [k, H, W, 3], action f32 [n, A].
     """
+
     episode: str
     task: str
     fps: float
@@ -43,6 +45,7 @@ class Example:
 @dataclasses.dataclass(frozen=True, eq=False)
 class Pictures:
     """What was seen: `decoded` of `total` pictures, `which` says in words which ones."""
+
     which: str
     decoded: int
     total: int
@@ -50,10 +53,11 @@ class Pictures:
     examples: tuple = ()
 
 
-_WHICH = {"none": "no file with pictures was opened (config.data.check_frames='none')",
-          "ends": "the first and the last of every episode and camera "
-                  "(config.data.check_frames='ends')",
-          "all": "every one (config.data.check_frames='all')"}
+_WHICH = {
+    "none": "no file with pictures was opened (config.data.check_frames='none')",
+    "ends": "the first and the last of every episode and camera (config.data.check_frames='ends')",
+    "all": "every one (config.data.check_frames='all')",
+}
 
 
 def examine(episodes, broken, config):
@@ -80,8 +84,11 @@ def examine(episodes, broken, config):
     named = {p.file for p in problems}  # a file cut short shows in the last episode that lies in it
     problems += [p for p in unreadable if p.file not in named]
     problems += _sizes(looks, cameras) + _canvases(looks, config.data)
-    broken = (broken | {p.episode for p in problems if p.severity == "error"}
-              | {look.episode.id for look in looks if look.unknown})
+    broken = (
+        broken
+        | {p.episode for p in problems if p.severity == "error"}
+        | {look.episode.id for look in looks if look.unknown}
+    )
     sound = [e for e in episodes if e.id not in broken]
     sound = [e for e in sound if e.length >= config.data.num_frames] or sound
     shown = np.unique(np.linspace(0, len(sound) - 1, _EXAMPLES).astype(int)) if sound else ()
@@ -91,9 +98,13 @@ def examine(episodes, broken, config):
             examples.append(_example(episode, config.data))
         except episodes_lib.FrameError as error:  # of the middle, which "ends" leaves out
             problems.append(_undecodable(episode, error))
-    return Pictures(_WHICH[mode], sum(look.decoded for look in looks), total,
-                    tuple(_camera(name, looks, videos) for name in cameras),
-                    tuple(examples)), problems
+    return Pictures(
+        _WHICH[mode],
+        sum(look.decoded for look in looks),
+        total,
+        tuple(_camera(name, looks, videos) for name in cameras),
+        tuple(examples),
+    ), problems
 
 
 # ---- files ---------------------------------------------------------------------------------------
@@ -116,8 +127,9 @@ def _probe_all(jobs, pool):
         except episodes_lib.FrameError as error:
             return error
 
-    infos = tqdm.tqdm(pool.map(probe, [path for _, path in members]), "video files",
-                      len(members), leave=False)
+    infos = tqdm.tqdm(
+        pool.map(probe, [path for _, path in members]), "video files", len(members), leave=False
+    )
     videos, unreadable, problems = [], [], []
     for ((camera, path), inside), info in zip(members.items(), infos):
         if isinstance(info, episodes_lib.FrameError):
@@ -133,21 +145,42 @@ def _against_metadata(path, info, members):
     for episode, first in members:
         have = max(0, info.frames - first)
         if have < episode.length:
-            problems.append(episodes_lib.Problem(
-                "error", "wrong number of frames", episode.id, path, have,
-                f"the video ends after {have} frames of it, the episode has {episode.length} "
-                "steps"))
+            problems.append(
+                episodes_lib.Problem(
+                    "error",
+                    "wrong number of frames",
+                    episode.id,
+                    path,
+                    have,
+                    f"the video ends after {have} frames of it, the episode has {episode.length} "
+                    "steps",
+                )
+            )
         if abs(info.fps / episode.fps - 1) > 0.01:
-            problems.append(episodes_lib.Problem(
-                "error", "wrong fps", episode.id, path, None,
-                f"the video runs at {info.fps:.6g} fps, the data at {episode.fps:.6g}"))
+            problems.append(
+                episodes_lib.Problem(
+                    "error",
+                    "wrong fps",
+                    episode.id,
+                    path,
+                    None,
+                    f"the video runs at {info.fps:.6g} fps, the data at {episode.fps:.6g}",
+                )
+            )
     episode, first = members[-1]
     surplus = info.frames - first - episode.length
     # A packed file may go on with episodes that config.data.exclude lists.
     if len(members) == 1 and first == 0 and 0 < surplus < episode.length:
-        problems.append(episodes_lib.Problem(
-            "warning", "wrong number of frames", episode.id, path, episode.length,
-            f"the video has {info.frames} frames, the episode {episode.length} steps"))
+        problems.append(
+            episodes_lib.Problem(
+                "warning",
+                "wrong number of frames",
+                episode.id,
+                path,
+                episode.length,
+                f"the video has {info.frames} frames, the episode {episode.length} steps",
+            )
+        )
     return problems
 
 
@@ -157,6 +190,7 @@ def _against_metadata(path, info, members):
 @dataclasses.dataclass
 class _Look:
     """What came out of one camera of one episode."""
+
     episode: object
     camera: str
     size: tuple = ()
@@ -167,14 +201,22 @@ class _Look:
     def warn(self, kind, frame, message):
         place = self.episode.video(self.camera)
         file = place[0] if place else self.episode.file
-        self.problems.append(episodes_lib.Problem(
-            "warning", kind, self.episode.id, str(file), frame,
-            f"camera {self.camera!r}: {message}"))
+        self.problems.append(
+            episodes_lib.Problem(
+                "warning",
+                kind,
+                self.episode.id,
+                str(file),
+                frame,
+                f"camera {self.camera!r}: {message}",
+            )
+        )
 
 
 def _undecodable(episode, error):
-    return episodes_lib.Problem("error", "undecodable picture", episode.id, error.file,
-                                error.frame, error.reason)
+    return episodes_lib.Problem(
+        "error", "undecodable picture", episode.id, error.file, error.frame, error.reason
+    )
 
 
 def _look(episode, camera, mode):
@@ -191,15 +233,19 @@ def _look(episode, camera, mode):
             even += block[extent <= _EVEN].tolist()
             first = frames[:1] if first is None else first
             if frozen:  # compared with the first: slow pictures change little from one to the next
-                frozen = bool((np.maximum(frames, first) - np.minimum(frames, first)
-                               <= _SAME).all())
+                frozen = bool(
+                    (np.maximum(frames, first) - np.minimum(frames, first) <= _SAME).all()
+                )
     except episodes_lib.FrameError as error:
         look.problems.append(_undecodable(episode, error))
     except KeyError as error:
         look.unknown = str(error.args[0])
     if even:
-        look.warn("empty picture", even[0], f"{len(even)} of {look.decoded} decoded pictures are "
-                  "black or of one colour")
+        look.warn(
+            "empty picture",
+            even[0],
+            f"{len(even)} of {look.decoded} decoded pictures are black or of one colour",
+        )
     if frozen and not even and look.decoded > 1 and episode.length >= _FROZEN_STEPS:
         look.warn("frozen camera", None, f"all {look.decoded} decoded pictures are the same")
     return look
@@ -208,8 +254,12 @@ def _look(episode, camera, mode):
 def _unknown_cameras(looks):
     """One problem per episode, or a single one where no episode has the camera."""
     wrong = [look for look in looks if look.unknown]
-    problems = [episodes_lib.Problem("error", "no such camera", look.episode.id,
-                                     str(look.episode.file), None, look.unknown) for look in wrong]
+    problems = [
+        episodes_lib.Problem(
+            "error", "no such camera", look.episode.id, str(look.episode.file), None, look.unknown
+        )
+        for look in wrong
+    ]
     for camera in {look.camera for look in wrong}:
         if all(look.unknown for look in looks if look.camera == camera):
             same = [p for p, look in zip(problems, wrong) if look.camera == camera]
@@ -225,10 +275,18 @@ def _sizes(looks, cameras):
         usual = collections.Counter(look.size for look in mine).most_common(1)
         for look in mine:
             if look.size != usual[0][0]:
-                problems.append(episodes_lib.Problem(
-                    "warning", "other picture size", look.episode.id, str(look.episode.file), None,
-                    f"camera {camera!r} gives {_size(look.size)} here and {_size(usual[0][0])} in "
-                    f"{usual[0][1]} other episodes"))
+                problems.append(
+                    episodes_lib.Problem(
+                        "warning",
+                        "other picture size",
+                        look.episode.id,
+                        str(look.episode.file),
+                        None,
+                        f"camera {camera!r} gives {_size(look.size)} here and "
+                        f"{_size(usual[0][0])} in "
+                        f"{usual[0][1]} other episodes",
+                    )
+                )
     return problems
 
 
@@ -248,14 +306,18 @@ def _canvases(looks, data):
         try:
             transforms.canvas({c: np.zeros((*s, 3), np.uint8) for c, s in combination}, data)
         except ValueError as error:
-            problems.append(episodes_lib.Problem("error", "does not fit the canvas", episode,
-                                                 files[episode], None, str(error)))
+            problems.append(
+                episodes_lib.Problem(
+                    "error", "does not fit the canvas", episode, files[episode], None, str(error)
+                )
+            )
     return problems
 
 
 def _camera(name, looks, videos):
     sizes = collections.Counter(
-        _size(look.size) for look in looks if look.camera == name and look.size)
+        _size(look.size) for look in looks if look.camera == name and look.size
+    )
     codecs = collections.Counter(info.codec for camera, info in videos if camera == name)
     return Camera(name, dict(sizes), dict(codecs))
 
@@ -267,5 +329,12 @@ def _size(size):
 def _example(episode, data):
     steps = np.unique([0, episode.length // 2, episode.length - 1])
     raw = {camera: episode.frames(camera, steps) for camera in data.cameras}
-    return Example(episode.id, episode.task, episode.fps, tuple(steps.tolist()), raw,
-                   transforms.to_uint8(transforms.canvas(raw, data)), episode.action)
+    return Example(
+        episode.id,
+        episode.task,
+        episode.fps,
+        tuple(steps.tolist()),
+        raw,
+        transforms.to_uint8(transforms.canvas(raw, data)),
+        episode.action,
+    )

@@ -62,33 +62,53 @@ def write(report, directory):
     with tempfile.TemporaryDirectory() as pictures:
         sections = _sections(report, pathlib.Path(pictures))
         page.write_html(
-            paths[0], f"Dataset doctor · {report.data.source} · {report.data.path}",
-            _headline(report), _cards(report), sections,
-            {"config.data": dataclasses.asdict(report.data)}, "Examined with", tone)
+            paths[0],
+            f"Dataset doctor · {report.data.source} · {report.data.path}",
+            _headline(report),
+            _cards(report),
+            sections,
+            {"config.data": dataclasses.asdict(report.data)},
+            "Examined with",
+            tone,
+        )
     return paths
 
 
 def to_json(report):
     """Returns the report without its pictures as plain JSON types."""
+
     def plain(histogram):
-        return histogram and {"label": histogram.label, "guessed": histogram.guessed,
-                              "edges": histogram.edges.tolist(),
-                              "counts": histogram.counts.tolist()}
+        return histogram and {
+            "label": histogram.label,
+            "guessed": histogram.guessed,
+            "edges": histogram.edges.tolist(),
+            "counts": histogram.counts.tolist(),
+        }
 
     problems = [p._asdict() | {"advice": _advice(p.kind)} for p in report.problems]
     return {
-        "verdict": verdict(report), "errors": len(report.errors),
-        "warnings": len(report.warnings), "problems": problems, "episodes": len(report.ids),
-        "steps": int(report.lengths.sum()), "hours": report.hours,
+        "verdict": verdict(report),
+        "errors": len(report.errors),
+        "warnings": len(report.warnings),
+        "problems": problems,
+        "episodes": len(report.ids),
+        "steps": int(report.lengths.sum()),
+        "hours": report.hours,
         "lengths": report.lengths.tolist(),
         "fps": [{"fps": fps, "episodes": n} for fps, n in report.fps.items()],
-        "tasks": report.tasks, "cameras": [dataclasses.asdict(c) for c in report.pictures.cameras],
-        "pictures": {"which": report.pictures.which, "decoded": report.pictures.decoded,
-                     "total": report.pictures.total},
+        "tasks": report.tasks,
+        "cameras": [dataclasses.asdict(c) for c in report.pictures.cameras],
+        "pictures": {
+            "which": report.pictures.which,
+            "decoded": report.pictures.decoded,
+            "total": report.pictures.total,
+        },
         "columns": [dataclasses.asdict(c) for c in report.columns],
-        "grippers": [plain(h) for h in report.grippers], "normalized": plain(report.normalized),
+        "grippers": [plain(h) for h in report.grippers],
+        "normalized": plain(report.normalized),
         "drift": report.drift and dataclasses.asdict(report.drift),
-        "seconds": round(report.seconds, 2), "config.data": dataclasses.asdict(report.data),
+        "seconds": round(report.seconds, 2),
+        "config.data": dataclasses.asdict(report.data),
     }
 
 
@@ -118,13 +138,18 @@ def _where(problem, root=""):
 
 
 def _by_kind(problems):
-    return [(key, list(group)) for key, group in
-            itertools.groupby(problems, lambda p: (p.severity, p.kind))]
+    return [
+        (key, list(group))
+        for key, group in itertools.groupby(problems, lambda p: (p.severity, p.kind))
+    ]
 
 
 def _length(lengths):
-    return (f"{lengths.min()} / {np.median(lengths):g} / {lengths.max()} steps"
-            if len(lengths) else "none readable")
+    return (
+        f"{lengths.min()} / {np.median(lengths):g} / {lengths.max()} steps"
+        if len(lengths)
+        else "none readable"
+    )
 
 
 def _time(hours):
@@ -140,12 +165,16 @@ def _rates(report):
 def _cameras(report):
     return "; ".join(
         " ".join([c.name, ", ".join(c.sizes) or "not seen", *sorted(c.codecs)])
-        for c in report.pictures.cameras) or ", ".join(report.data.cameras)
+        for c in report.pictures.cameras
+    ) or ", ".join(report.data.cameras)
 
 
 def _seen(pictures):
-    return (f"{pictures.decoded:,} of {pictures.total:,} decoded: {pictures.which}"
-            if pictures.decoded else pictures.which)
+    return (
+        f"{pictures.decoded:,} of {pictures.total:,} decoded: {pictures.which}"
+        if pictures.decoded
+        else pictures.which
+    )
 
 
 def _drifts(report):
@@ -160,56 +189,95 @@ def _facts(report):
     """[(label, value)] of the terminal."""
     tasks = list(report.tasks)
     named = "; ".join(tasks[:3]) + ("; ..." if len(tasks) > 3 else "")
-    return [("data", f"{report.data.source}, {report.data.path}"),
-            ("recorded", f"{_many(int(report.lengths.sum()), 'step')}, {_time(report.hours)} at "
-                         f"{_rates(report)} fps; min / median / max {_length(report.lengths)}"),
-            ("cameras", _cameras(report)), ("tasks", f"{len(tasks)}: {named}"),
-            ("times", _drifts(report)), ("pictures", _seen(report.pictures))]
+    return [
+        ("data", f"{report.data.source}, {report.data.path}"),
+        (
+            "recorded",
+            f"{_many(int(report.lengths.sum()), 'step')}, {_time(report.hours)} at "
+            f"{_rates(report)} fps; min / median / max {_length(report.lengths)}",
+        ),
+        ("cameras", _cameras(report)),
+        ("tasks", f"{len(tasks)}: {named}"),
+        ("times", _drifts(report)),
+        ("pictures", _seen(report.pictures)),
+    ]
 
 
 # ---- the page ------------------------------------------------------------------------------------
 
 
 def _headline(report):
-    return _counts(report), (f"in {_many(len(report.ids), 'episode')}. Pictures: "
-                             f"{_seen(report.pictures)}.")
+    return _counts(report), (
+        f"in {_many(len(report.ids), 'episode')}. Pictures: {_seen(report.pictures)}."
+    )
 
 
 def _cards(report):
     lengths = report.lengths
-    return [(f"{len(report.ids):,}", "episodes"), (f"{int(lengths.sum()):,}", "steps"),
-            (_time(report.hours), f"at {_rates(report)} fps"),
-            (f"{lengths.min()} to {lengths.max()}" if len(lengths) else "-",
-             f"steps long, median {np.median(lengths):g}" if len(lengths) else "none readable"),
-            (f"{len(report.tasks):,}", "instructions"),
-            (f"{report.seconds:.1f} s", "to examine")]
+    return [
+        (f"{len(report.ids):,}", "episodes"),
+        (f"{int(lengths.sum()):,}", "steps"),
+        (_time(report.hours), f"at {_rates(report)} fps"),
+        (
+            f"{lengths.min()} to {lengths.max()}" if len(lengths) else "-",
+            f"steps long, median {np.median(lengths):g}" if len(lengths) else "none readable",
+        ),
+        (f"{len(report.tasks):,}", "instructions"),
+        (f"{report.seconds:.1f} s", "to examine"),
+    ]
 
 
 def _sections(report, directory):
-    sections = [_problems(report, severity, title) for severity, title in
-                (("error", "Errors"), ("warning", "Warnings"))
-                if any(p.severity == severity for p in report.problems)]
+    sections = [
+        _problems(report, severity, title)
+        for severity, title in (("error", "Errors"), ("warning", "Warnings"))
+        if any(p.severity == severity for p in report.problems)
+    ]
     if report.pictures.examples:
-        sections.append(page.Section(
-            "What the cameras saw, and the canvas the model will see",
-            "First, middle and last step. Is every picture upright, are its colours right, does "
-            "the canvas show what matters?",
-            tuple(itertools.chain.from_iterable(
-                _example(example, report, directory) for example in report.pictures.examples))))
+        sections.append(
+            page.Section(
+                "What the cameras saw, and the canvas the model will see",
+                "First, middle and last step. Is every picture upright, are its colours right, "
+                "does the canvas show what matters?",
+                tuple(
+                    itertools.chain.from_iterable(
+                        _example(example, report, directory) for example in report.pictures.examples
+                    )
+                ),
+            )
+        )
     if len(report.lengths):
-        sections.append(page.Section("Lengths and tasks", f"Timestamps: {_drifts(report)}.", (
-            page.Media(_lengths_chart(report, directory), "Steps per episode; the dashed line is "
-                       "a window.", wide=True),), _task_table(report)))
+        sections.append(
+            page.Section(
+                "Lengths and tasks",
+                f"Timestamps: {_drifts(report)}.",
+                (
+                    page.Media(
+                        _lengths_chart(report, directory),
+                        "Steps per episode; the dashed line is a window.",
+                        wide=True,
+                    ),
+                ),
+                _task_table(report),
+            )
+        )
     if report.columns:
-        sections.append(page.Section(
-            "Actions", _actions_text(report),
-            tuple(page.Media(*shown) for shown in _action_charts(report, directory))))
-        sections.append(page.Section(
-            "State and action, dimension by dimension",
-            "Over all steps of the episodes without errors, each step counting the same, in "
-            "physical units. Beyond 5σ: share of steps further from the mean. Moves: share of "
-            "steps unlike the one before. Clipped: share that normalisation cuts at ±5.",
-            table=_column_table(report)))
+        sections.append(
+            page.Section(
+                "Actions",
+                _actions_text(report),
+                tuple(page.Media(*shown) for shown in _action_charts(report, directory)),
+            )
+        )
+        sections.append(
+            page.Section(
+                "State and action, dimension by dimension",
+                "Over all steps of the episodes without errors, each step counting the same, in "
+                "physical units. Beyond 5σ: share of steps further from the mean. Moves: share of "
+                "steps unlike the one before. Clipped: share that normalisation cuts at ±5.",
+                table=_column_table(report),
+            )
+        )
     return sections
 
 
@@ -221,14 +289,23 @@ def _problems(report, severity, title):
             continue
         for number, problem in enumerate(found[:_ROWS]):
             first = number == 0
-            rows.append((f"{kind} ({len(found):,})" if first else "", _where(problem, root),
-                         problem.message, _advice(kind) if first else ""))
+            rows.append(
+                (
+                    f"{kind} ({len(found):,})" if first else "",
+                    _where(problem, root),
+                    problem.message,
+                    _advice(kind) if first else "",
+                )
+            )
         if len(found) > _ROWS:
             rows.append(("", f"... and {len(found) - _ROWS:,} more", "all are in report.json", ""))
     flag = exclude_flag(report)
-    advice = {"error": "Nothing is computed from these data until they are repaired"
-                       + (f", or left out with {flag}" if flag else "") + ".",
-              "warning": "Training is possible; look at these first."}[severity]
+    advice = {
+        "error": "Nothing is computed from these data until they are repaired"
+        + (f", or left out with {flag}" if flag else "")
+        + ".",
+        "warning": "Training is possible; look at these first.",
+    }[severity]
     return page.Section(title, advice, table=tuple(rows), whole=severity == "error")
 
 
@@ -242,8 +319,12 @@ def _example(example, report, directory):
         _strip(pictures).save(path)
         canvas = pictures is example.canvas
         caption = f"{name} · steps {', '.join(map(str, example.steps))} of {example.episode}"
-        yield page.Media(path, caption + (f" · “{example.task}”" if canvas else ""),
-                         "canvas" if canvas else "camera", wide=canvas)
+        yield page.Media(
+            path,
+            caption + (f" · “{example.task}”" if canvas else ""),
+            "canvas" if canvas else "camera",
+            wide=canvas,
+        )
 
 
 def _strip(pictures, height=200, gap=6):
@@ -280,8 +361,10 @@ def _task_table(report):
 
 def _actions_text(report):
     if report.normalized is None:
-        return ("Values before config.data.action_as; their normalised histogram is not shown, "
-                "because normalisation comes after it.")
+        return (
+            "Values before config.data.action_as; their normalised histogram is not shown, "
+            "because normalisation comes after it."
+        )
     return f"Normalised by {report.data.normalization!r}, with statistics over all steps."
 
 
@@ -289,15 +372,23 @@ def _action_charts(report, directory):
     """Yields (path, caption[, tag, wide])."""
     if report.pictures.examples:
         example = report.pictures.examples[0]
-        yield (_curves(directory / "actions.png", example), "Actions of "
-               f"{example.episode}, in physical units.", "", True)
+        yield (
+            _curves(directory / "actions.png", example),
+            f"Actions of {example.episode}, in physical units.",
+            "",
+            True,
+        )
     for number, histogram in enumerate(report.grippers):
         guess = " A guess: config.data.gripper_dims names none, and this dimension has two sides."
-        yield (_histogram(directory / f"gripper_{number}.png", histogram),
-               f"Gripper: {histogram.label}.{guess if histogram.guessed else ''}")
+        yield (
+            _histogram(directory / f"gripper_{number}.png", histogram),
+            f"Gripper: {histogram.label}.{guess if histogram.guessed else ''}",
+        )
     if report.normalized is not None:
-        yield (_histogram(directory / "normalized.png", report.normalized, log=True),
-               "All dimensions of the action after normalisation; the count is logarithmic.")
+        yield (
+            _histogram(directory / "normalized.png", report.normalized, log=True),
+            "All dimensions of the action after normalisation; the count is logarithmic.",
+        )
 
 
 def _curves(path, example):
@@ -319,8 +410,12 @@ def _curves(path, example):
 
 def _histogram(path, histogram, log=False):
     with page.chart(path, 6.4, 2.6) as axes:
-        axes.stairs(histogram.counts, histogram.edges, fill=True,
-                    color=_SOFT if histogram.guessed else _BLUE)
+        axes.stairs(
+            histogram.counts,
+            histogram.edges,
+            fill=True,
+            color=_SOFT if histogram.guessed else _BLUE,
+        )
         if log:
             axes.set_yscale("log")
         axes.set_xlabel(histogram.label)
@@ -330,8 +425,15 @@ def _histogram(path, histogram, log=False):
 
 def _column_table(report):
     head = ("", "min", "max", "mean", "std", "q01", "q99", "beyond 5σ", "moves", "clipped", "")
-    rows = [(f"{c.name}[{c.dim}]",
-             *(f"{v:.4g}" for v in (c.min, c.max, c.mean, c.std, c.q01, c.q99)),
-             f"{c.beyond:.3%}", f"{c.moves:.1%}",
-             "" if c.clipped is None else f"{c.clipped:.3%}", c.flag) for c in report.columns]
+    rows = [
+        (
+            f"{c.name}[{c.dim}]",
+            *(f"{v:.4g}" for v in (c.min, c.max, c.mean, c.std, c.q01, c.q99)),
+            f"{c.beyond:.3%}",
+            f"{c.moves:.1%}",
+            "" if c.clipped is None else f"{c.clipped:.3%}",
+            c.flag,
+        )
+        for c in report.columns
+    ]
     return (head, *rows)

@@ -35,6 +35,7 @@ class Episode(typing.Protocol):
         data have none.
       file: where it lies, for messages.
     """
+
     id: str
     length: int
     fps: float
@@ -83,6 +84,7 @@ class Problem(typing.NamedTuple):
       episode: id. file: path. frame: step, or None.
       message: what was found, what was expected, what to do.
     """
+
     severity: str
     kind: str
     episode: str
@@ -93,13 +95,13 @@ class Problem(typing.NamedTuple):
     def line(self):
         """Returns it as one line."""
         place = f", frame {self.frame}" if self.frame is not None else ""
-        return (f"{self.episode or 'the data set'} ({self.file}{place}): {self.kind}: "
-                f"{self.message}")
+        return f"{self.episode or 'the data set'} ({self.file}{place}): {self.kind}: {self.message}"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ArrayEpisode(Episode):
     """An `Episode` held in memory; `images` maps a camera name to uint8 [n, H, W, 3]."""
+
     id: str
     fps: float
     task: str
@@ -114,8 +116,10 @@ class ArrayEpisode(Episode):
     def frames(self, camera, indices):
         """Returns uint8 [k, H, W, 3]; KeyError names the cameras there are."""
         if camera not in self.images:
-            raise KeyError(f"episode {self.id} has no camera {camera!r}; it has "
-                           f"{', '.join(sorted(self.images))}: correct config.data.cameras")
+            raise KeyError(
+                f"episode {self.id} has no camera {camera!r}; it has "
+                f"{', '.join(sorted(self.images))}: correct config.data.cameras"
+            )
         return self.images[camera][np.asarray(indices)]
 
 
@@ -124,6 +128,7 @@ class Window(typing.NamedTuple):
 
     frames [k] int, actions [T] int, image_is_pad [k] bool, action_is_pad [T] bool.
     """
+
     frames: np.ndarray
     actions: np.ndarray
     image_is_pad: np.ndarray
@@ -141,13 +146,16 @@ def window(length, start, num_frames, stride, horizon):
       horizon: T, actions of the chunk.
     """
     if not 0 <= start < length:
-        raise IndexError(f"window starts at step {start} of an episode of {length} steps; "
-                         "expected 0 <= start < length")
+        raise IndexError(
+            f"window starts at step {start} of an episode of {length} steps; "
+            "expected 0 <= start < length"
+        )
     frames = start + np.arange(0, num_frames, stride)
     actions = start + np.arange(horizon)
     last = length - 1
-    return Window(np.minimum(frames, last), np.minimum(actions, last),
-                  frames > last, actions > last)
+    return Window(
+        np.minimum(frames, last), np.minimum(actions, last), frames > last, actions > last
+    )
 
 
 def split(episodes, val_fraction):
@@ -168,7 +176,8 @@ def split(episodes, val_fraction):
     if train == 0:
         raise ValueError(
             f"config.data.val_fraction={val_fraction} of {len(ids)} episodes leaves none to train "
-            "on; record more episodes or set config.data.val_fraction=0")
+            "on; record more episodes or set config.data.val_fraction=0"
+        )
     return [ids[i] for i in order[:train]], [ids[i] for i in order[train:]]
 
 
@@ -192,9 +201,11 @@ def refuse_errors(problems, config):
         shown = errors[:_SHOWN] + [f"... and {len(errors) - _SHOWN} more"] * (len(errors) > _SHOWN)
         raise ValueError(
             f"{len(errors)} errors in the episodes of config.data.path={config.data.path!r}:\n  "
-            + "\n  ".join(shown) + "\nRepair the data, or list the ids of these episodes in "
+            + "\n  ".join(shown)
+            + "\nRepair the data, or list the ids of these episodes in "
             "config.data.exclude. python -m lightwam_jax.precompute --config CONFIG --what stats "
-            "writes a report of all of them.")
+            "writes a report of all of them."
+        )
 
 
 def read(config):
@@ -209,17 +220,19 @@ def read(config):
     """
     source, path = config.data.source, config.data.path
     if source == "fake":
-        raise ValueError("config.data.source='fake' makes random batches and has no episodes: "
-                         "there is nothing to precompute, run train.py directly")
-    if source not in SOURCES:
         raise ValueError(
-            f"config.data.source is {source!r}; known sources: {', '.join(SOURCES)}")
+            "config.data.source='fake' makes random batches and has no episodes: "
+            "there is nothing to precompute, run train.py directly"
+        )
+    if source not in SOURCES:
+        raise ValueError(f"config.data.source is {source!r}; known sources: {', '.join(SOURCES)}")
     paths = directories(path)
     for directory in paths or [path]:
         if not os.path.isdir(directory):
             make = f"; make it with: {RECORD}" if source == "demo" else ""
             raise FileNotFoundError(
-                f"config.data.path={directory!r} is not a directory of episodes{make}")
+                f"config.data.path={directory!r} is not a directory of episodes{make}"
+            )
     # Imported here: each source needs packages that the others do not.
     reader = importlib.import_module(f"lightwam_jax.data.{source}")
     if len(paths) == 1:
@@ -229,13 +242,17 @@ def read(config):
     names = {e.id for e in found} | {p.episode for p in problems}
     unknown = sorted(set(config.data.exclude) - names)
     if unknown:
-        raise ValueError(f"config.data.exclude lists {', '.join(unknown)}, and {path} has no such "
-                         "episode; correct the list")
+        raise ValueError(
+            f"config.data.exclude lists {', '.join(unknown)}, and {path} has no such "
+            "episode; correct the list"
+        )
     found = [e for e in found if e.id not in config.data.exclude]
     problems = [p for p in problems if p.episode not in config.data.exclude]
     if not found and not problems:
-        raise ValueError(f"config.data.path={path!r} holds no episode"
-                         + (f"; record some with: {RECORD}" if source == "demo" else ""))
+        raise ValueError(
+            f"config.data.path={path!r} holds no episode"
+            + (f"; record some with: {RECORD}" if source == "demo" else "")
+        )
     return found, problems + [p for e in found for p in check(e, config)] + _duplicates(found)
 
 
@@ -248,12 +265,15 @@ def _read_several(reader, config, paths):
     """Reads data sets one after the other; ids get the name of their directory in front."""
     names = [os.path.basename(os.path.normpath(path)) for path in paths]
     if len(set(names)) < len(names):
-        raise ValueError(f"config.data.path={config.data.path!r} names two directories alike: the "
-                         "ids of their episodes would be the same; rename one")
+        raise ValueError(
+            f"config.data.path={config.data.path!r} names two directories alike: the "
+            "ids of their episodes would be the same; rename one"
+        )
     found, problems = [], []
     for name, path in zip(names, paths):
-        own = tuple(i.removeprefix(f"{name}/") for i in config.data.exclude
-                    if i.startswith(f"{name}/"))
+        own = tuple(
+            i.removeprefix(f"{name}/") for i in config.data.exclude if i.startswith(f"{name}/")
+        )
         data = dataclasses.replace(config.data, path=path, exclude=own)
         episodes, wrong = reader.read(dataclasses.replace(config, data=data))
         found += [dataclasses.replace(e, id=f"{name}/{e.id}") for e in episodes]
@@ -263,8 +283,11 @@ def _read_several(reader, config, paths):
 
 def tasks(episodes):
     """Returns the distinct instructions of all steps, in the order of their first use."""
-    return list(dict.fromkeys(
-        episode.task_at(step) for episode in episodes for step in range(episode.length)))
+    return list(
+        dict.fromkeys(
+            episode.task_at(step) for episode in episodes for step in range(episode.length)
+        )
+    )
 
 
 def check(episode, config):
@@ -273,33 +296,60 @@ def check(episode, config):
     Errors: no step at all, state or action of another length or width than the config says,
     numbers that are not finite.
     """
+
     def problem(kind, message, frame=None):
         return Problem("error", kind, episode.id, episode.file, frame, message)
 
     out = []
     if not episode.length:
         return [problem("empty episode", "it has no step")]
-    for name, key, width in (("state", "state_dim", config_lib.state_width(config)),
-                             ("action", "action_dim", config_lib.action_width(config))):
+    for name, key, width in (
+        ("state", "state_dim", config_lib.state_width(config)),
+        ("action", "action_dim", config_lib.action_width(config)),
+    ):
         values = getattr(episode, name)
         if values.ndim != 2 or len(values) != episode.length:
-            out.append(problem("wrong length", f"{name} has shape {list(values.shape)}; expected "
-                               f"[{episode.length}, {width}]"))
+            out.append(
+                problem(
+                    "wrong length",
+                    f"{name} has shape {list(values.shape)}; expected [{episode.length}, {width}]",
+                )
+            )
         elif values.shape[1] != width:
-            out.append(problem("wrong width", (
-                f"{name} has {values.shape[1]} dimensions, the config says {width}; set "
-                f"config.model.{'proprio_dim' if name == 'state' else 'action_dim'} to "
-                f"{values.shape[1]}, or config.data.{key} where the model's is larger")))
+            out.append(
+                problem(
+                    "wrong width",
+                    (
+                        f"{name} has {values.shape[1]} dimensions, the config says {width}; set "
+                        f"config.model.{'proprio_dim' if name == 'state' else 'action_dim'} to "
+                        f"{values.shape[1]}, or config.data.{key} where the model's is larger"
+                    ),
+                )
+            )
         elif not np.isfinite(values).all():
             bad = np.argwhere(~np.isfinite(values))
             step, dim = bad[0]
-            out.append(problem("not finite", f"{name}[{dim}] is {values[step, dim]} ({len(bad)} "
-                               "such values in all)", int(step)))
+            out.append(
+                problem(
+                    "not finite",
+                    f"{name}[{dim}] is {values[step, dim]} ({len(bad)} such values in all)",
+                    int(step),
+                )
+            )
     return out
 
 
 def _duplicates(episodes):
     count = collections.Counter(episode.id for episode in episodes)
-    return [Problem("error", "duplicate id", name, "", None,
-                    f"{n} episodes are called so; ids must be unique, rename one")
-            for name, n in count.items() if n > 1]
+    return [
+        Problem(
+            "error",
+            "duplicate id",
+            name,
+            "",
+            None,
+            f"{n} episodes are called so; ids must be unique, rename one",
+        )
+        for name, n in count.items()
+        if n > 1
+    ]

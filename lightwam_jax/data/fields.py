@@ -35,6 +35,7 @@ class Unfit(ValueError):
 
 class Key(typing.NamedTuple):
     """A parsed key: path, and slices of rows and dimensions."""
+
     path: str
     rows: slice
     dims: slice
@@ -49,7 +50,8 @@ def parse(key):
     except (AttributeError, ValueError):
         raise ValueError(
             f"config.data.fields has {key!r}; expected PATH, PATH[rows] or PATH[rows, dimensions] "
-            "with numpy's slices, e.g. 'observations/qpos[:, :7]' or 'actions[1:]'") from None
+            "with numpy's slices, e.g. 'observations/qpos[:, :7]' or 'actions[1:]'"
+        ) from None
 
 
 def _slice(text):
@@ -78,14 +80,20 @@ def join(name, parts):
     for text, values in parts.items():
         key = parse(text)
         if values.ndim not in (1, 2) or values.dtype.kind not in "fiub":
-            raise Unfit("wrong type", f"{name} {key.path} is {values.dtype} {list(values.shape)}; "
-                        "expected numbers [n] or [n, d]")
+            raise Unfit(
+                "wrong type",
+                f"{name} {key.path} is {values.dtype} {list(values.shape)}; "
+                "expected numbers [n] or [n, d]",
+            )
         values = values[:, None] if values.ndim == 1 else values
         columns[text] = values[key.rows, key.dims].astype(np.float32)
     rows = {text: len(values) for text, values in columns.items()}
     if len(set(rows.values())) > 1:
-        raise Unfit("wrong length", f"the parts of the {name} differ in length: " + ", ".join(
-            f"{text} has {count}" for text, count in rows.items()))
+        raise Unfit(
+            "wrong length",
+            f"the parts of the {name} differ in length: "
+            + ", ".join(f"{text} has {count}" for text, count in rows.items()),
+        )
     return np.concatenate(list(columns.values()), axis=-1)
 
 
@@ -143,6 +151,7 @@ class KeyedEpisode(episodes_lib.Episode):
       pictures: {camera: (path, range of the stored pictures that are the frames)}.
       colour: config.data.fields.colour.
     """
+
     id: str
     fps: float
     tasks: tuple
@@ -153,14 +162,18 @@ class KeyedEpisode(episodes_lib.Episode):
     colour: str
 
     def __post_init__(self):
-        counts = {"state": len(self.state), **{
-            f"camera {camera!r}": len(rows) for camera, (_, rows) in self.pictures.items()}}
+        counts = {
+            "state": len(self.state),
+            **{f"camera {camera!r}": len(rows) for camera, (_, rows) in self.pictures.items()},
+        }
         if len(self.tasks) > 1:
             counts["the instruction"] = len(self.tasks)
         for name, count in counts.items():
             if count != self.length:
-                raise Unfit("wrong length", f"{name} has {count} rows and action has "
-                            f"{self.length}; expected equally many")
+                raise Unfit(
+                    "wrong length",
+                    f"{name} has {count} rows and action has {self.length}; expected equally many",
+                )
 
     @property
     def length(self):
@@ -179,8 +192,10 @@ class KeyedEpisode(episodes_lib.Episode):
     def frames(self, camera, indices):
         """Returns uint8 [k, H, W, 3]; see `episodes.Episode.frames`."""
         if camera not in self.pictures:
-            raise KeyError(f"episode {self.id} has no camera {camera!r}; it has "
-                           f"{', '.join(sorted(self.pictures))}: correct config.data.cameras")
+            raise KeyError(
+                f"episode {self.id} has no camera {camera!r}; it has "
+                f"{', '.join(sorted(self.pictures))}: correct config.data.cameras"
+            )
         path, rows = self.pictures[camera]
         frames, places = np.unique(np.arange(self.length)[indices], return_inverse=True)
         stored, read = self.stored(path), []
@@ -194,8 +209,12 @@ class KeyedEpisode(episodes_lib.Episode):
             except (OSError, RuntimeError, ValueError, LookupError) as error:
                 raise self.error(path, error, frame) from error
             if read[-1].shape != read[0].shape:
-                raise self.error(path, f"{list(read[-1].shape)} here and {list(read[0].shape)} in "
-                                 f"frame {frames[0]}; all must have one size", frame)
+                raise self.error(
+                    path,
+                    f"{list(read[-1].shape)} here and {list(read[0].shape)} in "
+                    f"frame {frames[0]}; all must have one size",
+                    frame,
+                )
         return np.stack(read)[places]
 
     @abc.abstractmethod

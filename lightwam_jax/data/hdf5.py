@@ -80,14 +80,18 @@ def read(config):
         lists what the first file holds.
     """
     root, keys = pathlib.Path(config.data.path), config.data.fields
-    files = sorted((path for path in root.rglob("*") if path.suffix.lower() in (".hdf5", ".h5")),
-                   key=lambda path: _natural(path.relative_to(root).as_posix()))
+    files = sorted(
+        (path for path in root.rglob("*") if path.suffix.lower() in (".hdf5", ".h5")),
+        key=lambda path: _natural(path.relative_to(root).as_posix()),
+    )
     if not files:
         raise ValueError(f"no *.hdf5 or *.h5 file below config.data.path={str(root)!r}")
     missing = [name for name in ("state", "action", "image", "task") if not getattr(keys, name)]
     if missing:
-        raise ValueError(f"config.data.fields.{', '.join(missing)} must say where an HDF5 episode "
-                         f"keeps it (lightwam_jax/data/hdf5.py explains how). {_contents(files)}")
+        raise ValueError(
+            f"config.data.fields.{', '.join(missing)} must say where an HDF5 episode "
+            f"keeps it (lightwam_jax/data/hdf5.py explains how). {_contents(files)}"
+        )
     for key in (*keys.state, *keys.action, keys.image):
         fields_lib.parse(key)
     found, problems = [], []
@@ -100,16 +104,24 @@ def read(config):
             problems.append(_problem("unreadable file", name, path, error))
     misfits = [problem for problem in problems if problem.kind in _MISFIT]
     if misfits and not found:
-        raise ValueError(f"config.data.fields fits no episode below {root}; the first: "
-                         f"{misfits[0].line()}. {_contents(files)}")
+        raise ValueError(
+            f"config.data.fields fits no episode below {root}; the first: "
+            f"{misfits[0].line()}. {_contents(files)}"
+        )
     return found, problems
 
 
 def _read_file(file, path, name, data, found, problems):
     groups = _matching(file, data.fields.episodes)
     if not groups:
-        problems.append(_problem("no episode", name, path, "it has no group "
-                                 f"{data.fields.episodes!r} (config.data.fields.episodes)"))
+        problems.append(
+            _problem(
+                "no episode",
+                name,
+                path,
+                f"it has no group {data.fields.episodes!r} (config.data.fields.episodes)",
+            )
+        )
     for group in groups:
         episode = f"{name}/{group}" if group else name
         try:
@@ -132,30 +144,40 @@ def _matching(file, pattern):
     """Paths of the groups that a pattern like "data/demo_*" names; [""] for the pattern ""."""
     paths = [""]
     for part in filter(None, pattern.split("/")):
-        paths = [f"{path}/{name}".strip("/") for path in paths
-                 for name in sorted(file[path or "/"], key=_natural)
-                 if fnmatch.fnmatchcase(name, part)
-                 and isinstance(file.get(f"{path}/{name}"), h5py.Group)]
+        paths = [
+            f"{path}/{name}".strip("/")
+            for path in paths
+            for name in sorted(file[path or "/"], key=_natural)
+            if fnmatch.fnmatchcase(name, part)
+            and isinstance(file.get(f"{path}/{name}"), h5py.Group)
+        ]
     return paths
 
 
 def _episode(group, path, name, data):
     keys = data.fields
     return Hdf5Episode(
-        id=name, file=str(path), fps=_fps(group, keys.fps), colour=keys.colour,
+        id=name,
+        file=str(path),
+        fps=_fps(group, keys.fps),
+        colour=keys.colour,
         tasks=fields_lib.instructions(_instruction(group, path, keys.task)),
         state=fields_lib.join("state", {key: _dataset(group, key)[()] for key in keys.state}),
         action=fields_lib.join("action", {key: _dataset(group, key)[()] for key in keys.action}),
-        pictures={camera: _rows(group, keys.image.replace("{camera}", camera))
-                  for camera in data.cameras})
+        pictures={
+            camera: _rows(group, keys.image.replace("{camera}", camera)) for camera in data.cameras
+        },
+    )
 
 
 def _dataset(group, key):
     path = fields_lib.parse(key).path
     dataset = group.get(path)
     if not isinstance(dataset, h5py.Dataset):
-        raise Unfit("missing dataset", f"{path} is not there; there are "
-                    f"{', '.join(_entries(group)[:_SHOWN])}")
+        raise Unfit(
+            "missing dataset",
+            f"{path} is not there; there are {', '.join(_entries(group)[:_SHOWN])}",
+        )
     return dataset
 
 
@@ -163,14 +185,20 @@ def _rows(group, key):
     """(absolute path, range of rows) of one camera's pictures."""
     dataset = _dataset(group, key)
     array = dataset.dtype == np.uint8 and (
-        dataset.ndim == 2 or (dataset.ndim == 4 and dataset.shape[-1] == 3))
+        dataset.ndim == 2 or (dataset.ndim == 4 and dataset.shape[-1] == 3)
+    )
     strings = dataset.ndim == 1 and (
-        dataset.dtype.kind == "V" or h5py.check_string_dtype(dataset.dtype)
-        or h5py.check_vlen_dtype(dataset.dtype) == np.uint8)
+        dataset.dtype.kind == "V"
+        or h5py.check_string_dtype(dataset.dtype)
+        or h5py.check_vlen_dtype(dataset.dtype) == np.uint8
+    )
     if not array and not strings:
-        raise Unfit("wrong type", f"{dataset.name} is {dataset.dtype} {list(dataset.shape)}; "
-                    "expected pictures: uint8 [n, H, W, 3], or encoded as n byte strings or uint8 "
-                    "[n, bytes]")
+        raise Unfit(
+            "wrong type",
+            f"{dataset.name} is {dataset.dtype} {list(dataset.shape)}; "
+            "expected pictures: uint8 [n, H, W, 3], or encoded as n byte strings or uint8 "
+            "[n, bytes]",
+        )
     return dataset.name, range(len(dataset))[fields_lib.parse(key).rows]
 
 
@@ -182,13 +210,17 @@ def _fps(group, fps):
             break
         node = node.parent
     if stated is None and not fps:
-        raise Unfit("missing fps", "nothing says how many steps a second has; set "
-                    "config.data.fields.fps")
+        raise Unfit(
+            "missing fps", "nothing says how many steps a second has; set config.data.fields.fps"
+        )
     if stated is None:
         return fps
     if np.ndim(stated) or np.asarray(stated).dtype.kind not in "fiu" or (fps and stated != fps):
-        raise Unfit("wrong fps", f"the file says {stated!r}, config.data.fields.fps is {fps}; "
-                    "correct it, or set it to 0 to believe the file")
+        raise Unfit(
+            "wrong fps",
+            f"the file says {stated!r}, config.data.fields.fps is {fps}; "
+            "correct it, or set it to 0 to believe the file",
+        )
     return float(stated)
 
 
@@ -211,8 +243,10 @@ def _instruction(group, path, key):
         inside, _, attribute = place.partition("@")
         node = group.get(inside or ".")
         if node is None or attribute not in node.attrs:
-            raise Unfit("missing task", f"{place} is not there; there are "
-                        f"{', '.join(_entries(group.file)[:_SHOWN])}")
+            raise Unfit(
+                "missing task",
+                f"{place} is not there; there are {', '.join(_entries(group.file)[:_SHOWN])}",
+            )
         value = node.attrs[attribute]
     else:
         value = _dataset(group, place)[()]
@@ -229,13 +263,17 @@ def _pointed(text, pointer, key):
         for part in pointer.strip("/").split("/"):
             value = value[int(part) if isinstance(value, list) else part]
     except (ValueError, LookupError, TypeError) as error:
-        raise Unfit("missing task", f"{key} leads nowhere ({error!r}); it points into "
-                    f"{str(value or text)[:200]}") from None
+        raise Unfit(
+            "missing task",
+            f"{key} leads nowhere ({error!r}); it points into {str(value or text)[:200]}",
+        ) from None
     if isinstance(value, list) and all(isinstance(v, str) and len(v) == 1 for v in value):
         return "".join(value)
     if not isinstance(value, str):
-        raise Unfit("missing task", f"{key} is {str(value)[:200]}; expected one text: point to it, "
-                    "e.g. with /0 at the end")
+        raise Unfit(
+            "missing task",
+            f"{key} is {str(value)[:200]}; expected one text: point to it, e.g. with /0 at the end",
+        )
     return value
 
 

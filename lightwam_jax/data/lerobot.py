@@ -24,6 +24,7 @@ from lightwam_jax.data import fields, lerobot_meta, video
 
 class Images(typing.NamedTuple):
     """The rows of a parquet file that hold the frames of an episode, encoded one by one."""
+
     file: pathlib.Path
     key: str
     first: int
@@ -34,6 +35,7 @@ class Images(typing.NamedTuple):
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class LeRobotEpisode(episodes_lib.Episode):
     """An `episodes.Episode`; `pictures` maps a camera to its `Video` or `Images`."""
+
     id: str
     fps: float
     task: str
@@ -69,8 +71,10 @@ class LeRobotEpisode(episodes_lib.Episode):
           KeyError: no such camera; names those there are.
         """
         if camera not in self.pictures:
-            raise KeyError(f"episode {self.id} has no camera {camera!r}; it has "
-                           f"{', '.join(sorted(self.pictures))}: correct config.data.cameras")
+            raise KeyError(
+                f"episode {self.id} has no camera {camera!r}; it has "
+                f"{', '.join(sorted(self.pictures))}: correct config.data.cameras"
+            )
         place, indices = self.pictures[camera], np.arange(self.length)[indices]
         if isinstance(place, lerobot_meta.Video):
             return video.frames(place.file, place.begin + self.timestamps[indices], indices)
@@ -84,9 +88,14 @@ def _pictures(place, indices):
     found = [_decoded(place, frame, cells[frame]) for frame in wanted.tolist()]
     for frame, pixels in zip(wanted.tolist(), found):
         if pixels.shape != found[0].shape:
-            raise episodes_lib.FrameError(place.file, frame, (
-                f"{place.key} is {list(pixels.shape)} here and {list(found[0].shape)} in frame "
-                f"{wanted[0]}"))
+            raise episodes_lib.FrameError(
+                place.file,
+                frame,
+                (
+                    f"{place.key} is {list(pixels.shape)} here and {list(found[0].shape)} in frame "
+                    f"{wanted[0]}"
+                ),
+            )
     return np.stack(found)[order]
 
 
@@ -97,11 +106,15 @@ def _encoded(place):
         with pq.ParquetFile(place.file) as file:
             counts = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
             starts = np.cumsum([0, *counts])
-            groups = [i for i in range(len(counts))
-                      if starts[i] < place.stop and starts[i + 1] > place.first]
+            groups = [
+                i
+                for i in range(len(counts))
+                if starts[i] < place.stop and starts[i + 1] > place.first
+            ]
             table = file.read_row_groups(groups, columns=[place.key], use_threads=False)
-        column = table.column(place.key).slice(place.first - starts[groups[0]],
-                                               place.stop - place.first)
+        column = table.column(place.key).slice(
+            place.first - starts[groups[0]], place.stop - place.first
+        )
         return column.to_pylist()
     except (pa.ArrowException, OSError) as error:
         raise episodes_lib.FrameError(place.file, None, f"unreadable: {error}") from error
@@ -132,12 +145,17 @@ def read(config):
     listed = data.listed()
     excluded = [entry for entry in listed if entry.id in config.data.exclude]
     wanted = [entry for entry in listed if entry.id not in config.data.exclude]
-    files = sorted(set(data.root.glob(re.sub(r"\{[^}]*\}", "*", data.info["data_path"])))
-                   - ({entry.data for entry in excluded} - {entry.data for entry in wanted}))
+    files = sorted(
+        set(data.root.glob(re.sub(r"\{[^}]*\}", "*", data.info["data_path"])))
+        - ({entry.data for entry in excluded} - {entry.data for entry in wanted})
+    )
     with concurrent.futures.ThreadPoolExecutor(max(1, config.data.threads)) as pool:
         loading = pool.map(functools.partial(_load, data), files)
-        tables = dict(zip(files, tqdm.tqdm(loading, total=len(files), desc="data files",
-                                           unit="file", delay=1)))
+        tables = dict(
+            zip(
+                files, tqdm.tqdm(loading, total=len(files), desc="data files", unit="file", delay=1)
+            )
+        )
     spans = collections.defaultdict(list)
     for file, rows in tables.items():
         if isinstance(rows, _Rows):
@@ -145,14 +163,19 @@ def read(config):
                 spans[index].append((file, first, stop))
     read_ones = [_episode(data, entry, tables, spans.get(entry.index, ())) for entry in wanted]
     problems = [problem for _, faults in read_ones for problem in faults]
-    problems += [lerobot_meta.problem("excluded", entry.index, entry.data, "as the config says")
-                 for entry in excluded]
-    return ([episode for episode, _ in read_ones if episode],
-            problems + _unlisted(data, listed, tables, spans))
+    problems += [
+        lerobot_meta.problem("excluded", entry.index, entry.data, "as the config says")
+        for entry in excluded
+    ]
+    return (
+        [episode for episode, _ in read_ones if episode],
+        problems + _unlisted(data, listed, tables, spans),
+    )
 
 
 class _Rows(typing.NamedTuple):
     """The columns of a data file: f32 [n, P], f32 [n, A], f64 [n], int [n] ..."""
+
     state: np.ndarray
     action: np.ndarray
     timestamp: np.ndarray
@@ -171,9 +194,14 @@ def _load(data, file):
                 return f"it has no column {', '.join(absent)}, which meta/info.json promises"
             table = parquet.read(columns=columns, use_threads=False)
         timestamp, *index = (_numbers(table, key).reshape(-1) for key in lerobot_meta.INDEX)
-        return _Rows(*(np.concatenate([_numbers(table, key) for key in keys], 1).astype(np.float32)
-                       for keys in (data.state, data.action)),
-                     timestamp.astype(np.float64), *(column.astype(np.int64) for column in index))
+        return _Rows(
+            *(
+                np.concatenate([_numbers(table, key) for key in keys], 1).astype(np.float32)
+                for keys in (data.state, data.action)
+            ),
+            timestamp.astype(np.float64),
+            *(column.astype(np.int64) for column in index),
+        )
     except (pa.ArrowException, OSError, ValueError) as error:
         return f"{error}; copy it again"
 
@@ -190,8 +218,9 @@ def _numbers(table, key):
             raise ValueError(f"column {key} has {column.null_count} empty rows")
         width = pc.min_max(pc.list_value_length(column)).as_py()
         if width["min"] != width["max"]:
-            raise ValueError(f"column {key} has rows of {width['min']} and of {width['max']} "
-                             "numbers")
+            raise ValueError(
+                f"column {key} has rows of {width['min']} and of {width['max']} numbers"
+            )
         column = column.flatten()
     if column.null_count and not pa.types.is_floating(column.type):
         raise ValueError(f"column {key} has {column.null_count} empty cells")
@@ -208,6 +237,7 @@ def _runs(episode_index):
 
 def _episode(data, entry, tables, spans):
     """Returns (`LeRobotEpisode` or None, problems) of an episode whose rows lie in `spans`."""
+
     # The column episode_index decides which rows are whose, not the file numbers of meta/: those
     # LeRobot's first converter to v3.0 wrote are wrong (mended in its commit 0d1be72).
     def fault(kind, message, file=entry.data):
@@ -218,8 +248,13 @@ def _episode(data, entry, tables, spans):
     if not spans and isinstance(tables[entry.data], str):
         return None, [fault("unreadable data file", tables[entry.data])]
     if len(spans) > 1:
-        return None, [fault("scattered rows", "its rows lie in several places: " + ", ".join(
-            f"{file} from row {first} on" for file, first, _ in spans))]
+        return None, [
+            fault(
+                "scattered rows",
+                "its rows lie in several places: "
+                + ", ".join(f"{file} from row {first} on" for file, first, _ in spans),
+            )
+        ]
     file, first, stop = spans[0] if spans else (entry.data, 0, 0)
     rows, length = _Rows(*(column[first:stop] for column in tables[file])), stop - first
 
@@ -229,18 +264,33 @@ def _episode(data, entry, tables, spans):
     if (np.diff(rows.frame_index) != 1).any():
         faults.append(fault("rows out of order", "frame_index does not count up by one", file))
     if unknown := sorted(set(rows.task_index.tolist()) - set(data.tasks)):
-        faults.append(fault("unknown task", f"task_index {unknown} of {len(data.tasks)} tasks in "
-                            "meta/", file))
-    faults += [fault(*found) for key in data.needed if length and key in entry.videos
-               for found in _video_faults(data, entry, key, length)]
+        faults.append(
+            fault("unknown task", f"task_index {unknown} of {len(data.tasks)} tasks in meta/", file)
+        )
+    faults += [
+        fault(*found)
+        for key in data.needed
+        if length and key in entry.videos
+        for found in _video_faults(data, entry, key, length)
+    ]
     if faults:
         return None, faults
-    pictures = {camera: entry.videos.get(key) or Images(file, key, first, stop, data.root)
-                for camera, key in data.cameras.items()}
+    pictures = {
+        camera: entry.videos.get(key) or Images(file, key, first, stop, data.root)
+        for camera, key in data.cameras.items()
+    }
     return LeRobotEpisode(
-        id=entry.id, fps=float(data.info["fps"]), state=rows.state, action=rows.action,
-        timestamps=rows.timestamp, file=str(file), pictures=pictures, tasks=data.tasks,
-        task=data.tasks[int(rows.task_index[0])] if length else "", task_index=rows.task_index), []
+        id=entry.id,
+        fps=float(data.info["fps"]),
+        state=rows.state,
+        action=rows.action,
+        timestamps=rows.timestamp,
+        file=str(file),
+        pictures=pictures,
+        tasks=data.tasks,
+        task=data.tasks[int(rows.task_index[0])] if length else "",
+        task_index=rows.task_index,
+    ), []
 
 
 def _video_faults(data, entry, key, length):
@@ -250,8 +300,14 @@ def _video_faults(data, entry, key, length):
         yield "missing video", f"no such file ({key}); copy it again", file
     missing = length * frame - entry.seconds.get(key, np.inf)
     if missing > frame / 2:  # the next episode in the file would be read as the end of this one
-        yield "wrong length", (f"meta/ gives {key} {entry.seconds[key]:.3f} s, {missing:.3f} s "
-                               f"less than its {length} rows last"), file
+        yield (
+            "wrong length",
+            (
+                f"meta/ gives {key} {entry.seconds[key]:.3f} s, {missing:.3f} s "
+                f"less than its {length} rows last"
+            ),
+            file,
+        )
 
 
 def _unlisted(data, listed, tables, spans):
@@ -260,11 +316,28 @@ def _unlisted(data, listed, tables, spans):
     total = data.info.get("total_episodes", 0)
     lost = range(total) if total > len(known) else ()
     return [
-        *(lerobot_meta.problem("unlisted episode", index, places[0][0],
-                               "it has rows, but meta/ does not list it")
-          for index, places in sorted(spans.items()) if index not in known),
-        *(lerobot_meta.problem("unlisted episode", index, data.root / "meta", "info.json counts "
-                               f"{total} episodes, {len(known)} are listed and not this one")
-          for index in lost if index not in known and index not in spans),
-        *(episodes_lib.Problem("error", "unreadable data file", file.stem, str(file), None, reason)
-          for file, reason in tables.items() if isinstance(reason, str) and file not in files)]
+        *(
+            lerobot_meta.problem(
+                "unlisted episode", index, places[0][0], "it has rows, but meta/ does not list it"
+            )
+            for index, places in sorted(spans.items())
+            if index not in known
+        ),
+        *(
+            lerobot_meta.problem(
+                "unlisted episode",
+                index,
+                data.root / "meta",
+                f"info.json counts {total} episodes, {len(known)} are listed and not this one",
+            )
+            for index in lost
+            if index not in known and index not in spans
+        ),
+        *(
+            episodes_lib.Problem(
+                "error", "unreadable data file", file.stem, str(file), None, reason
+            )
+            for file, reason in tables.items()
+            if isinstance(reason, str) and file not in files
+        ),
+    ]

@@ -18,12 +18,14 @@ INDEX = ("timestamp", "frame_index", "episode_index", "task_index")  # columns o
 
 class Video(typing.NamedTuple):
     """Where the frames of an episode begin: a file, and seconds into it."""
+
     file: pathlib.Path
     begin: float
 
 
 class Listed(typing.NamedTuple):
     """An episode as meta/ describes it: its number, its steps and its files."""
+
     index: int
     length: int
     data: pathlib.Path
@@ -38,6 +40,7 @@ class Listed(typing.NamedTuple):
 
 class DataSet(typing.NamedTuple):
     """A data set whose features are those that a config asks for."""
+
     root: pathlib.Path
     info: dict  # meta/info.json
     state: tuple  # features
@@ -76,50 +79,72 @@ def open_set(config):
     root, fields = pathlib.Path(config.data.path), config.data.fields
     file = root / "meta" / "info.json"
     if not file.exists():
-        raise ValueError(f"config.data.path={str(root)!r} has no meta/info.json: it is not a "
-                         "LeRobot data set, or its writing was interrupted")
+        raise ValueError(
+            f"config.data.path={str(root)!r} has no meta/info.json: it is not a "
+            "LeRobot data set, or its writing was interrupted"
+        )
     info = _json(file.read_text(), file)
     version = info.get("codebase_version")
     if version not in VERSIONS:
-        raise ValueError(f"{file}: codebase_version is {version!r}; readable are "
-                         f"{', '.join(VERSIONS)}: convert the data set with LeRobot's own scripts")
-    _require(info, file, "fps", "features", "data_path",
-             *(() if version == "v3.0" else ("chunks_size",)))
+        raise ValueError(
+            f"{file}: codebase_version is {version!r}; readable are "
+            f"{', '.join(VERSIONS)}: convert the data set with LeRobot's own scripts"
+        )
+    _require(
+        info, file, "fps", "features", "data_path", *(() if version == "v3.0" else ("chunks_size",))
+    )
     if any(f["dtype"] == "video" for f in info["features"].values()) and not info.get("video_path"):
         raise ValueError(f"{file} has features of dtype video, but no video_path")
     if fields.episodes or fields.task or fields.colour != "rgb":
-        raise ValueError("config.data.fields.episodes, task and colour do nothing for LeRobot "
-                         "data, whose meta/ has all that; remove them")
+        raise ValueError(
+            "config.data.fields.episodes, task and colour do nothing for LeRobot "
+            "data, whose meta/ has all that; remove them"
+        )
     if fields.fps and fields.fps != info["fps"]:
-        raise ValueError(f"config.data.fields.fps={fields.fps:g}, but {file} says {info['fps']:g}; "
-                         "remove the key")
+        raise ValueError(
+            f"config.data.fields.fps={fields.fps:g}, but {file} says {info['fps']:g}; "
+            "remove the key"
+        )
     state, action = fields.state or STATE, fields.action or ACTION
     for key in (*state, *action, *INDEX):
         if not re.match("float|int|uint|bool", info["features"].get(key, {}).get("dtype", "")):
-            raise ValueError(f"{file} has no feature {key!r} of numbers; correct config.data.fields"
-                             f". It has {_names(info['features'])}")
+            raise ValueError(
+                f"{file} has no feature {key!r} of numbers; correct config.data.fields"
+                f". It has {_names(info['features'])}"
+            )
     needed, others = _cameras(info, config, file)
-    return DataSet(root, info, state, action, others | needed, tuple(needed.values()),
-                   _tasks(root, version))
+    return DataSet(
+        root, info, state, action, others | needed, tuple(needed.values()), _tasks(root, version)
+    )
 
 
 def _cameras(info, config, file):
     """Returns {camera: feature} of the cameras that the config names, and of all there are."""
     pattern = config.data.fields.image or IMAGE
-    pictures = [key for key, feature in info["features"].items()
-                if feature["dtype"] in ("video", "image") and not _is_depth(feature)]
+    pictures = [
+        key
+        for key, feature in info["features"].items()
+        if feature["dtype"] in ("video", "image") and not _is_depth(feature)
+    ]
     head, mark, tail = pattern.partition("{camera}")
     if not mark and len(config.data.cameras) > 1:
-        raise ValueError(f"config.data.fields.image={pattern!r} is one feature for all of "
-                         f"config.data.cameras; it needs {{camera}} where their names stand")
+        raise ValueError(
+            f"config.data.fields.image={pattern!r} is one feature for all of "
+            f"config.data.cameras; it needs {{camera}} where their names stand"
+        )
     needed = {camera: pattern.replace("{camera}", camera) for camera in config.data.cameras}
     for camera, key in needed.items():
         if key not in pictures:
-            raise ValueError(f"{file} has no feature {key!r} of colour pictures (camera "
-                             f"{camera!r}); correct config.data.cameras or config.data.fields."
-                             f"image. It has {_names(info['features'])}")
-    return needed, {key[len(head):len(key) - len(tail)]: key for key in pictures
-                    if mark and key.startswith(head) and key.endswith(tail)}
+            raise ValueError(
+                f"{file} has no feature {key!r} of colour pictures (camera "
+                f"{camera!r}); correct config.data.cameras or config.data.fields."
+                f"image. It has {_names(info['features'])}"
+            )
+    return needed, {
+        key[len(head) : len(key) - len(tail)]: key
+        for key in pictures
+        if mark and key.startswith(head) and key.endswith(tail)
+    }
 
 
 def _is_depth(feature):
@@ -128,8 +153,9 @@ def _is_depth(feature):
 
 
 def _names(features):
-    return ", ".join(f"{key} ({feature['dtype']} {list(feature['shape'])})"
-                     for key, feature in features.items())
+    return ", ".join(
+        f"{key} ({feature['dtype']} {list(feature['shape'])})" for key, feature in features.items()
+    )
 
 
 def _json(text, place):
@@ -163,8 +189,9 @@ def _rows(file, *keys, skip=()):
             names = parquet.schema_arrow.names
             table = parquet.read(columns=[n for n in names if not n.startswith(skip)])
     except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{file} cannot be read, and the data set not without it: {error}"
-                         ) from error
+        raise ValueError(
+            f"{file} cannot be read, and the data set not without it: {error}"
+        ) from error
     _require(dict.fromkeys(names), file, *keys)
     return table.to_pylist()
 
@@ -185,10 +212,15 @@ def _single(data):
     for line in lines:
         index = line["episode_index"]
         at = {"episode_chunk": index // data.info["chunks_size"], "episode_index": index}
-        videos = {key: Video(data.root / data.info["video_path"].format(video_key=key, **at), 0.0)
-                  for key in _video_keys(data)}
-        out.append(Listed(index, line["length"], data.root / data.info["data_path"].format(**at),
-                          videos, {}))
+        videos = {
+            key: Video(data.root / data.info["video_path"].format(video_key=key, **at), 0.0)
+            for key in _video_keys(data)
+        }
+        out.append(
+            Listed(
+                index, line["length"], data.root / data.info["data_path"].format(**at), videos, {}
+            )
+        )
     return out
 
 
@@ -202,8 +234,15 @@ def _packed(data):
     needed = [f"videos/{key}/{part}" for key in keys for part in parts]
     out = []
     for file in files:
-        for row in _rows(file, "episode_index", "length", "data/chunk_index", "data/file_index",
-                         *needed, skip="stats/"):
+        for row in _rows(
+            file,
+            "episode_index",
+            "length",
+            "data/chunk_index",
+            "data/file_index",
+            *needed,
+            skip="stats/",
+        ):
             videos, seconds = {}, {}
             for key in keys:
                 chunk, number, begin, end = (row[f"videos/{key}/{part}"] for part in parts)
@@ -211,12 +250,15 @@ def _packed(data):
                     videos[key] = Video(data.root / "videos" / key / "not encoded", 0.0)
                     continue
                 path = data.info["video_path"].format(
-                    video_key=key, chunk_index=int(chunk), file_index=int(number))
+                    video_key=key, chunk_index=int(chunk), file_index=int(number)
+                )
                 videos[key], seconds[key] = Video(data.root / path, begin), end - begin
-            path = data.info["data_path"].format(chunk_index=row["data/chunk_index"],
-                                                 file_index=row["data/file_index"])
-            out.append(Listed(row["episode_index"], row["length"], data.root / path, videos,
-                              seconds))
+            path = data.info["data_path"].format(
+                chunk_index=row["data/chunk_index"], file_index=row["data/file_index"]
+            )
+            out.append(
+                Listed(row["episode_index"], row["length"], data.root / path, videos, seconds)
+            )
     return out
 
 

@@ -13,28 +13,38 @@ def columns(values):
     """Returns {name: [1] or [D]} of a column [n] or [n, D]."""
     values = values.reshape(len(values), -1).astype(np.float64)
     quantiles = np.quantile(values, list(_QUANTILES.values()), axis=0)
-    return {"min": values.min(0), "max": values.max(0), "mean": values.mean(0),
-            "std": values.std(0), "count": np.array([len(values)]),
-            **dict(zip(_QUANTILES, quantiles))}
+    return {
+        "min": values.min(0),
+        "max": values.max(0),
+        "mean": values.mean(0),
+        "std": values.std(0),
+        "count": np.array([len(values)]),
+        **dict(zip(_QUANTILES, quantiles)),
+    }
 
 
 def histogram(pictures):
     """Returns how often each channel of uint8 [k, H, W, 3] has each value, int [3, 256]."""
-    return np.stack([np.bincount(pictures[..., channel].reshape(-1), minlength=256)
-                     for channel in range(3)])
+    return np.stack(
+        [np.bincount(pictures[..., channel].reshape(-1), minlength=256) for channel in range(3)]
+    )
 
 
 def pictures(counts, number):
     """Returns {name: [3, 1, 1]} of `number` pictures, in 0..1, from their `histogram`."""
     levels, share = np.arange(256) / 255, counts / counts.sum(1, keepdims=True)
     below, mean = np.cumsum(share, 1), share @ levels
-    found = {"min": levels[(counts > 0).argmax(1)],
-             "max": levels[255 - (counts > 0)[:, ::-1].argmax(1)], "mean": mean,
-             "std": np.sqrt(np.maximum(share @ levels**2 - mean**2, 0))}
+    found = {
+        "min": levels[(counts > 0).argmax(1)],
+        "max": levels[255 - (counts > 0)[:, ::-1].argmax(1)],
+        "mean": mean,
+        "std": np.sqrt(np.maximum(share @ levels**2 - mean**2, 0)),
+    }
     # A cumulative share may end a rounding error below 1.
     found |= {name: levels[(below < q - 1e-9).sum(1)] for name, q in _QUANTILES.items()}
     return {name: value.reshape(3, 1, 1) for name, value in found.items()} | {
-        "count": np.array([number])}
+        "count": np.array([number])
+    }
 
 
 def joined(episodes):
@@ -44,13 +54,17 @@ def joined(episodes):
     """
     out = {}
     for feature in episodes[0]:
-        parts = {name: np.stack([stats[feature][name] for stats in episodes])
-                 for name in episodes[0][feature]}
+        parts = {
+            name: np.stack([stats[feature][name] for stats in episodes])
+            for name in episodes[0][feature]
+        }
         count = parts["count"]
         weight = count.reshape(-1, *[1] * (parts["mean"].ndim - 1)) / count.sum()
         mean = (weight * parts["mean"]).sum(0)
-        variance = (weight * (parts["std"]**2 + (parts["mean"] - mean)**2)).sum(0)
-        outermost = {name: values.min(0) if name in _LOWER else values.max(0)
-                     for name, values in parts.items()}
+        variance = (weight * (parts["std"] ** 2 + (parts["mean"] - mean) ** 2)).sum(0)
+        outermost = {
+            name: values.min(0) if name in _LOWER else values.max(0)
+            for name, values in parts.items()
+        }
         out[feature] = outermost | {"mean": mean, "std": np.sqrt(variance), "count": count.sum(0)}
     return out

@@ -14,15 +14,32 @@ from PIL import Image
 from lightwam_jax.data import lerobot_meta, lerobot_stats, video
 
 CHUNK = 1000  # files per directory
-_INDEX = {"timestamp": "float32", "frame_index": "int64", "episode_index": "int64",
-          "index": "int64", "task_index": "int64"}
+_INDEX = {
+    "timestamp": "float32",
+    "frame_index": "int64",
+    "episode_index": "int64",
+    "index": "int64",
+    "task_index": "int64",
+}
 _FRAMES = 64  # held in memory at once
 _SAMPLED = 100  # pictures of an episode that statistics are made of
 
 
-def write(episodes, directory, version="2.1", cameras=(), *, videos=True,
-          image=lerobot_meta.IMAGE, robot_type=None, names=None, data_mb=100, video_mb=200,
-          codec="libx264", **encoder):
+def write(
+    episodes,
+    directory,
+    version="2.1",
+    cameras=(),
+    *,
+    videos=True,
+    image=lerobot_meta.IMAGE,
+    robot_type=None,
+    names=None,
+    data_mb=100,
+    video_mb=200,
+    codec="libx264",
+    **encoder,
+):
     """Writes a complete data set; until it is, it is called `<directory>.partial`.
 
     Frame i of a video is shown at i / fps, and that is also its timestamp.
@@ -51,8 +68,12 @@ def write(episodes, directory, version="2.1", cameras=(), *, videos=True,
     if version not in layouts:
         raise ValueError(f"version is {version!r}; expected one of {', '.join(layouts)}")
     keys = {camera: image.replace("{camera}", camera) for camera in cameras}
-    layout = layouts[version](partial, lambda path, fps: video.Writer(path, fps, codec, **encoder),
-                              data_mb * 2**20, video_mb * 2**20)
+    layout = layouts[version](
+        partial,
+        lambda path, fps: video.Writer(path, fps, codec, **encoder),
+        data_mb * 2**20,
+        video_mb * 2**20,
+    )
     features, tasks, shapes, total = {}, {}, {}, 0
     for index, episode in enumerate(tqdm.tqdm(episodes, desc="episodes", unit="episode")):
         _check(episode, features)
@@ -69,15 +90,25 @@ def write(episodes, directory, version="2.1", cameras=(), *, videos=True,
             stats[key] = lerobot_stats.pictures(counts, min(episode.length, _SAMPLED))
         if not index:
             features |= _features(columns, episode.fps, names or {})
-            features |= {key: {"dtype": "video" if videos else "image",
-                               "shape": list(shapes[camera]),
-                               "names": ["height", "width", "channels"]}
-                         for camera, key in keys.items()}
+            features |= {
+                key: {
+                    "dtype": "video" if videos else "image",
+                    "shape": list(shapes[camera]),
+                    "names": ["height", "width", "channels"],
+                }
+                for camera, key in keys.items()
+            }
         written |= layout.rows(index, _table(columns, pictures))
-        layout.listed.append({
-            "episode_index": index, "length": episode.length, **written,
-            "tasks": list(dict.fromkeys(map(episode.task_at, range(episode.length)))),
-            "dataset_from_index": total, "dataset_to_index": total + episode.length})
+        layout.listed.append(
+            {
+                "episode_index": index,
+                "length": episode.length,
+                **written,
+                "tasks": list(dict.fromkeys(map(episode.task_at, range(episode.length)))),
+                "dataset_from_index": total,
+                "dataset_to_index": total + episode.length,
+            }
+        )
         layout.stats.append(stats)
         total += episode.length
     if not features:
@@ -86,18 +117,29 @@ def write(episodes, directory, version="2.1", cameras=(), *, videos=True,
     if videos:
         for key in keys.values():
             features[key]["info"] = _video_info(layout.first_video(key))
-    _json(partial / "meta" / "info.json", {
-        "codebase_version": f"v{version}", "robot_type": robot_type,
-        "total_episodes": len(layout.listed), "total_frames": total, "total_tasks": len(tasks),
-        "chunks_size": CHUNK, "fps": features.pop("fps"),
-        "splits": {"train": f"0:{len(layout.listed)}"}, "data_path": layout.data_path,
-        "video_path": layout.video_path if keys and videos else None,
-        **layout.counts(len(keys) if videos else 0), "features": features})
+    _json(
+        partial / "meta" / "info.json",
+        {
+            "codebase_version": f"v{version}",
+            "robot_type": robot_type,
+            "total_episodes": len(layout.listed),
+            "total_frames": total,
+            "total_tasks": len(tasks),
+            "chunks_size": CHUNK,
+            "fps": features.pop("fps"),
+            "splits": {"train": f"0:{len(layout.listed)}"},
+            "data_path": layout.data_path,
+            "video_path": layout.video_path if keys and videos else None,
+            **layout.counts(len(keys) if videos else 0),
+            "features": features,
+        },
+    )
     os.rename(partial, root)
 
 
 def _check(episode, features):
     """Refuses an episode that has no step or is unlike the first, whose `features` are given."""
+
     def bad(reason):
         return ValueError(f"episode {episode.id} {reason}")
 
@@ -113,27 +155,43 @@ def _check(episode, features):
     if episode.timestamps is not None:
         off = np.abs(episode.timestamps - np.arange(episode.length) / episode.fps).max()
         if off > 0.5 / episode.fps:
-            raise bad(f"has timestamps up to {off:.3f} s from {episode.fps:g} per second, which "
-                      "LeRobot demands: resample it")
+            raise bad(
+                f"has timestamps up to {off:.3f} s from {episode.fps:g} per second, which "
+                "LeRobot demands: resample it"
+            )
 
 
 def _columns(episode, index, total, tasks):
     """Returns {feature: [n] or [n, D]} without pictures; new instructions join `tasks`."""
     steps = np.arange(episode.length)
     task = [tasks.setdefault(episode.task_at(step), len(tasks)) for step in range(episode.length)]
-    values = {"timestamp": steps / episode.fps, "frame_index": steps,
-              "episode_index": np.full(episode.length, index), "index": total + steps,
-              "task_index": np.array(task)}
-    return {"observation.state": episode.state.astype(np.float32),
-            "action": episode.action.astype(np.float32),
-            **{key: values[key].astype(dtype) for key, dtype in _INDEX.items()}}
+    values = {
+        "timestamp": steps / episode.fps,
+        "frame_index": steps,
+        "episode_index": np.full(episode.length, index),
+        "index": total + steps,
+        "task_index": np.array(task),
+    }
+    return {
+        "observation.state": episode.state.astype(np.float32),
+        "action": episode.action.astype(np.float32),
+        **{key: values[key].astype(dtype) for key, dtype in _INDEX.items()},
+    }
 
 
 def _features(columns, fps, names):
     """Returns the features of info.json but for cameras, and fps (until it moves to its place)."""
-    return {"fps": int(fps) if fps == int(fps) else fps, **{
-        key: {"dtype": str(values.dtype), "shape": list(values.shape[1:]) or [1],
-              "names": names.get(key)} for key, values in columns.items()}}
+    return {
+        "fps": int(fps) if fps == int(fps) else fps,
+        **{
+            key: {
+                "dtype": str(values.dtype),
+                "shape": list(values.shape[1:]) or [1],
+                "names": names.get(key),
+            }
+            for key, values in columns.items()
+        },
+    }
 
 
 def _table(columns, pictures):
@@ -146,12 +204,14 @@ def _table(columns, pictures):
             kind = {"feature": kind, "length": values.shape[1], "_type": "Sequence"}
         arrays[key], types[key] = array, kind
     for key, encoded in pictures.items():
-        cells = [{"bytes": content, "path": f"frame_{i:06d}.png"}
-                 for i, content in enumerate(encoded)]
+        cells = [
+            {"bytes": content, "path": f"frame_{i:06d}.png"} for i, content in enumerate(encoded)
+        ]
         arrays[key] = pa.array(cells, pa.struct({"bytes": pa.binary(), "path": pa.string()}))
         types[key] = {"_type": "Image"}
     return pa.table(arrays).replace_schema_metadata(
-        {"huggingface": json.dumps({"info": {"features": types}})})
+        {"huggingface": json.dumps({"info": {"features": types}})}
+    )
 
 
 def _watched(episode, camera, counts, shapes):
@@ -165,8 +225,10 @@ def _watched(episode, camera, counts, shapes):
         pictures = episode.frames(camera, indices)
         shape = shapes.setdefault(camera, pictures.shape[1:])
         if pictures.shape[1:] != shape:
-            raise ValueError(f"episode {episode.id} has pictures {list(pictures.shape[1:])} of "
-                             f"camera {camera!r}, the first {list(shape)}")
+            raise ValueError(
+                f"episode {episode.id} has pictures {list(pictures.shape[1:])} of "
+                f"camera {camera!r}, the first {list(shape)}"
+            )
         counts += lerobot_stats.histogram(pictures[np.isin(indices, sampled)])
         yield pictures
 
@@ -179,15 +241,23 @@ def _png(picture):
 
 def _video_info(path):
     info = video.probe(path)
-    return {"video.height": info.height, "video.width": info.width, "video.codec": info.codec,
-            "video.pix_fmt": info.pix_fmt, "video.is_depth_map": False,
-            "video.fps": int(info.fps) if info.fps == int(info.fps) else info.fps,
-            "video.channels": 3, "has_audio": False}
+    return {
+        "video.height": info.height,
+        "video.width": info.width,
+        "video.codec": info.codec,
+        "video.pix_fmt": info.pix_fmt,
+        "video.is_depth_map": False,
+        "video.fps": int(info.fps) if info.fps == int(info.fps) else info.fps,
+        "video.channels": 3,
+        "has_audio": False,
+    }
 
 
 def _lists(tree):
-    return {key: _lists(value) if isinstance(value, dict) else np.asarray(value).tolist()
-            for key, value in tree.items()}
+    return {
+        key: _lists(value) if isinstance(value, dict) else np.asarray(value).tolist()
+        for key, value in tree.items()
+    }
 
 
 def _json(path, content):
@@ -222,14 +292,16 @@ class _Single(_Layout):
 
     def rows(self, index, table):
         """Writes the table of an episode; returns nothing to list."""
-        pq.write_table(table, self._place(self.data_path, episode_chunk=index // CHUNK,
-                                          episode_index=index))
+        pq.write_table(
+            table, self._place(self.data_path, episode_chunk=index // CHUNK, episode_index=index)
+        )
         return {}
 
     def video(self, index, key, chunks, fps):
         """Writes the video of an episode; returns nothing to list."""
-        path = self._place(self.video_path, episode_chunk=index // CHUNK, episode_index=index,
-                           video_key=key)
+        path = self._place(
+            self.video_path, episode_chunk=index // CHUNK, episode_index=index, video_key=key
+        )
         with self.open_video(path, fps) as writer:
             for frames in chunks:
                 writer.add(frames)
@@ -241,21 +313,37 @@ class _Single(_Layout):
 
     def counts(self, cameras):
         """Returns what info.json has beside the fields of both versions."""
-        return {"total_videos": len(self.listed) * cameras,
-                "total_chunks": -(-len(self.listed) // CHUNK)}
+        return {
+            "total_videos": len(self.listed) * cameras,
+            "total_chunks": -(-len(self.listed) // CHUNK),
+        }
 
     def finish(self, tasks):
         """Writes what is known only at the end."""
         meta = self.root / "meta"
-        _json_lines(meta / "tasks.jsonl", [{"task_index": i, "task": task}
-                                           for task, i in tasks.items()])
-        _json_lines(meta / "episodes.jsonl", [{key: entry[key] for key in (
-            "episode_index", "tasks", "length")} for entry in self.listed])
+        _json_lines(
+            meta / "tasks.jsonl", [{"task_index": i, "task": task} for task, i in tasks.items()]
+        )
+        _json_lines(
+            meta / "episodes.jsonl",
+            [
+                {key: entry[key] for key in ("episode_index", "tasks", "length")}
+                for entry in self.listed
+            ],
+        )
         kept = ("min", "max", "mean", "std", "count")
-        _json_lines(meta / "episodes_stats.jsonl", [
-            {"episode_index": i, "stats": _lists({
-                key: {name: found[name] for name in kept} for key, found in stats.items()})}
-            for i, stats in enumerate(self.stats)])
+        _json_lines(
+            meta / "episodes_stats.jsonl",
+            [
+                {
+                    "episode_index": i,
+                    "stats": _lists(
+                        {key: {name: found[name] for name in kept} for key, found in stats.items()}
+                    ),
+                }
+                for i, stats in enumerate(self.stats)
+            ],
+        )
 
 
 class _Packed(_Layout):
@@ -299,8 +387,11 @@ class _Packed(_Layout):
         begin = writer.frames
         for frames in chunks:
             writer.add(frames, keyframe=writer.frames == begin)
-        return {**self._at(f"videos/{key}/", key), f"videos/{key}/from_timestamp": begin / fps,
-                f"videos/{key}/to_timestamp": writer.frames / fps}
+        return {
+            **self._at(f"videos/{key}/", key),
+            f"videos/{key}/from_timestamp": begin / fps,
+            f"videos/{key}/to_timestamp": writer.frames / fps,
+        }
 
     def first_video(self, key):
         """Returns the path of the first video of a camera."""
@@ -309,8 +400,10 @@ class _Packed(_Layout):
     def counts(self, cameras):
         """Returns what info.json has beside the fields of both versions."""
         del cameras
-        return {"data_files_size_in_mb": max(1, round(self.data_bytes / 2**20)),
-                "video_files_size_in_mb": max(1, round(self.video_bytes / 2**20))}
+        return {
+            "data_files_size_in_mb": max(1, round(self.data_bytes / 2**20)),
+            "video_files_size_in_mb": max(1, round(self.video_bytes / 2**20)),
+        }
 
     def finish(self, tasks):
         """Closes the open files and writes what is known only at the end."""
@@ -319,24 +412,43 @@ class _Packed(_Layout):
             writer.close()
         meta = self.root / "meta"
         here = {"meta/episodes/chunk_index": 0, "meta/episodes/file_index": 0}
-        rows = [{**entry, **here, **{f"stats/{key}/{name}": value.tolist() for key in stats
-                                     for name, value in stats[key].items()}}
-                for entry, stats in zip(self.listed, self.stats)]
+        rows = [
+            {
+                **entry,
+                **here,
+                **{
+                    f"stats/{key}/{name}": value.tolist()
+                    for key in stats
+                    for name, value in stats[key].items()
+                },
+            }
+            for entry, stats in zip(self.listed, self.stats)
+        ]
         (meta / "episodes" / "chunk-000").mkdir(parents=True)
-        pq.write_table(pa.Table.from_pylist(rows),
-                       meta / "episodes" / "chunk-000" / "file-000.parquet")
+        pq.write_table(
+            pa.Table.from_pylist(rows), meta / "episodes" / "chunk-000" / "file-000.parquet"
+        )
         pq.write_table(_indexed_by_task(tasks), meta / "tasks.parquet")
         _json(meta / "stats.json", _lists(lerobot_stats.joined(self.stats)))
 
 
 def _indexed_by_task(tasks):
     """Returns the table of instructions, which pandas reads as the index LeRobot expects."""
-    def column(name, kind, numpy):
-        return {"name": name, "field_name": name, "pandas_type": kind, "numpy_type": numpy,
-                "metadata": None}
 
-    pandas = {"index_columns": ["task"], "column_indexes": [],
-              "columns": [column("task_index", "int64", "int64"),
-                          column("task", "unicode", "object")], "pandas_version": "2.2.0"}
+    def column(name, kind, numpy):
+        return {
+            "name": name,
+            "field_name": name,
+            "pandas_type": kind,
+            "numpy_type": numpy,
+            "metadata": None,
+        }
+
+    pandas = {
+        "index_columns": ["task"],
+        "column_indexes": [],
+        "columns": [column("task_index", "int64", "int64"), column("task", "unicode", "object")],
+        "pandas_version": "2.2.0",
+    }
     table = pa.table({"task_index": pa.array(tasks.values(), pa.int64()), "task": list(tasks)})
     return table.replace_schema_metadata({"pandas": json.dumps(pandas)})

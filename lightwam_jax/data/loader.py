@@ -45,14 +45,19 @@ def train_loader(config, process_index=0, process_count=1, start_step=0):
     """
     rows = _rows_per_process(config, process_count)
     weights, sets = zip(*_members(config, "train"))
-    shuffled = [grain.MapDataset.source(samples).seed(config.seed + number).shuffle().repeat(None)
-                for number, samples in enumerate(sets)]
-    data = shuffled[0] if len(sets) == 1 else grain.MapDataset.select_from_datasets(
-        shuffled, _Shares(weights))
+    shuffled = [
+        grain.MapDataset.source(samples).seed(config.seed + number).shuffle().repeat(None)
+        for number, samples in enumerate(sets)
+    ]
+    data = (
+        shuffled[0]
+        if len(sets) == 1
+        else grain.MapDataset.select_from_datasets(shuffled, _Shares(weights))
+    )
     # Batches before slices: a process then holds a contiguous block of the rows of every batch.
     # Without a remainder: Grain rounds that length up in floating point, beyond what is allowed.
     data = data.batch(rows, drop_remainder=True)
-    data = data[start_step * process_count + process_index::process_count]
+    data = data[start_step * process_count + process_index :: process_count]
     # Grain counts its buffer in elements, which are whole batches here, and gives one to every
     # worker; the config counts samples.
     workers, threads = config.data.workers, config.data.threads
@@ -77,14 +82,23 @@ def val_batches(config, process_index=0, process_count=1):
     if not sets or not config.train.eval_batches:
         return []
     most = max(1, config.train.eval_batches * config.train.batch_size // len(sets))
-    chosen = [(samples, int(row)) for samples in sets for row in np.unique(np.linspace(
-        0, len(samples) - 1, min(most, len(samples))).astype(np.int64))]
+    chosen = [
+        (samples, int(row))
+        for samples in sets
+        for row in np.unique(
+            np.linspace(0, len(samples) - 1, min(most, len(samples))).astype(np.int64)
+        )
+    ]
     count = -(-len(chosen) // config.train.batch_size)
 
     def load(number):
         first = (number * process_count + process_index) * rows
-        batch = _stack([samples[row] for samples, row in
-                        (chosen[i % len(chosen)] for i in range(first, first + rows))])
+        batch = _stack(
+            [
+                samples[row]
+                for samples, row in (chosen[i % len(chosen)] for i in range(first, first + rows))
+            ]
+        )
         return {**batch, "valid": np.arange(first, first + rows) < len(chosen)}
 
     return grain.MapDataset.range(count).map(load)
@@ -104,8 +118,10 @@ def _end_with_parent(worker, workers):
 def _rows_per_process(config, process_count):
     rows, left = divmod(config.train.batch_size, process_count)
     if left or not rows:
-        raise ValueError(f"config.train.batch_size={config.train.batch_size} does not divide over "
-                         f"{process_count} processes; make it a multiple of {process_count}")
+        raise ValueError(
+            f"config.train.batch_size={config.train.batch_size} does not divide over "
+            f"{process_count} processes; make it a multiple of {process_count}"
+        )
     return rows
 
 
@@ -144,6 +160,7 @@ class _Shares(grain.transforms.DatasetSelectionMap):
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Samples:
     """One split of one data set as finished samples: len(), [row] -> {name: array of one row}."""
+
     records: object  # len(), [row] -> raw record; see `pixels.Windows`
     context: np.ndarray  # per task [n, L, dim]
     mask: np.ndarray
@@ -160,12 +177,15 @@ class _Samples:
         record = self.records[row]
         state, is_pad = record["proprio"], record["action_is_pad"]
         actions = self.transform.forward(record["actions"], state, is_pad)
-        return {**{name: record[name] for name in _AS_READ if name in record},
-                "context": self.context[record["task"]],
-                "context_mask": self.mask[record["task"]],
-                "proprio": actions_lib.pad(self.state.normalize(state), self.widths[0]),
-                "actions": actions_lib.pad(self.action.normalize(actions), self.widths[1]),
-                "index": row, **self.keys}
+        return {
+            **{name: record[name] for name in _AS_READ if name in record},
+            "context": self.context[record["task"]],
+            "context_mask": self.mask[record["task"]],
+            "proprio": actions_lib.pad(self.state.normalize(state), self.widths[0]),
+            "actions": actions_lib.pad(self.action.normalize(actions), self.widths[1]),
+            "index": row,
+            **self.keys,
+        }
 
 
 def _members(config, split):
@@ -194,16 +214,31 @@ def _samples(config, directory, records, tasks, keys):
     prompts = [text_lib.prompt(task, config.data.prompt_template) for task in tasks]
     context, mask = assets.load_text(directory, config).table(prompts, config.data.text_len)
     _, state, action = assets.load_normalizers(directory, config)
-    return _Samples(records, context, mask, state, action, actions_lib.from_config(config),
-                    (config.model.proprio_dim, config.model.action_dim), keys)
+    return _Samples(
+        records,
+        context,
+        mask,
+        state,
+        action,
+        actions_lib.from_config(config),
+        (config.model.proprio_dim, config.model.action_dim),
+        keys,
+    )
 
 
 def _fake_samples(config, split):
     context, mask = spec.fake_context(config, config.seed)
     same = normalize.Normalizer(np.float32(1), np.float32(0))
-    return _Samples(_FakeRecords(config, split), context, mask, same, same,
-                    actions_lib.ActionTransform(),
-                    (config.model.proprio_dim, config.model.action_dim), {})
+    return _Samples(
+        _FakeRecords(config, split),
+        context,
+        mask,
+        same,
+        same,
+        actions_lib.ActionTransform(),
+        (config.model.proprio_dim, config.model.action_dim),
+        {},
+    )
 
 
 class _CacheRecords:
@@ -214,16 +249,20 @@ class _CacheRecords:
 
     def __init__(self, source):
         self._bytes, features = source.data_source, source.dataset_info.features
-        self._tensors = {name: (features[name].np_dtype, features[name].shape) for name in
-                         ("latents", "proprio", "actions", "action_is_pad", "image_is_pad")}
+        self._tensors = {
+            name: (features[name].np_dtype, features[name].shape)
+            for name in ("latents", "proprio", "actions", "action_is_pad", "image_is_pad")
+        }
 
     def __len__(self):
         return len(self._bytes)
 
     def __getitem__(self, row):
         stored = tf_example_pb2.Example.FromString(self._bytes[row]).features.feature
-        record = {name: np.frombuffer(stored[name].bytes_list.value[0], dtype).reshape(shape)
-                  for name, (dtype, shape) in self._tensors.items()}
+        record = {
+            name: np.frombuffer(stored[name].bytes_list.value[0], dtype).reshape(shape)
+            for name, (dtype, shape) in self._tensors.items()
+        }
         return {**record, "task": stored["task"].int64_list.value[0]}
 
 

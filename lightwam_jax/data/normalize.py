@@ -21,6 +21,7 @@ _MIN_RANGE = 1e-4  # range or deviation below which a dimension is only shifted,
 @dataclasses.dataclass(frozen=True, eq=False)
 class Normalizer:
     """Affine map per dimension: scale, offset f32 [D]. Works on numpy and on jax arrays."""
+
     scale: np.ndarray
     offset: np.ndarray
     clip: float = CLIP
@@ -88,13 +89,14 @@ def from_statistics(statistics, name, data):
     width = len(table["global_min"])
     if mode == "constants":
         if len(data.normalization_range) != 2 or np.diff(data.normalization_range) < _MIN_RANGE:
-            raise ValueError(f"config.data.normalization_range is {data.normalization_range}; "
-                             "expected (low, high), mapped to -1 and 1")
+            raise ValueError(
+                f"config.data.normalization_range is {data.normalization_range}; "
+                "expected (low, high), mapped to -1 and 1"
+            )
         return min_max(*(np.full(width, end) for end in data.normalization_range))
     if mode == "none":
         return Normalizer(np.ones(width, np.float32), np.zeros(width, np.float32), np.inf)
-    raise ValueError(
-        f"config.data.normalization is {mode!r}; expected one of {', '.join(MODES)}")
+    raise ValueError(f"config.data.normalization is {mode!r}; expected one of {', '.join(MODES)}")
 
 
 def fit_statistics(episodes, horizon, transform=None):
@@ -126,8 +128,12 @@ def fit_statistics(episodes, horizon, transform=None):
             chunks = transform.forward(chunks.transpose(2, 1, 0), episode.state, real)
             chunks = chunks.transpose(2, 1, 0)
         actions.append(_moments(chunks))
-    return {"state": {"default": _join(states)}, "action": {"default": _join(actions)},
-            "num_episodes": len(episodes), "num_transition": int(sum(e.length for e in episodes))}
+    return {
+        "state": {"default": _join(states)},
+        "action": {"default": _join(actions)},
+        "num_episodes": len(episodes),
+        "num_transition": int(sum(e.length for e in episodes)),
+    }
 
 
 def _windows(values, horizon):
@@ -146,8 +152,14 @@ def _moments(windows):
     n = x.shape[-1]
     # A single-step episode has no unbiased variance; it contributes the spread of its mean only.
     variance = x.var(-1, ddof=1) if n > 1 else np.zeros(x.shape[:-1])
-    table = {"min": x[..., 0], "max": x[..., -1], "mean": x.mean(-1), "var": variance,
-             "q01": _quantile(x, 0.01), "q99": _quantile(x, 0.99)}
+    table = {
+        "min": x[..., 0],
+        "max": x[..., -1],
+        "mean": x.mean(-1),
+        "var": variance,
+        "q01": _quantile(x, 0.01),
+        "q99": _quantile(x, 0.99),
+    }
     return {key: value.T for key, value in table.items()}
 
 
@@ -165,10 +177,14 @@ def _join(episodes):
     step_mean = stack["mean"].mean(0)
     mean = step_mean.mean(0)
     out = {
-        "stepwise_min": stack["min"].min(0), "stepwise_max": stack["max"].max(0),
-        "global_min": stack["min"].min((0, 1)), "global_max": stack["max"].max((0, 1)),
-        "stepwise_q01": stack["q01"].min(0), "stepwise_q99": stack["q99"].max(0),
-        "global_q01": stack["q01"].min((0, 1)), "global_q99": stack["q99"].max((0, 1)),
+        "stepwise_min": stack["min"].min(0),
+        "stepwise_max": stack["max"].max(0),
+        "global_min": stack["min"].min((0, 1)),
+        "global_max": stack["max"].max((0, 1)),
+        "stepwise_q01": stack["q01"].min(0),
+        "stepwise_q99": stack["q99"].max(0),
+        "global_q01": stack["q01"].min((0, 1)),
+        "global_q99": stack["q99"].max((0, 1)),
         "stepwise_mean": step_mean,
         "stepwise_std": np.sqrt((stack["var"] + (stack["mean"] - step_mean) ** 2).mean(0)),
         "global_mean": mean,
@@ -195,11 +211,15 @@ def read_statistics(path, state_dim, action_dim):
         raise FileNotFoundError(f"{path} is missing; make it with: {_COMPUTE}")
     with open(path) as f:
         statistics = json.load(f)
-    for name, key, width in (("state", "proprio_dim", state_dim),
-                             ("action", "action_dim", action_dim)):
+    for name, key, width in (
+        ("state", "proprio_dim", state_dim),
+        ("action", "action_dim", action_dim),
+    ):
         if name not in statistics:
-            raise ValueError(f"{path} has no {name!r} entry (it has "
-                             f"{', '.join(sorted(statistics))}); expected a dataset_stats.json")
+            raise ValueError(
+                f"{path} has no {name!r} entry (it has "
+                f"{', '.join(sorted(statistics))}); expected a dataset_stats.json"
+            )
         table = table_of(statistics, name)
         for field in _FIELDS:
             values = np.asarray(table.get(f"global_{field}", ()), np.float32)
@@ -207,12 +227,14 @@ def read_statistics(path, state_dim, action_dim):
                 raise ValueError(
                     f"{path}: {name} global_{field} has {values.size} dimensions, "
                     f"config.model.{key} is {width}: run {_COMPUTE}, or set config.model.{key} (or "
-                    f"config.data.{name}_dim, where the data are narrower than the model)")
+                    f"config.data.{name}_dim, where the data are narrower than the model)"
+                )
             if not np.isfinite(values).all():
                 raise ValueError(
                     f"{path}: {name} global_{field} is not finite in dimension "
                     f"{int(np.argmin(np.isfinite(values)))}: compute the statistics again from "
-                    "clean data")
+                    "clean data"
+                )
     return statistics
 
 
@@ -228,16 +250,22 @@ def table_of(statistics, name):
     tables = statistics[name]
     entries = {frozenset(table) for table in tables.values()}
     if len(entries) != 1:
-        raise ValueError(f"the statistics of {name!r} hold tables ({', '.join(tables)}) of "
-                         "different entries; expected at least one, and the same in each")
-    return {key: np.concatenate([np.asarray(table[key]) for table in tables.values()], -1).tolist()
-            for key in next(iter(tables.values()))}
+        raise ValueError(
+            f"the statistics of {name!r} hold tables ({', '.join(tables)}) of "
+            "different entries; expected at least one, and the same in each"
+        )
+    return {
+        key: np.concatenate([np.asarray(table[key]) for table in tables.values()], -1).tolist()
+        for key in next(iter(tables.values()))
+    }
 
 
 def describe(statistics):
     """Returns the printable table of the global statistics, constant dimensions flagged."""
-    lines = [f"{statistics['num_episodes']} episodes, {statistics['num_transition']} steps",
-             f"{'':<12}" + "".join(f"{field:>11}" for field in _FIELDS)]
+    lines = [
+        f"{statistics['num_episodes']} episodes, {statistics['num_transition']} steps",
+        f"{'':<12}" + "".join(f"{field:>11}" for field in _FIELDS),
+    ]
     for name in ("state", "action"):
         table = table_of(statistics, name)
         columns = np.array([table[f"global_{field}"] for field in _FIELDS])  # [6, D]

@@ -48,8 +48,10 @@ def writing(path):
     temporary = f"{path}.partial"
     with open(temporary, "ab") as file:  # for the lock, and to sync what was written by name
         if not _lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB):
-            raise InUse(f"another process is writing {path}: the same command runs twice; "
-                        "stop one, or give each its own --process_index")
+            raise InUse(
+                f"another process is writing {path}: the same command runs twice; "
+                "stop one, or give each its own --process_index"
+            )
         try:
             yield temporary
             os.fsync(file.fileno())
@@ -82,8 +84,10 @@ def alone_in(directory):
     file = os.open(directory, os.O_RDONLY)
     try:
         if not _lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB):
-            raise InUse(f"another process 0 works in {directory}: the same command runs "
-                        "twice; stop one, or give each its own --process_index")
+            raise InUse(
+                f"another process 0 works in {directory}: the same command runs "
+                "twice; stop one, or give each its own --process_index"
+            )
         yield
     finally:
         os.close(file)
@@ -139,8 +143,7 @@ def _begin(path, plan, differences):
     if os.path.exists(directory):
         have = read_json(path)
         reason = "it had no plan yet" if have is None else f"another plan\n  {differences(have)}"
-        print(f"{directory} is made anew: {reason}",
-              file=sys.stderr, flush=True)
+        print(f"{directory} is made anew: {reason}", file=sys.stderr, flush=True)
         shutil.rmtree(directory)
     os.makedirs(directory)
     write_json(path, plan())
@@ -193,8 +196,10 @@ def wait(ready, what):
             print(f"waiting for {what} (an hour at most)", flush=True)
             said = True
         if time.monotonic() - begun > PATIENCE:
-            raise TimeoutError(f"waited {PATIENCE} seconds for {what}: is it running, on the same "
-                               "config and the same files?")
+            raise TimeoutError(
+                f"waited {PATIENCE} seconds for {what}: is it running, on the same "
+                "config and the same files?"
+            )
         time.sleep(_POLL)
 
 
@@ -215,8 +220,12 @@ def check_room(directory, size):
     if free < size * _SQUEEZED:
         raise FullDisk(errno.ENOSPC, _advice("too little room on the disk", directory, size))
     if free < size:
-        print(f"WARNING: {directory} has {_bytes(free)} of room for up to {_bytes(size)}; "
-              "compressed it may just fit", file=sys.stderr, flush=True)
+        print(
+            f"WARNING: {directory} has {_bytes(free)} of room for up to {_bytes(size)}; "
+            "compressed it may just fit",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 @contextlib.contextmanager
@@ -235,18 +244,22 @@ def explaining_full_disk(directory, missing=None):
         raise
     except (OSError, RuntimeError) as error:  # ArrayRecord: RuntimeError. numpy: no errno
         full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(
-            text in str(error) for text in ("No space left", "quota exceeded", "requested and"))
+            text in str(error) for text in ("No space left", "quota exceeded", "requested and")
+        )
         if not full:
             raise
-        raise FullDisk(errno.ENOSPC, _advice("the disk is full", directory,
-                                             missing and missing())) from error
+        raise FullDisk(
+            errno.ENOSPC, _advice("the disk is full", directory, missing and missing())
+        ) from error
 
 
 def _advice(what, directory, size):
     free = shutil.disk_usage(directory).free
     needed = f"up to {_bytes(size)} are" if size else "more is"
-    return (f"{what}: {directory} has {_bytes(free)} left, and {needed} still to be written. What "
-            "is finished is kept: make room, and the same command continues")
+    return (
+        f"{what}: {directory} has {_bytes(free)} left, and {needed} still to be written. What "
+        "is finished is kept: make room, and the same command continues"
+    )
 
 
 def _bytes(size):

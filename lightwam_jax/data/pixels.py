@@ -34,8 +34,9 @@ class Windows:
         number = int(np.searchsorted(self._ends, row, side="right"))
         episode, data = self._episodes[number], self._config.data
         start = int(row - self._ends[number]) + episode.length
-        window = episodes_lib.window(episode.length, start, data.num_frames, data.frame_stride,
-                                     data.action_horizon)
+        window = episodes_lib.window(
+            episode.length, start, data.num_frames, data.frame_stride, data.action_horizon
+        )
         return {
             "video": transforms.to_uint8(cache.canvases(episode, window.frames, self._config)),
             "proprio": episode.state[start].astype(np.float32),
@@ -71,12 +72,14 @@ def load_codec(config):
         codec = codec_lib.PcaCodec.fit(noise, channels)
     else:
         from lightwam_jax.data import wan  # imports the models, which the PCA codec does not need
+
         codec = wan.WanCodec(data.codec_weights, data.codec, config.model.dtype)
     if (codec.kind, codec.latent_channels) != (data.codec, channels):
         raise ValueError(
             f"the codec in {directory} is {codec.kind!r} with {codec.latent_channels} channels; "
             f"config.data.codec is {data.codec!r}, config.model.latent_channels {channels}: run "
-            f"{cache.REBUILD} latents, or change the config")
+            f"{cache.REBUILD} latents, or change the config"
+        )
     return codec
 
 

@@ -35,8 +35,12 @@ from lightwam_jax.data import episodes as episodes_lib
 from lightwam_jax.data import fields as fields_lib
 from lightwam_jax.data.fields import Unfit
 
-_DEFAULTS = {"state": ("observation/state",), "action": ("action",),
-             "image": "observation/{camera}", "task": "language_instruction"}
+_DEFAULTS = {
+    "state": ("observation/state",),
+    "action": ("action",),
+    "image": "observation/{camera}",
+    "task": "language_instruction",
+}
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -46,6 +50,7 @@ class RldsEpisode(fields_lib.KeyedEpisode):
     Attributes beyond those of `KeyedEpisode`:
       record: (position in the file, bytes) of the record; (number, 0) in an array_record file.
     """
+
     record: tuple
 
     def stored(self, path):
@@ -83,14 +88,25 @@ def _read_shard(path, ids, source, found, problems, bar):
 
     records, kind, reason = _scan(path)
     if len(records) > len(ids):
-        problem("too many records", os.path.basename(path), f"dataset_info.json speaks of "
-                f"{len(ids)} records, {len(records)} are there; the rest has no id and is not read")
+        problem(
+            "too many records",
+            os.path.basename(path),
+            f"dataset_info.json speaks of "
+            f"{len(ids)} records, {len(records)} are there; the rest has no id and is not read",
+        )
     for number, name in enumerate(ids):
         bar.update()
         if number >= len(records):
-            problem(kind or "missing record", name, f"record {number}: "
-                    + (reason or f"the file ends after {len(records)} records; dataset_info.json "
-                       f"speaks of {len(ids)}"))
+            problem(
+                kind or "missing record",
+                name,
+                f"record {number}: "
+                + (
+                    reason
+                    or f"the file ends after {len(records)} records; dataset_info.json "
+                    f"speaks of {len(ids)}"
+                ),
+            )
             continue
         try:
             found.append(source.episode(path, records[number], name))
@@ -107,11 +123,13 @@ def _directory(path):
         raise ValueError(
             f"config.data.path={str(path)!r} has no features.json and "
             f"{', '.join(v.name for v in versions) or 'no version of a data set'} below it; give "
-            "the directory of one version of a TFDS data set, e.g. .../libero_10_no_noops/1.0.0")
+            "the directory of one version of a TFDS data set, e.g. .../libero_10_no_noops/1.0.0"
+        )
     return versions[0]
 
 
 # --- the files -----------------------------------------------------------------------------------
+
 
 def _scan(path):
     """([where each record lies], kind and reason why there are no more, or None); reads headers."""
@@ -132,13 +150,22 @@ def _scan(path):
             header = file.read(12)
             if len(header) < 12:
                 return records, "truncated file", f"the file ends in a header, at byte {end}"
-            length, = struct.unpack("<Q", header[:8])
+            (length,) = struct.unpack("<Q", header[:8])
             if not _intact(header[:8], header[8:]):
-                return records, "damaged file", (f"the length at byte {position} does not match "
-                                                 "its checksum; nothing behind it can be found")
+                return (
+                    records,
+                    "damaged file",
+                    (
+                        f"the length at byte {position} does not match "
+                        "its checksum; nothing behind it can be found"
+                    ),
+                )
             if position + length + 16 > end:
-                return records, "truncated file", (f"it ends at byte {position + length + 16}, the "
-                                                   f"file at {end}")
+                return (
+                    records,
+                    "truncated file",
+                    (f"it ends at byte {position + length + 16}, the file at {end}"),
+                )
             records.append((position + 12, length))
             position += length + 16
     return records, None, None
@@ -160,14 +187,17 @@ def _record(path, place):
     except (OSError, RuntimeError, ValueError, IndexError) as error:
         raise Unfit("unreadable record", f"{error}") from error
     if not _intact(data, checksum):
-        raise Unfit("bad checksum", f"the {length} bytes from {position} on do not match their "
-                    "checksum; copy the file again")
+        raise Unfit(
+            "bad checksum",
+            f"the {length} bytes from {position} on do not match their "
+            "checksum; copy the file again",
+        )
     return data
 
 
 def _intact(data, checksum):
     crc = google_crc32c.value(data)
-    masked = ((crc >> 15 | crc << 17) + 0xa282ead8) & 0xffffffff  # as TFRecord stores it
+    masked = ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF  # as TFRecord stores it
     return checksum == struct.pack("<I", masked)
 
 
@@ -183,44 +213,57 @@ class _Source:
     def __init__(self, data, directory):
         features = tfds.features.FeatureConnector.from_config(str(directory))
         if "steps" not in features or not isinstance(features["steps"], tfds.features.Sequence):
-            raise ValueError(f"{directory} has no nested steps, so it is not RLDS; its features: "
-                             f"{', '.join(features)}")
+            raise ValueError(
+                f"{directory} has no nested steps, so it is not RLDS; its features: "
+                f"{', '.join(features)}"
+            )
         self.leaves = dict(_leaves(features))
-        self.keys = {name: getattr(data.fields, name) or default
-                     for name, default in _DEFAULTS.items()}
+        self.keys = {
+            name: getattr(data.fields, name) or default for name, default in _DEFAULTS.items()
+        }
         self.fps, self.colour = data.fields.fps, data.fields.colour
         if not self.fps:
-            raise ValueError("config.data.fields.fps is 0 and RLDS data do not say how many steps "
-                             "a second has; set it")
+            raise ValueError(
+                "config.data.fields.fps is 0 and RLDS data do not say how many steps "
+                "a second has; set it"
+            )
         self.columns = {}
         for name in ("state", "action"):
             for key in self.keys[name]:
                 path, feature = self._leaf(key, name)
                 if _kind(feature) not in "fiub" or len(feature.shape) > 1:
-                    raise ValueError(f"config.data.fields.{name}: {key} is {feature!r}; expected "
-                                     "numbers, [] or [d] in each step")
+                    raise ValueError(
+                        f"config.data.fields.{name}: {key} is {feature!r}; expected "
+                        "numbers, [] or [d] in each step"
+                    )
                 self.columns[path] = feature
         if not self.keys["task"].startswith("text:"):
             path, feature = self._leaf(self.keys["task"], "task")
             if _kind(feature) != "O" or feature.shape:
                 raise ValueError(f"config.data.fields.task: {path} is {feature!r}; expected text")
             self.columns[path] = feature
-        self.images = {camera: self.keys["image"].replace("{camera}", camera)
-                       for camera in data.cameras}
+        self.images = {
+            camera: self.keys["image"].replace("{camera}", camera) for camera in data.cameras
+        }
         for key in self.images.values():
             feature = self._leaf(key, "image")[1]
             if not isinstance(feature, tfds.features.Image) or _kind(feature) != "u":
-                raise ValueError(f"config.data.fields.image: {key} is {feature!r}; expected a "
-                                 "tfds.features.Image of uint8")
+                raise ValueError(
+                    f"config.data.fields.image: {key} is {feature!r}; expected a "
+                    "tfds.features.Image of uint8"
+                )
 
     def _leaf(self, key, name):
         """(path in the record, feature) of a key of the config."""
         path = _path(key)
         if path not in self.leaves:
-            there = "\n  ".join(f"{f'/{p}'.removeprefix('/steps/')}: {feature!r}"
-                                for p, feature in self.leaves.items())
+            there = "\n  ".join(
+                f"{f'/{p}'.removeprefix('/steps/')}: {feature!r}"
+                for p, feature in self.leaves.items()
+            )
             raise ValueError(
-                f"config.data.fields.{name}: the data have no {key!r}; they have\n  {there}")
+                f"config.data.fields.{name}: the data have no {key!r}; they have\n  {there}"
+            )
         if name != "task" and not path.startswith("steps/"):
             raise ValueError(f"config.data.fields.{name}: {key} is not in the steps of an episode")
         return path, self.leaves[path]
@@ -236,12 +279,22 @@ class _Source:
         steps = len(columns[_path(self.keys["action"][0])])
         state, action = (
             fields_lib.join(what, {k: np.asarray(columns[_path(k)]) for k in self.keys[what]})
-            for what in ("state", "action"))
+            for what in ("state", "action")
+        )
         return RldsEpisode(
-            id=name, file=file, record=place, fps=self.fps, colour=self.colour, state=state,
-            action=action, tasks=fields_lib.instructions(values),
-            pictures={camera: (_path(key), range(steps)[fields_lib.parse(key).rows])
-                      for camera, key in self.images.items()})
+            id=name,
+            file=file,
+            record=place,
+            fps=self.fps,
+            colour=self.colour,
+            state=state,
+            action=action,
+            tasks=fields_lib.instructions(values),
+            pictures={
+                camera: (_path(key), range(steps)[fields_lib.parse(key).rows])
+                for camera, key in self.images.items()
+            },
+        )
 
 
 def _path(key):
@@ -278,6 +331,7 @@ def _parse(record, wanted):
     try:
         values = tfds.features.FeaturesDict(tree).deserialize_example_np(record)
     except (message.DecodeError, ValueError, LookupError, AttributeError) as error:
-        raise Unfit("unreadable record",
-                    f"it has no readable {', '.join(wanted)}: {error}") from error
+        raise Unfit(
+            "unreadable record", f"it has no readable {', '.join(wanted)}: {error}"
+        ) from error
     return {path: functools.reduce(operator.getitem, path.split("/"), values) for path in wanted}

@@ -51,8 +51,11 @@ def batch_spec(config, batch):
 
 def model_batch_spec(config, rows):
     """Returns {name: ShapeDtypeStruct} of what the losses read: latents, whatever is loaded."""
-    batch = {name: x for name, x in batch_spec(config, rows).items()
-             if name not in ("index", "member", "video")}
+    batch = {
+        name: x
+        for name, x in batch_spec(config, rows).items()
+        if name not in ("index", "member", "video")
+    }
     return batch | {"latents": _struct((rows, *latents_shape(config)), ml_dtypes.bfloat16)}
 
 
@@ -69,9 +72,13 @@ def latents_shape(config):
         raise ValueError(
             f"config.data.canvas={tuple(data.canvas)}: both sides must be multiples of {unit} "
             f"({stride} pixels per latent cell x config.loss.downsample="
-            f"{config.loss.downsample} x patches of 2)")
-    return (data.latent_frames, *(side // stride for side in data.canvas),
-            config.model.latent_channels)
+            f"{config.loss.downsample} x patches of 2)"
+        )
+    return (
+        data.latent_frames,
+        *(side // stride for side in data.canvas),
+        config.model.latent_channels,
+    )
 
 
 def check_batch(batch, config):
@@ -128,8 +135,13 @@ def fake_batch(config, batch, seed=0):
     stacked = {name: np.stack([record[name] for record in records]) for name in records[0]}
     context, mask = fake_context(config, seed)
     task = stacked.pop("task")
-    made = {**stacked, "context": context[task], "context_mask": mask[task],
-            "index": np.arange(batch), "member": np.zeros(batch, np.int32)}
+    made = {
+        **stacked,
+        "context": context[task],
+        "context_mask": mask[task],
+        "index": np.arange(batch),
+        "member": np.zeros(batch, np.int32),
+    }
     return {name: made[name] for name in batch_spec(config, batch)}
 
 

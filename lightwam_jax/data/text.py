@@ -31,7 +31,8 @@ def prompt(task, template):
     if "{task}" not in template:
         raise ValueError(
             f"config.data.prompt_template={template!r} has no '{{task}}': every task would get the "
-            "same text; write '{task}' where the instruction belongs")
+            "same text; write '{task}' where the instruction belongs"
+        )
     return template.replace("{task}", " ".join(task.split()))
 
 
@@ -56,6 +57,7 @@ def clean(text, mode="whitespace"):
 
 class TextEncoder(typing.Protocol):
     """Attributes: dim, the width of a row; id, which tells encoders (and their weights) apart."""
+
     dim: int
     id: str
 
@@ -90,14 +92,16 @@ class HashedTextEncoder:
         for row, text in enumerate(prompts):
             words = re.findall(r"[a-z0-9']+", text.lower())
             if not 0 < len(words) <= text_len:
-                raise ValueError(f"prompt {text!r} has {len(words)} words; expected 1 to "
-                                 f"config.data.text_len={text_len}")
+                raise ValueError(
+                    f"prompt {text!r} has {len(words)} words; expected 1 to "
+                    f"config.data.text_len={text_len}"
+                )
             for i, word in enumerate(words):
                 place = _gaussian(f"position {i}", self.dim)
                 vector = _gaussian(word, self.dim) + self._POSITION * place
-                scale = self._AMPLITUDE / np.sqrt(1 + self._POSITION ** 2)
+                scale = self._AMPLITUDE / np.sqrt(1 + self._POSITION**2)
                 context[row, i] = scale * vector
-            mask[row, :len(words)] = True
+            mask[row, : len(words)] = True
         return context, mask
 
 
@@ -108,9 +112,10 @@ def _gaussian(word, dim):
     Box-Muller on a counter of sha256 digests rather than a numpy Generator: numpy may change its
     streams, and a checkpoint must find the same vectors years later.
     """
-    digests = b"".join(hashlib.sha256(f"{word}/{i}".encode()).digest()
-                       for i in range((dim + 3) // 4))
-    u = (np.frombuffer(digests, "<u4").astype(np.float64)[:2 * dim] + 0.5) / 2 ** 32
+    digests = b"".join(
+        hashlib.sha256(f"{word}/{i}".encode()).digest() for i in range((dim + 3) // 4)
+    )
+    u = (np.frombuffer(digests, "<u4").astype(np.float64)[: 2 * dim] + 0.5) / 2**32
     return (np.sqrt(-2 * np.log(u[:dim])) * np.cos(2 * np.pi * u[dim:])).astype(np.float32)
 
 
@@ -126,7 +131,8 @@ class AbsentTextEncoder:
             f"prompt {prompts[0]!r} is not in the text cache, and the encoder that made the cache, "
             f"{self.id}, is not at config.data.text_weights={self._weights!r}: put its converted "
             "weights there, or say where they are: Policy.load(..., text_weights=DIR), "
-            "--config.data.text_weights=DIR")
+            "--config.data.text_weights=DIR"
+        )
 
 
 def make_encoder(kind, dim, weights="", cache=None):
@@ -144,15 +150,20 @@ def make_encoder(kind, dim, weights="", cache=None):
     if kind == "hashed":
         return HashedTextEncoder(dim)
     if kind != "umt5":
-        raise ValueError(f"config.data.text_encoder={kind!r} has no encoder here; known encoders: "
-                         "'umt5', 'hashed'")
+        raise ValueError(
+            f"config.data.text_encoder={kind!r} has no encoder here; known encoders: "
+            "'umt5', 'hashed'"
+        )
     if cache is not None and not os.path.isdir(weights):
         return AbsentTextEncoder(dim, cache.encoder_id, weights)
     from lightwam_jax.data import wan  # imports the models, which other encoders do not need
+
     encoder = wan.UMT5TextEncoder(weights, keep=cache is None)
     if encoder.dim != dim:
-        raise ValueError(f"config.data.text_weights={weights!r} gives rows of width {encoder.dim}, "
-                         f"config.model.text_dim is {dim}")
+        raise ValueError(
+            f"config.data.text_weights={weights!r} gives rows of width {encoder.dim}, "
+            f"config.model.text_dim is {dim}"
+        )
     return encoder
 
 
@@ -182,7 +193,8 @@ class TextCache:
             raise ValueError(
                 f"{directory}/rows.npy has shape {list(rows.shape)}, index.json says "
                 f"[{self._ends[-1]}, {self.dim}]: one is damaged; delete {directory} and run "
-                f"{_ENCODE}")
+                f"{_ENCODE}"
+            )
         self._rows = rows.view(ml_dtypes.bfloat16)
 
     def __contains__(self, text):
@@ -190,7 +202,7 @@ class TextCache:
 
     def rows(self, text):
         """Returns the rows bf16 [n, dim] of a cached prompt."""
-        begin, end = self._ends[self._row[text]:][:2]
+        begin, end = self._ends[self._row[text] :][:2]
         return self._rows[begin:end]
 
     def table(self, prompts, text_len):
@@ -204,18 +216,23 @@ class TextCache:
         mask = np.zeros((len(prompts), text_len), bool)
         for i, text in enumerate(prompts):
             if text not in self._row:
-                raise KeyError(f"prompt {text!r} is not among the {len(self.prompts)} of the text "
-                               f"cache; add it with: {_ENCODE}")
+                raise KeyError(
+                    f"prompt {text!r} is not among the {len(self.prompts)} of the text "
+                    f"cache; add it with: {_ENCODE}"
+                )
             rows = self.rows(text)
             if len(rows) > text_len:
-                raise ValueError(f"prompt {text!r} has {len(rows)} rows, config.data.text_len is "
-                                 f"{text_len}; raise it")
-            context[i, :len(rows)], mask[i, :len(rows)] = rows, True
+                raise ValueError(
+                    f"prompt {text!r} has {len(rows)} rows, config.data.text_len is "
+                    f"{text_len}; raise it"
+                )
+            context[i, : len(rows)], mask[i, : len(rows)] = rows, True
         return context, mask
 
 
-def write_cache(directory, encoder, prompts, text_len, kind, template, process_index=0,
-                process_count=1):
+def write_cache(
+    directory, encoder, prompts, text_len, kind, template, process_index=0, process_count=1
+):
     """Makes the `TextCache` of `prompts` (bfloat16, ragged) in `directory`.
 
     What a cache there has of the same encoder, length and template is taken over. The others are
@@ -236,13 +253,22 @@ def write_cache(directory, encoder, prompts, text_len, kind, template, process_i
     """
     directory = os.path.abspath(directory)
     parts = os.path.join(directory + ".partial", "")
-    wanted = {"kind": kind, "template": template, "id": encoder.id, "dim": encoder.dim,
-              "text_len": text_len, "prompts": list(prompts)}
+    wanted = {
+        "kind": kind,
+        "template": template,
+        "id": encoder.id,
+        "dim": encoder.dim,
+        "text_len": text_len,
+        "prompts": list(prompts),
+    }
 
     def plan():
         have = TextCache(directory) if os.path.exists(directory) else None
         same = have is not None and (have.encoder_id, have.text_len, have.template) == (
-            encoder.id, text_len, template)
+            encoder.id,
+            text_len,
+            template,
+        )
         return {**wanted, "new": [text for text in prompts if not (same and text in have)]}
 
     def differences(have):
@@ -253,17 +279,26 @@ def write_cache(directory, encoder, prompts, text_len, kind, template, process_i
         return index is not None and not differences(index)
 
     def share(plan):
-        batches = [plan["new"][i:i + _BATCH] for i in range(0, len(plan["new"]), _BATCH)]
+        batches = [plan["new"][i : i + _BATCH] for i in range(0, len(plan["new"]), _BATCH)]
         for batch in tqdm.tqdm(batches[process_index::process_count], desc="text", unit="batch"):
             if not all(os.path.exists(parts + _part(text)) for text in batch):
                 _write_parts(parts, encoder, batch, text_len)
         return all(os.path.exists(parts + _part(text)) for text in plan["new"])
 
     os.makedirs(os.path.dirname(directory), exist_ok=True)
-    with partial.explaining_full_disk(os.path.dirname(directory),
-                                      lambda: len(prompts) * text_len * encoder.dim * 2):
-        return partial.make(directory, "plan.json", plan, differences, done, share,
-                            lambda plan: _join(parts, directory, plan), process_index)
+    with partial.explaining_full_disk(
+        os.path.dirname(directory), lambda: len(prompts) * text_len * encoder.dim * 2
+    ):
+        return partial.make(
+            directory,
+            "plan.json",
+            plan,
+            differences,
+            done,
+            share,
+            lambda plan: _join(parts, directory, plan),
+            process_index,
+        )
 
 
 def _part(text):
@@ -284,14 +319,19 @@ def _join(parts, directory, plan):
     shutil.rmtree(fresh, ignore_errors=True)
     os.makedirs(fresh)
     have = TextCache(directory) if new != set(plan["prompts"]) else None
-    rows = [np.load(os.path.join(parts, _part(text)), allow_pickle=False) if text in new
-            else have.rows(text).view(np.uint16) for text in plan["prompts"]]
+    rows = [
+        np.load(os.path.join(parts, _part(text)), allow_pickle=False)
+        if text in new
+        else have.rows(text).view(np.uint16)
+        for text in plan["prompts"]
+    ]
     with partial.writing(os.path.join(fresh, "rows.npy")) as path, open(path, "wb") as f:
         empty = np.zeros((0, plan["dim"]), np.uint16)  # no prompt at all is fine too
         np.save(f, np.concatenate([empty, *rows]))
     index = {key: value for key, value in plan.items() if key != "new"}
-    partial.write_json(os.path.join(fresh, "index.json"),
-                       {**index, "lengths": [len(part) for part in rows]})
+    partial.write_json(
+        os.path.join(fresh, "index.json"), {**index, "lengths": [len(part) for part in rows]}
+    )
     return fresh
 
 
@@ -300,8 +340,10 @@ class CachedTextEncoder:
 
     def __init__(self, encoder, cache):
         if cache.encoder_id != encoder.id:
-            raise ValueError(f"the text cache was made by {cache.encoder_id}, the encoder is "
-                             f"{encoder.id}; run: {_ENCODE}")
+            raise ValueError(
+                f"the text cache was made by {cache.encoder_id}, the encoder is "
+                f"{encoder.id}; run: {_ENCODE}"
+            )
         self.dim, self.id = encoder.dim, encoder.id
         self._encoder, self._cache = encoder, cache
 

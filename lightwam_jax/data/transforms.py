@@ -55,10 +55,10 @@ def canvas(images, data):
     first = next(iter(views.values()))
     out = np.empty((*first.shape[:-3], *whole, 3), first.dtype)
     for camera, (top, left, height, width) in places.items():
-        out[..., top:top + height, left:left + width, :] = views[camera]
+        out[..., top : top + height, left : left + width, :] = views[camera]
     covering, (top, left) = _covering(whole, data.canvas)
     out = resize(out, covering, Image.Resampling.BICUBIC)
-    return out[..., top:top + data.canvas[0], left:left + data.canvas[1], :]
+    return out[..., top : top + data.canvas[0], left : left + data.canvas[1], :]
 
 
 def resize(pictures, size, how=Image.Resampling.BILINEAR):
@@ -109,15 +109,20 @@ def regions(data, size=None):
         edges = []
         for axis, length in enumerate(size or data.canvas):
             covering, crop = (part[axis] for part in _covering(whole, data.canvas))
-            first, last = (np.clip(edge * covering / whole[axis] - crop, 0, data.canvas[axis])
-                           * length / data.canvas[axis]
-                           for edge in (place[axis], place[axis] + place[axis + 2]))
+            first, last = (
+                np.clip(edge * covering / whole[axis] - crop, 0, data.canvas[axis])
+                * length
+                / data.canvas[axis]
+                for edge in (place[axis], place[axis] + place[axis + 2])
+            )
             edges.append((round(first), round(last)))
         (top, bottom), (left, right) = edges
         if size is None and (top == bottom or left == right):
-            raise ValueError(f"camera {camera!r} is cropped away: {len(places)} cameras of "
-                             f"{tuple(data.camera_size)} in layout {data.layout!r} do not fit "
-                             f"config.data.canvas={tuple(data.canvas)}; change one of them")
+            raise ValueError(
+                f"camera {camera!r} is cropped away: {len(places)} cameras of "
+                f"{tuple(data.camera_size)} in layout {data.layout!r} do not fit "
+                f"config.data.canvas={tuple(data.canvas)}; change one of them"
+            )
         out[camera] = (top, left, bottom - top, right - left)
     return out
 
@@ -125,8 +130,10 @@ def regions(data, size=None):
 def split(canvas, data):
     """Returns {camera: view [..., h, w, C]} of a canvas or map [..., H, W, C]; see `regions`."""
     places = regions(data, canvas.shape[-3:-1])
-    return {camera: canvas[..., top:top + height, left:left + width, :]
-            for camera, (top, left, height, width) in places.items()}
+    return {
+        camera: canvas[..., top : top + height, left : left + width, :]
+        for camera, (top, left, height, width) in places.items()
+    }
 
 
 def shown(images, data):
@@ -142,8 +149,10 @@ def shown(images, data):
         window = []
         for axis in range(2):
             start, extent = places[camera][axis], places[camera][axis + 2]
-            visible = [(edge * whole[axis] / covering[axis] - start) / extent
-                       for edge in (crop[axis], crop[axis] + data.canvas[axis])]
+            visible = [
+                (edge * whole[axis] / covering[axis] - start) / extent
+                for edge in (crop[axis], crop[axis] + data.canvas[axis])
+            ]
             length = view.shape[axis - 3]
             window.append(slice(*(round(np.clip(edge, 0, 1) * length) for edge in visible)))
         out[camera] = view[..., window[0], window[1], :]
@@ -168,11 +177,14 @@ def layout(data):
         raise ValueError(f"config.data.cameras names a camera twice: {', '.join(cameras)}")
     wanted = {"single": 1, "robotwin": 3}.get(data.layout, count)
     if count != wanted:
-        raise ValueError(f"config.data.layout={data.layout!r} shows {wanted} camera"
-                         f"{'s' * (wanted > 1)}, config.data.cameras names {count}: name {wanted}, "
-                         "or use layout 'horizontal' or 'vertical'")
+        raise ValueError(
+            f"config.data.layout={data.layout!r} shows {wanted} camera"
+            f"{'s' * (wanted > 1)}, config.data.cameras names {count}: name {wanted}, "
+            "or use layout 'horizontal' or 'vertical'"
+        )
     rows, columns = {"horizontal": (1, count), "vertical": (count, 1), "robotwin": (3, 2)}.get(
-        data.layout, (1, 1))
+        data.layout, (1, 1)
+    )
     if not data.camera_size:
         height, width = data.canvas
     elif data.layout == "robotwin":
@@ -183,7 +195,8 @@ def layout(data):
         raise ValueError(
             f"config.data.canvas={tuple(data.canvas)} does not divide into {rows} rows and "
             f"{columns} columns, as layout {data.layout!r} of {count} cameras needs: change the "
-            "canvas, or set config.data.camera_size")
+            "canvas, or set config.data.camera_size"
+        )
     h, w = height // rows, width // columns
     if data.layout == "robotwin":
         places = [(0, 0, 2 * h, width), (2 * h, 0, h, w), (2 * h, w, h, w)]
@@ -203,17 +216,26 @@ def _oriented(images, data):
     """{camera: uint8 [..., h, w, 3]} of config.data.cameras, turned and checked."""
     missing = [camera for camera in data.cameras if camera not in images]
     if missing:
-        raise ValueError(f"no image of camera {', '.join(map(repr, missing))}; got "
-                         f"{', '.join(map(repr, images))}, config.data.cameras wants "
-                         f"{', '.join(map(repr, data.cameras))}")
+        raise ValueError(
+            f"no image of camera {', '.join(map(repr, missing))}; got "
+            f"{', '.join(map(repr, images))}, config.data.cameras wants "
+            f"{', '.join(map(repr, data.cameras))}"
+        )
     lead = images[data.cameras[0]].shape[:-3]
     out = {}
     for camera, orientation in zip(data.cameras, data.orientation or ("",) * len(data.cameras)):
         image = images[camera]
-        if (image.dtype != np.uint8 or image.ndim < 3 or image.shape[-1] != 3
-                or not image.shape[-3] * image.shape[-2] or image.shape[:-3] != lead):
-            raise ValueError(f"camera {camera!r} gives {image.dtype} {list(image.shape)}; expected "
-                             f"uint8 {[*lead, 'h', 'w', 3]}, RGB with channels last and as many "
-                             f"pictures as camera {data.cameras[0]!r}")
+        if (
+            image.dtype != np.uint8
+            or image.ndim < 3
+            or image.shape[-1] != 3
+            or not image.shape[-3] * image.shape[-2]
+            or image.shape[:-3] != lead
+        ):
+            raise ValueError(
+                f"camera {camera!r} gives {image.dtype} {list(image.shape)}; expected "
+                f"uint8 {[*lead, 'h', 'w', 3]}, RGB with channels last and as many "
+                f"pictures as camera {data.cameras[0]!r}"
+            )
         out[camera] = ORIENTATIONS[orientation](image)
     return out

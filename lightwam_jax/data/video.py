@@ -21,13 +21,16 @@ from lightwam_jax.data import episodes
 TOLERANCE = 1e-4
 _SEEK_AHEAD = 2  # frames that must lie before the next keyframe for a seek to be worth its cost
 # Keyframes close together: a window is read from the middle of a file.
-_OPTIONS = {"libx264": {"crf": "18", "g": "10", "bf": "0"},
-            "libsvtav1": {"crf": "30", "g": "10", "preset": "8"},
-            "mpeg4": {"qscale": "2", "g": "10"}}
+_OPTIONS = {
+    "libx264": {"crf": "18", "g": "10", "bf": "0"},
+    "libsvtav1": {"crf": "30", "g": "10", "preset": "8"},
+    "mpeg4": {"qscale": "2", "g": "10"},
+}
 
 
 class VideoInfo(typing.NamedTuple):
     """What a file says of itself: codec is e.g. "h264", duration in seconds."""
+
     frames: int
     fps: float
     height: int
@@ -50,17 +53,26 @@ def probe(path):
         rate = stream.average_rate or stream.guessed_rate
         fps = float(rate) if rate else math.nan
         duration = float(stream.duration * stream.time_base) if stream.duration else count / fps
-        return VideoInfo(count, fps, stream.height, stream.width,
-                         stream.codec_context.codec.canonical_name, duration,
-                         stream.codec_context.pix_fmt)
+        return VideoInfo(
+            count,
+            fps,
+            stream.height,
+            stream.width,
+            stream.codec_context.codec.canonical_name,
+            duration,
+            stream.codec_context.pix_fmt,
+        )
 
 
 def _cut_off(path, stream):
     """Returns a sentence if a file is shorter than its own index says, else ""."""
     index, size = stream.index_entries, os.path.getsize(path)
     end = index[-1].pos + index[-1].size if len(index) else 0
-    return (f"truncated: its frames reach to byte {end:,}, the file ends at {size:,}; copy it again"
-            if end > size else "")
+    return (
+        f"truncated: its frames reach to byte {end:,}, the file ends at {size:,}; copy it again"
+        if end > size
+        else ""
+    )
 
 
 def frames(path, times, numbers=None, tolerance=TOLERANCE):
@@ -99,19 +111,33 @@ def _read(path, times, numbers, tolerance, seek):
                 frame = next(found)
             except av.FFmpegError as error:
                 cut = _cut_off(path, stream)
-                raise episodes.FrameError(path, number, (
-                    f"cannot be decoded, at {time:.4f} s: {cut or error.strerror}")
-                    ) from None if cut else error
+                raise episodes.FrameError(
+                    path, number, (f"cannot be decoded, at {time:.4f} s: {cut or error.strerror}")
+                ) from None if cut else error
             if frame is None or abs(frame.pts * tick - time) > tolerance + tick / 2:
                 near = "" if frame is None else f"; the nearest is at {frame.pts * tick:.4f} s"
-                raise episodes.FrameError(path, number, f"no frame at {time:.4f} s{near}: " + (
-                    _cut_off(path, stream) or "frames are missing, or the timestamps and the video "
-                    "do not belong together"))
+                raise episodes.FrameError(
+                    path,
+                    number,
+                    f"no frame at {time:.4f} s{near}: "
+                    + (
+                        _cut_off(path, stream)
+                        or "frames are missing, or the timestamps and the video "
+                        "do not belong together"
+                    ),
+                )
             if frame.is_corrupt or (frame.height, frame.width) != out.shape[1:3]:
-                raise episodes.FrameError(path, number, (
-                    f"the frame at {time:.4f} s is damaged" if frame.is_corrupt else
-                    f"{frame.height} x {frame.width} pixels in a video of {out.shape[1]} x "
-                    f"{out.shape[2]}"))
+                raise episodes.FrameError(
+                    path,
+                    number,
+                    (
+                        f"the frame at {time:.4f} s is damaged"
+                        if frame.is_corrupt
+                        else f"{frame.height} x {frame.width} pixels in a video of "
+                        f"{out.shape[1]} x "
+                        f"{out.shape[2]}"
+                    ),
+                )
             out[i] = frame.to_ndarray(format="rgb24")
     return out
 
@@ -129,8 +155,11 @@ def _nearest(container, stream, times, seek):
             if following is None:
                 break
             previous, last = last, following
-        yield min((f for f in (previous, last) if f is not None),
-                  key=lambda frame: abs(frame.pts * tick - time), default=None)
+        yield min(
+            (f for f in (previous, last) if f is not None),
+            key=lambda frame: abs(frame.pts * tick - time),
+            default=None,
+        )
 
 
 def _frames_from(container, stream, time):
@@ -179,8 +208,11 @@ def _open(path):
     except FileNotFoundError:
         raise episodes.FrameError(path, None, "no such file") from None
     except (av.FFmpegError, OSError) as error:
-        raise episodes.FrameError(path, None, f"cannot be opened ({error.strerror}): not a "
-                                  "video, or cut off before its end") from error
+        raise episodes.FrameError(
+            path,
+            None,
+            f"cannot be opened ({error.strerror}): not a video, or cut off before its end",
+        ) from error
     with container:
         if not container.streams.video:
             raise episodes.FrameError(path, None, "has no video stream")
@@ -222,7 +254,8 @@ class Writer:
         self._rate = fractions.Fraction(fps).limit_denominator(100_000)
         self._container = av.open(os.fspath(path), "w")
         self._stream = self._container.add_stream(
-            codec, rate=self._rate, options=_OPTIONS.get(codec, {}) | options)
+            codec, rate=self._rate, options=_OPTIONS.get(codec, {}) | options
+        )
         self._stream.pix_fmt = pix_fmt
         self._size = None
 
@@ -234,17 +267,23 @@ class Writer:
         """
         frames = np.asarray(frames)
         if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3:
-            raise ValueError(f"{self.path}: frames are {frames.dtype} {list(frames.shape)}; "
-                             "expected uint8 [k, H, W, 3]")
+            raise ValueError(
+                f"{self.path}: frames are {frames.dtype} {list(frames.shape)}; "
+                "expected uint8 [k, H, W, 3]"
+            )
         height, width = size = frames.shape[1:3]
         if height % 2 or width % 2:
-            raise ValueError(f"{self.path}: pictures of {height} x {width} pixels; video needs "
-                             "even sides: crop them, or keep pictures instead of video")
+            raise ValueError(
+                f"{self.path}: pictures of {height} x {width} pixels; video needs "
+                "even sides: crop them, or keep pictures instead of video"
+            )
         if self._size is None:
             self._stream.height, self._stream.width = self._size = size
         if self._size != size:
-            raise ValueError(f"{self.path}: pictures of {height} x {width} pixels after those of "
-                             f"{self._size[0]} x {self._size[1]}; one file has one size")
+            raise ValueError(
+                f"{self.path}: pictures of {height} x {width} pixels after those of "
+                f"{self._size[0]} x {self._size[1]}; one file has one size"
+            )
         for i, picture in enumerate(frames):
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
             frame.pts, frame.time_base = self.frames, 1 / self._rate

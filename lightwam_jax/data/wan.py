@@ -50,13 +50,18 @@ class WanCodec:
         self._weights, meta, fields = _converted(weights, "vae", "data.codec_weights", "vae")
         version = fields.pop("version", "absent")
         if version != kind:
-            raise ValueError(f"config.data.codec_weights={str(weights)!r} holds VAE {version!r}, "
-                             f"config.data.codec is {kind!r}: change one of them")
+            raise ValueError(
+                f"config.data.codec_weights={str(weights)!r} holds VAE {version!r}, "
+                f"config.data.codec is {kind!r}: change one of them"
+            )
         self.kind, self.dtype = kind, dtype
         self.model = _module(VAES[kind], fields, self._weights, dtype=jnp.dtype(dtype))
         self.latent_channels, self.stride = self.model.z_dim, codec_lib.STRIDES[kind]
-        encoder = {path: account for path, account in meta["arrays"]["params"].items()
-                   if path.split("/")[0] in HALVES["encode"]}
+        encoder = {
+            path: account
+            for path, account in meta["arrays"]["params"].items()
+            if path.split("/")[0] in HALVES["encode"]
+        }
         self.id = f"{kind}-{dtype}-{_digest(fields, encoder)}"
         self._encode, self._decode = jax.jit(self.encode_with), jax.jit(self.decode_with)
 
@@ -65,10 +70,12 @@ class WanCodec:
         """Returns the codec that `save` wrote; description: its codec.json."""
         codec = cls(os.path.join(directory, "weights"), description["kind"], description["dtype"])
         if codec.id != description["id"]:
-            raise ValueError(f"{directory}/weights are {codec.id}, codec.json says "
-                             f"{description['id']}: one of them was replaced; restore the "
-                             "directory, or run python -m lightwam_jax.precompute --config CONFIG "
-                             "--what latents")
+            raise ValueError(
+                f"{directory}/weights are {codec.id}, codec.json says "
+                f"{description['id']}: one of them was replaced; restore the "
+                "directory, or run python -m lightwam_jax.precompute --config CONFIG "
+                "--what latents"
+            )
         return codec
 
     @functools.cached_property
@@ -102,19 +109,21 @@ class WanCodec:
           ValueError: see `codec.check_video`.
         """
         codec_lib.check_video(video, self.stride)
-        return _in_parts(functools.partial(self._encode, self.arrays), video,
-                         self._rows(video.shape[1:4]))
+        return _in_parts(
+            functools.partial(self._encode, self.arrays), video, self._rows(video.shape[1:4])
+        )
 
     def decode(self, latents):
         """Latents [B, F, h, w, C] -> uint8 [B, 4F - 3, h * stride, w * stride, 3]."""
         latents = np.asarray(latents)
         if latents.ndim != 5 or latents.shape[-1] != self.latent_channels:
-            raise ValueError(f"latents have shape {list(latents.shape)}; expected "
-                             f"[B, F, h, w, {self.latent_channels}]")
+            raise ValueError(
+                f"latents have shape {list(latents.shape)}; expected "
+                f"[B, F, h, w, {self.latent_channels}]"
+            )
         frames, height, width = latents.shape[1:4]
         shape = (4 * frames - 3, height * self.stride, width * self.stride)
-        return _in_parts(functools.partial(self._decode, self._decoder), latents,
-                         self._rows(shape))
+        return _in_parts(functools.partial(self._decode, self._decoder), latents, self._rows(shape))
 
     def _rows(self, shape):
         """Clips of `shape` [T, H, W] whose activations fit: a power of two."""
@@ -128,8 +137,16 @@ class WanCodec:
         os.makedirs(directory, exist_ok=True)
         storage.copy_files(self._weights, os.path.join(directory, "weights"), storage.LARGE)
         with open(os.path.join(directory, "codec.json"), "w") as f:
-            json.dump({"kind": self.kind, "id": self.id, "dtype": self.dtype,
-                       "latent_channels": self.latent_channels}, f, indent=2)
+            json.dump(
+                {
+                    "kind": self.kind,
+                    "id": self.id,
+                    "dtype": self.dtype,
+                    "latent_channels": self.latent_channels,
+                },
+                f,
+                indent=2,
+            )
 
 
 def half(params, name, dtype):
@@ -152,8 +169,10 @@ class UMT5TextEncoder:
         self._weights, meta, fields = _converted(weights, "text_encoder", "data.text_weights", "t5")
         path = self._weights / "assets" / "tokenizer.json"
         if not path.exists():
-            raise FileNotFoundError(f"{path} is missing; convert again with the tokenizer of the "
-                                    f"weights: {_command('t5')}")
+            raise FileNotFoundError(
+                f"{path} is missing; convert again with the tokenizer of the "
+                f"weights: {_command('t5')}"
+            )
         account = meta["arrays"]["params"]
         dtype = account["token_embedding/embedding"][1]
         self._model = _module(UMT5Encoder, fields, self._weights, dtype=jnp.dtype(dtype))
@@ -174,6 +193,7 @@ class UMT5TextEncoder:
     @functools.cached_property
     def _tokenizer(self):
         import tokenizers
+
         return tokenizers.Tokenizer.from_file(str(self._weights / "assets" / "tokenizer.json"))
 
     def _tokenize(self, texts, text_len):
@@ -186,14 +206,20 @@ class UMT5TextEncoder:
         for text, tokens in zip(texts, found):
             if tokens.overflowing:
                 lost = sum(sum(part.attention_mask) - 1 for part in tokens.overflowing)
-                warnings.warn(f"prompt {text!r} is {lost} tokens longer than config.data.text_len="
-                              f"{text_len} and was cut; raise it or shorten the prompt",
-                              stacklevel=3)
-        ids, mask = (np.array([getattr(tokens, name) for tokens in found], np.int32)
-                     for name in ("ids", "attention_mask"))
+                warnings.warn(
+                    f"prompt {text!r} is {lost} tokens longer than config.data.text_len="
+                    f"{text_len} and was cut; raise it or shorten the prompt",
+                    stacklevel=3,
+                )
+        ids, mask = (
+            np.array([getattr(tokens, name) for tokens in found], np.int32)
+            for name in ("ids", "attention_mask")
+        )
         if any(row[length - 1] != end for row, length in zip(ids, mask.sum(axis=1))):
-            raise ValueError(f"{self._weights}/assets/tokenizer.json does not end a text with "
-                             "</s>; expected the tokenizer.json of google/umt5-xxl")
+            raise ValueError(
+                f"{self._weights}/assets/tokenizer.json does not end a text with "
+                "</s>; expected the tokenizer.json of google/umt5-xxl"
+            )
         return ids, mask.astype(bool)
 
 
@@ -213,19 +239,24 @@ def _converted(directory, section, key, command):
       FileNotFoundError: nothing there. ValueError: it holds something else.
     """
     if not directory:
-        raise ValueError(f"config.{key} is empty; give the directory that {_command(command)} "
-                         "wrote")
+        raise ValueError(
+            f"config.{key} is empty; give the directory that {_command(command)} wrote"
+        )
     try:
         path = checkpoint.find_checkpoint(directory)
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"config.{key}={str(directory)!r} holds no converted weights; make "
-                                f"them with: {_command(command)}") from error
+        raise FileNotFoundError(
+            f"config.{key}={str(directory)!r} holds no converted weights; make "
+            f"them with: {_command(command)}"
+        ) from error
     meta = storage.read_meta(path)
     sections = meta["config"] or {}
     if section not in sections:
-        raise ValueError(f"config.{key}={str(directory)!r} holds weights of "
-                         f"{', '.join(sections) or 'something unnamed'}, expected {section}: "
-                         f"{_command(command)}")
+        raise ValueError(
+            f"config.{key}={str(directory)!r} holds weights of "
+            f"{', '.join(sections) or 'something unnamed'}, expected {section}: "
+            f"{_command(command)}"
+        )
     return path, meta, dict(sections[section])
 
 
@@ -238,8 +269,10 @@ def _module(kind, fields, path, **given):
     names = {field.name for field in dataclasses.fields(kind)}
     unknown = sorted(set(fields) - names)
     if unknown:
-        raise ValueError(f"{path} was converted by another version: {kind.__name__} has no field "
-                         f"{', '.join(unknown)}; convert again")
+        raise ValueError(
+            f"{path} was converted by another version: {kind.__name__} has no field "
+            f"{', '.join(unknown)}; convert again"
+        )
     fields = {name: tuple(x) if isinstance(x, list) else x for name, x in fields.items()}
     return kind(**{**fields, **given})
 
@@ -255,8 +288,8 @@ def _in_parts(function, rows, most):
     """
     out = []
     for start in range(0, len(rows), most):
-        part = rows[start:start + most]
+        part = rows[start : start + most]
         size = 1 << (len(part) - 1).bit_length()
         filled = np.concatenate([part, np.repeat(part[:1], size - len(part), axis=0)])
-        out.append(np.asarray(function(filled))[:len(part)])
+        out.append(np.asarray(function(filled))[: len(part)])
     return np.concatenate(out)

@@ -54,10 +54,21 @@ def evaluate(policy, suite, workdir, out, began):
         actors["expert"] = None
     for name, actor in actors.items():
         decisive = report.log_manifest(manifest, _hash(actor) if actor else "expert")
-        episodes = setup.episodes if actor else [
-            episode for episode in setup.episodes if episode.task in setup.expert_tasks]
-        runs[name] = rollout.run(actor and actor.act, setup.env, episodes, e,
-                                 directory / f"{name}.jsonl", decisive, name, actor is None)
+        episodes = (
+            setup.episodes
+            if actor
+            else [episode for episode in setup.episodes if episode.task in setup.expert_tasks]
+        )
+        runs[name] = rollout.run(
+            actor and actor.act,
+            setup.env,
+            episodes,
+            e,
+            directory / f"{name}.jsonl",
+            decisive,
+            name,
+            actor is None,
+        )
     rates = {name: report.rate(records) for name, records in runs.items()}
     by_task = {name: report.by_task(records) for name, records in runs.items()}
     by_group = {name: report.by_group(records, setup.groups) for name, records in runs.items()}
@@ -67,26 +78,46 @@ def evaluate(policy, suite, workdir, out, began):
     reference.write_summaries(out, runs["trained"], manifest, workdir)
 
     def summarize():
-        return report.write_summary(out / "summary.json", seconds=time.time() - began,
-                                    manifest=manifest, tasks=by_task, groups=by_group,
-                                    published=published,
-                                    **{"expert": None, **rates})
+        return report.write_summary(
+            out / "summary.json",
+            seconds=time.time() - began,
+            manifest=manifest,
+            tasks=by_task,
+            groups=by_group,
+            published=published,
+            **{"expert": None, **rates},
+        )
 
     summarize()  # so that no picture can cost the numbers
 
     # ---- pictures ------------------------------------------------------------------------------
     sections = _sections(policy, workdir, directory, setup, runs, rates)
     if published:
-        sections.insert(1, page.Section(
-            "Beside the published numbers", "Those of the PyTorch Light-WAM, by its authors: a "
-            "checkpoint of its own for each suite.", table=reference.table(published), whole=True))
+        sections.insert(
+            1,
+            page.Section(
+                "Beside the published numbers",
+                "Those of the PyTorch Light-WAM, by its authors: a "
+                "checkpoint of its own for each suite.",
+                table=reference.table(published),
+                whole=True,
+            ),
+        )
     summary = summarize()  # the seconds include the pictures
     facts = _facts(policy, runs, rates, summary["seconds"])
-    page.write_html(out / "report.html", f"Light-WAM JAX · {config.name}",
-                    _headline(rates["trained"], setup), facts, sections, manifest)
+    page.write_html(
+        out / "report.html",
+        f"Light-WAM JAX · {config.name}",
+        _headline(rates["trained"], setup),
+        facts,
+        sections,
+        manifest,
+    )
     several = len(setup.tasks) > 1
-    return {name: by_task[name] | by_group[name] | ({"all": rates[name]} if several else {})
-            for name in runs}
+    return {
+        name: by_task[name] | by_group[name] | ({"all": rates[name]} if several else {})
+        for name in runs
+    }
 
 
 def manifest_of(policy, setup=None):
@@ -96,8 +127,15 @@ def manifest_of(policy, setup=None):
     """
     device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     environment = rollout.describe(setup.env, setup.episodes[0]) if setup else None
-    return report.manifest(policy.config, policy.step, _hash(policy), device, setup, environment,
-                           report.gpu_driver(jax.default_backend()))
+    return report.manifest(
+        policy.config,
+        policy.step,
+        _hash(policy),
+        device,
+        setup,
+        environment,
+        report.gpu_driver(jax.default_backend()),
+    )
 
 
 def _hash(policy):
@@ -111,8 +149,11 @@ def draw_future(policy, directory, episodes):
     beside real; of up to 32: psnr.png, ssim.png and future.json, the means per offset.
     """
     span = policy.config.data.num_frames
-    windows = [(episode, int(share * max(0, episode.length - span)))
-               for share in (0.2, 0.5, 0.8, 0.0, 1.0, 0.35, 0.65) for episode in episodes][:32]
+    windows = [
+        (episode, int(share * max(0, episode.length - span)))
+        for share in (0.2, 0.5, 0.8, 0.0, 1.0, 0.35, 0.65)
+        for episode in episodes
+    ][:32]
     result = visualize.future(policy, windows)
     shown = sorted({min(k * (len(episodes) + 1), len(windows) - 1) for k in range(3)})
     visualize.save_png(directory / "future.png", visualize.future_sheet(result, shown))
@@ -120,16 +161,24 @@ def draw_future(policy, directory, episodes):
     labels = {"codec": "codec limit", "predicted": "imagined", "still": "first frame repeated"}
     later = result["valid"].any(axis=0)  # the offsets that any window reaches ...
     later[0] = False  # ... of which frame 0 is given
-    numbers = {"windows": result["valid"][:, later].sum(axis=0).tolist(),
-               "offsets": result["offsets"][later].tolist()}
+    numbers = {
+        "windows": result["valid"][:, later].sum(axis=0).tolist(),
+        "offsets": result["offsets"][later].tolist(),
+    }
     for kind, title in (("psnr", "PSNR, dB"), ("ssim", "SSIM")):
-        means = {name: np.ma.masked_array(each, ~result["valid"])[:, later].mean(axis=0)
-                 for name, each in result[kind].items()}
+        means = {
+            name: np.ma.masked_array(each, ~result["valid"])[:, later].mean(axis=0)
+            for name, each in result[kind].items()
+        }
         numbers[kind] = {name: mean.tolist() for name, mean in means.items()}
         series = {labels[name]: (result["offsets"][later], means[name]) for name in labels}
-        report.curve_chart(directory / f"{kind}.png", series,
-                           f"{title} (mean of {len(windows)} windows)",
-                           xlabel="steps ahead", width=9.4)
+        report.curve_chart(
+            directory / f"{kind}.png",
+            series,
+            f"{title} (mean of {len(windows)} windows)",
+            xlabel="steps ahead",
+            width=9.4,
+        )
     (directory / "future.json").write_text(json.dumps(numbers, indent=2) + "\n")
 
 
@@ -143,8 +192,8 @@ def choose(records, count):
     first = list({r.prompt: r for r in reversed(solved)}.values())[::-1]
     solved = first + [r for r in solved if r not in first]
     failures = min(len(failed), max(1, count // 4))
-    chosen = solved[:max(1, count - failures)]
-    return chosen + failed[:max(1, count) - len(chosen)]
+    chosen = solved[: max(1, count - failures)]
+    return chosen + failed[: max(1, count) - len(chosen)]
 
 
 def _sections(policy, workdir, directory, setup, runs, rates):
@@ -159,8 +208,11 @@ def _sections(policy, workdir, directory, setup, runs, rates):
     size = next(iter(films[0]["observations"][0]["images"].values())).shape[0]
     strip = f"{setup.suite}.png"
     visualize.save_png(directory / strip, visualize.film_strip(policy, shown[0], films[0]))
-    labels = {"trained": "trained policy", "untrained": "untrained policy",
-              "expert": "scripted expert"}
+    labels = {
+        "trained": "trained policy",
+        "untrained": "untrained policy",
+        "expert": "scripted expert",
+    }
     report.success_chart(directory / "success.png", {labels[name]: rates[name] for name in rates})
     looks = _attention_section(policy, directory, films[:3])
 
@@ -178,19 +230,25 @@ def _sections(policy, workdir, directory, setup, runs, rates):
         page.Section(
             "How often it succeeds",
             f"{_same_episodes(setup)} The untrained policy is the same network with fresh random "
-            "parameters. In brackets: 95 % Wilson intervals.", wide("success.png"),
+            "parameters. In brackets: 95 % Wilson intervals.",
+            wide("success.png"),
             _task_table(runs, setup.groups) if len(setup.tasks) > 1 else (),
-            whole=len(setup.tasks) <= _WHOLE),
+            whole=len(setup.tasks) <= _WHOLE,
+        ),
         page.Section(
             "Watch it",
             f"The cameras in real time, rendered again for this page; the policy sees "
-            f"{size} x {size} pixels of each and plans anew every {replan} steps.", tuple(videos)),
+            f"{size} x {size} pixels of each and plans anew every {replan} steps.",
+            tuple(videos),
+        ),
         page.Section(
             "One episode, and where the policy looked" if looks else "One episode",
             "Learned queries read the states of the video backbone. Bright is where those of the "
-            "last adapter layer attended when the plan being executed was made." if looks else
-            "This policy pools without learned queries: there is no attention to draw.",
-            wide(strip)),
+            "last adapter layer attended when the plan being executed was made."
+            if looks
+            else "This policy pools without learned queries: there is no attention to draw.",
+            wide(strip),
+        ),
         *looks,
         page.Section(
             "What it imagines",
@@ -198,7 +256,8 @@ def _sections(policy, workdir, directory, setup, runs, rates):
             f"what happened when {acted} acted in these episodes, at the resolution of "
             "the video loss, and the most that the latent codec can show of it. Below each frame: "
             "PSNR and SSIM against what happened.",
-            wide("future.png", "future.mp4", "psnr.png", "ssim.png")),
+            wide("future.png", "future.mp4", "psnr.png", "ssim.png"),
+        ),
         page.Section("How it learned", "", _curves(workdir, directory)),
         page.Section("Every episode", "", table=_table(runs)),
     ]
@@ -210,8 +269,10 @@ def _same_episodes(setup):
     if not known:
         return "The same episodes for both. No task evaluated here has a scripted expert."
     if known < tasks:
-        return (f"The same episodes for both policies. There is a scripted expert for {known} of "
-                f"the {tasks} tasks, and its rate is over those alone.")
+        return (
+            f"The same episodes for both policies. There is a scripted expert for {known} of "
+            f"the {tasks} tasks, and its rate is over those alone."
+        )
     return "The same episodes for all three."
 
 
@@ -221,19 +282,26 @@ def _attention_section(policy, directory, films):
         return []
     seen = [film["observations"][len(film["observations"]) // 3] for film in films]
     visualize.save_png(directory / "attention.png", visualize.attention_sheet(policy, seen))
-    return [page.Section(
-        "Query attention, layer by layer",
-        "Attention of the learned queries, weighted by their importance. Each layer has one scale "
-        "for both cameras, so that their brightness compares; what gets less than average turns "
-        "grey.", (page.Media(directory / "attention.png", wide=True),))]
+    return [
+        page.Section(
+            "Query attention, layer by layer",
+            "Attention of the learned queries, weighted by their importance. Each layer has one "
+            "scale for both cameras, so that their brightness compares; what gets less than "
+            "average turns grey.",
+            (page.Media(directory / "attention.png", wide=True),),
+        )
+    ]
 
 
 def _video(directory, config, fps, record, film):
     path = directory / f"episode_{record.episode.key.replace('/', '_')}.mp4"
     frames = visualize.side_by_side(film["frames"], config.data.cameras)
     visualize.save_mp4(path, frames, fps)
-    return page.Media(path, f"“{record.prompt}” · {record.steps} steps · {record.episode.key}",
-                      "solved" if record.success else "not solved")
+    return page.Media(
+        path,
+        f"“{record.prompt}” · {record.steps} steps · {record.episode.key}",
+        "solved" if record.success else "not solved",
+    )
 
 
 def _as_episode(record, film):
@@ -241,8 +309,13 @@ def _as_episode(record, film):
     seen = film["observations"]
     images = {c: np.stack([o["images"][c] for o in seen]) for c in seen[0]["images"]}
     return episodes_lib.ArrayEpisode(
-        id=record.episode.key, fps=0.0, task=record.prompt, images=images,
-        state=np.stack([o["state"] for o in seen]), action=record.actions)
+        id=record.episode.key,
+        fps=0.0,
+        task=record.prompt,
+        images=images,
+        state=np.stack([o["state"] for o in seen]),
+        action=record.actions,
+    )
 
 
 def _curves(workdir, directory):
@@ -252,12 +325,16 @@ def _curves(workdir, directory):
     losses = {label: series[f"train/{name}"] for label, name in names.items()}
     report.curve_chart(directory / "loss.png", losses, "training loss", log=True)
     media = [page.Media(directory / "loss.png", "Mean of each log window.")]
-    errors = {f"dimension {name.rsplit('/', 1)[1]}": values
-              for name, values in series.items() if name.startswith("eval/l1/")}
+    errors = {
+        f"dimension {name.rsplit('/', 1)[1]}": values
+        for name, values in series.items()
+        if name.startswith("eval/l1/")
+    }
     if errors:
         report.curve_chart(directory / "validation.png", errors, "action L1, normalised")
-        media.append(page.Media(directory / "validation.png",
-                                "Open-loop error on held-out demonstrations."))
+        media.append(
+            page.Media(directory / "validation.png", "Open-loop error on held-out demonstrations.")
+        )
     return tuple(media)
 
 
@@ -267,29 +344,48 @@ def _headline(rate, setup):
     unseen = "" if setup.demonstrated is None else ", none of which was demonstrated"
     return f"{100 * rate.value:.0f} %", (
         f"of {rate.episodes} episodes solved from camera images and an instruction{unseen} "
-        f"(95 % interval {low:.0f} to {high:.0f} %).{errors}")
+        f"(95 % interval {low:.0f} to {high:.0f} %).{errors}"
+    )
 
 
 def _facts(policy, runs, rates, seconds):
     steps = [r.steps for r in runs["trained"] if r.success]
     minutes, rest = divmod(round(seconds), 60)
-    same = "same episodes" if len(runs.get("expert", ())) == len(runs["trained"]) else (
-        "episodes of its tasks")
-    expert = ([(f"{100 * rates['expert'].value:.0f} %", f"scripted expert, {same}")]
-              if "expert" in rates else [])
-    return [(f"{100 * rates['untrained'].value:.0f} %", "untrained policy, same episodes"),
-            *expert,
-            (f"{np.mean(steps):.0f}" if steps else "none", "steps per solved episode"),
-            (f"{params.count(policy.params) / 1e6:.2f} M", "parameters"),
-            (f"{policy.step:,}", "training steps"),
-            (f"{minutes} min {rest:02d} s", "from start to this report")]
+    same = (
+        "same episodes"
+        if len(runs.get("expert", ())) == len(runs["trained"])
+        else ("episodes of its tasks")
+    )
+    expert = (
+        [(f"{100 * rates['expert'].value:.0f} %", f"scripted expert, {same}")]
+        if "expert" in rates
+        else []
+    )
+    return [
+        (f"{100 * rates['untrained'].value:.0f} %", "untrained policy, same episodes"),
+        *expert,
+        (f"{np.mean(steps):.0f}" if steps else "none", "steps per solved episode"),
+        (f"{params.count(policy.params) / 1e6:.2f} M", "parameters"),
+        (f"{policy.step:,}", "training steps"),
+        (f"{minutes} min {rest:02d} s", "from start to this report"),
+    ]
 
 
 def _task_table(runs, groups):
-    rates = {name: report.by_group(records, groups) | report.by_task(records)
-             for name, records in runs.items()}
-    rows = [(task, *(report.brief(rates[name][task]) if task in rates[name] else "no expert"
-                     for name in runs)) for task in rates["trained"]]
+    rates = {
+        name: report.by_group(records, groups) | report.by_task(records)
+        for name, records in runs.items()
+    }
+    rows = [
+        (
+            task,
+            *(
+                report.brief(rates[name][task]) if task in rates[name] else "no expert"
+                for name in runs
+            ),
+        )
+        for task in rates["trained"]
+    ]
     return (("task", *runs), *rows)
 
 
@@ -298,8 +394,13 @@ def _table(runs):
     experts = {record.episode: record for record in runs.get("expert", ())}
     rows = []
     for trained, untrained in zip(runs["trained"], runs["untrained"]):
-        row = [trained.episode.key, trained.prompt or untrained.prompt, names[trained.success],
-               trained.steps, names[untrained.success]]
+        row = [
+            trained.episode.key,
+            trained.prompt or untrained.prompt,
+            names[trained.success],
+            trained.steps,
+            names[untrained.success],
+        ]
         if experts:
             expert = experts.get(trained.episode)
             row += [names[expert.success], expert.steps] if expert else ["no expert", ""]

@@ -37,8 +37,10 @@ class EpisodeLog:
             self._read(path, json.loads(json.dumps(manifest)))
         except BlockingIOError as error:
             self._file.close()
-            raise ValueError(f"{path} is being written by another evaluation: wait for it, or "
-                             "evaluate into another directory") from error
+            raise ValueError(
+                f"{path} is being written by another evaluation: wait for it, or "
+                "evaluate into another directory"
+            ) from error
         except ValueError:
             self._file.close()
             raise
@@ -71,15 +73,20 @@ class EpisodeLog:
                     continue
                 record = worker.Record.from_json(entry)
             except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{path}, line {number + 1} is damaged ({error}): delete the file "
-                                 "to evaluate anew") from error
+                raise ValueError(
+                    f"{path}, line {number + 1} is damaged ({error}): delete the file "
+                    "to evaluate anew"
+                ) from error
             if record.error is None:  # one that could not be run is tried again
                 self.records[record.episode] = record
         if unlike := differences(there, manifest):
             raise ValueError(
-                f"{path} holds the episodes of another evaluation:\n  " + "\n  ".join(
-                    f"{key}: {old!r} there, {new!r} now" for key, (old, new) in unlike.items())
-                + "\nDelete it, or evaluate into another directory.")
+                f"{path} holds the episodes of another evaluation:\n  "
+                + "\n  ".join(
+                    f"{key}: {old!r} there, {new!r} now" for key, (old, new) in unlike.items()
+                )
+                + "\nDelete it, or evaluate into another directory."
+            )
 
     def _write(self, content):
         self._file.write(json.dumps(content).encode() + b"\n")
@@ -92,8 +99,11 @@ def differences(one, other):
     A key that one of them lacks has the value None there.
     """
     one, other = dict(_leaves("", one)), dict(_leaves("", other))
-    return {key: (one.get(key), other.get(key)) for key in sorted({*one, *other})
-            if one.get(key) != other.get(key)}
+    return {
+        key: (one.get(key), other.get(key))
+        for key in sorted({*one, *other})
+        if one.get(key) != other.get(key)
+    }
 
 
 def _leaves(prefix, value):

@@ -30,8 +30,11 @@ def evaluate(policy, batches):
     """
     assets = policy.assets
     grippers = grippers_lib.of_data(policy.config, assets.statistics, assets.action)
-    errors = jax.jit(lambda params, batch: losses.open_loop_errors(
-        policy.model, params, batch, policy.config.loss, grippers))
+    errors = jax.jit(
+        lambda params, batch: losses.open_loop_errors(
+            policy.model, params, batch, policy.config.loss, grippers
+        )
+    )
     sums, samples = [], 0
     for batch in batches:
         arrays = {name: x for name, x in batch.items() if name != "index"}
@@ -44,12 +47,17 @@ def evaluate(policy, batches):
     if not means["steps"]:
         raise ValueError(
             "the validation split is empty, so there is nothing to evaluate: set "
-            "config.data.val_fraction, precompute --what latents again, and train")
+            "config.data.val_fraction, precompute --what latents again, and train"
+        )
     own = len(assets.action.scale)  # a wider model has zeros behind the robot's dimensions
     means |= {name: means[name][..., :own] for name in ("l1", "mse", "l1_step_dim")}
     means["l1_step"] = means["l1_step_dim"].mean(axis=-1)
-    return {**means, "l1_physical": means["l1"] / np.abs(assets.action.scale), "samples": samples,
-            "grippers": grippers_lib.summary(means, grippers)}
+    return {
+        **means,
+        "l1_physical": means["l1"] / np.abs(assets.action.scale),
+        "samples": samples,
+        "grippers": grippers_lib.summary(means, grippers),
+    }
 
 
 def write(directory, errors):
@@ -60,19 +68,28 @@ def write(directory, errors):
     """
     directory = pathlib.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    plain = {name: value if isinstance(value, dict) else np.asarray(value).tolist()
-             for name, value in errors.items()}
+    plain = {
+        name: value if isinstance(value, dict) else np.asarray(value).tolist()
+        for name, value in errors.items()
+    }
     (directory / "open_loop.json").write_text(json.dumps(plain, indent=2) + "\n")
     steps = np.arange(len(errors["l1_step"]))
     report.curve_chart(
-        directory / "open_loop.png", {"mean over dimensions": (steps, errors["l1_step"])},
-        "L1 error, normalised units", xlabel="step of the chunk")
+        directory / "open_loop.png",
+        {"mean over dimensions": (steps, errors["l1_step"])},
+        "L1 error, normalised units",
+        xlabel="step of the chunk",
+    )
     _heatmap(directory / "open_loop_dimensions.png", errors["l1_step_dim"], errors["l1"])
     if errors["grippers"]:
-        _offsets(directory / "open_loop_gripper.png", errors["gripper_offsets"],
-                 errors["grippers"])
-    return "\n\n".join(["\n".join(_dimension_table(errors)), "\n".join(_step_table(errors)),
-                        "\n".join(_gripper_table(errors["grippers"]))])
+        _offsets(directory / "open_loop_gripper.png", errors["gripper_offsets"], errors["grippers"])
+    return "\n\n".join(
+        [
+            "\n".join(_dimension_table(errors)),
+            "\n".join(_step_table(errors)),
+            "\n".join(_gripper_table(errors["grippers"])),
+        ]
+    )
 
 
 def _dimension_table(errors):
@@ -94,8 +111,10 @@ def _step_table(errors, most=8):
 
 def _gripper_table(grippers):
     if not grippers:
-        yield ("gripper timing: no action dimension is known to be a gripper "
-               "(config.data.gripper_dims), or none moves in the training data")
+        yield (
+            "gripper timing: no action dimension is known to be a gripper "
+            "(config.data.gripper_dims), or none moves in the training data"
+        )
         return
     columns = ("changing", "found", "offset", "offset_abs", "still", "spurious")
     yield f"{'gripper':<10}" + "".join(f"{name:>12}" for name in columns)
@@ -103,7 +122,8 @@ def _gripper_table(grippers):
         cells = [numbers.get(column) for column in columns]
         yield f"{name:<10}" + "".join(
             f"{'-' if cell is None else cell if isinstance(cell, int) else f'{cell:.3f}':>12}"
-            for cell in cells)
+            for cell in cells
+        )
     yield "changing, still: windows with and without a recorded change"
     yield "found, spurious: share of them where the prediction changes, alike or at all"
     yield "offset: mean steps it changes later than recorded; offset_abs: without the sign"
@@ -128,7 +148,10 @@ def _offsets(path, offsets, grippers):
             one.bar(steps, counts, width=0.85, color=report.TRAINED)
             one.axvline(0, color=report.INK, lw=1)
             missed = numbers["changing"] - counts.sum()
-            one.set_title(f"gripper {name}: {numbers['changing']} recorded changes, "
-                          f"{missed:.0f} without their like in the prediction", fontsize=9)
+            one.set_title(
+                f"gripper {name}: {numbers['changing']} recorded changes, "
+                f"{missed:.0f} without their like in the prediction",
+                fontsize=9,
+            )
             one.set_xlabel("steps the predicted change comes later than the recorded one")
             one.set_ylabel("windows")

@@ -92,10 +92,20 @@ def record(suite, tasks, count, out, first_seed=0, noise=0.0, workers=2, **env):
                 tried[first.task] = 0
                 yield from _solved(pool, first, count, workers, tried, module.FPS)
 
-        lerobot_write.write(solved(), out, cameras=module.CAMERAS, robot_type=module.ROBOT, names={
-            "observation.state": list(module.STATE), "action": list(module.ACTION)})
-        about = {"suite": suite, "noise": noise, "first_seed": first_seed, "tried": tried,
-                 "environment": pool.apply(_describe)}
+        lerobot_write.write(
+            solved(),
+            out,
+            cameras=module.CAMERAS,
+            robot_type=module.ROBOT,
+            names={"observation.state": list(module.STATE), "action": list(module.ACTION)},
+        )
+        about = {
+            "suite": suite,
+            "noise": noise,
+            "first_seed": first_seed,
+            "tried": tried,
+            "environment": pool.apply(_describe),
+        }
     path = pathlib.Path(out) / "meta" / "recording.json"
     path.write_text(json.dumps(about, indent=2) + "\n")
     return tried
@@ -115,11 +125,18 @@ def _solved(pool, first, count, workers, tried, fps):
         if success:
             kept += 1
             yield episodes_lib.ArrayEpisode(
-                id=episode.key, fps=float(fps), task=prompt, state=arrays.pop("state"),
-                action=arrays.pop("action"), images=arrays)
+                id=episode.key,
+                fps=float(fps),
+                task=prompt,
+                state=arrays.pop("state"),
+                action=arrays.pop("action"),
+                images=arrays,
+            )
         elif kept + 3 < _LEAST_SOLVED * tried[first.task]:
-            raise RuntimeError(f"the expert solved {kept} of {tried[first.task]} episodes of "
-                               f"{first.task}: give less --noise, or leave the task out")
+            raise RuntimeError(
+                f"the expert solved {kept} of {tried[first.task]} episodes of "
+                f"{first.task}: give less --noise, or leave the task out"
+            )
 
 
 def _begin(spec, noise, most_steps):
@@ -147,8 +164,16 @@ def main(argv):
         raise app.UsageError(f"unexpected argument {argv[1]!r}; tasks go into --tasks")
     given = flags.FLAGS
     try:
-        tried = record(given.suite, given.tasks, given.episodes, given.out, given.first_seed,
-                       given.noise, given.workers, **json.loads(given.env))
+        tried = record(
+            given.suite,
+            given.tasks,
+            given.episodes,
+            given.out,
+            given.first_seed,
+            given.noise,
+            given.workers,
+            **json.loads(given.env),
+        )
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

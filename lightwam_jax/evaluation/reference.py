@@ -41,23 +41,35 @@ def write_summaries(out, records, manifest, checkpoint):
             numbers[f"{place}_{number}"] = {
                 "success_rate": 100 * rate.value if rate.episodes else None,
                 "duration": sum(record.seconds for record in played),
-                "total_episodes": rate.episodes, "successes": rate.successes,
+                "total_episodes": rate.episodes,
+                "successes": rate.successes,
                 "task_description": libero_files.instruction(task),
-                **({"errors": rate.errors} if rate.errors else {})}
+                **({"errors": rate.errors} if rate.errors else {}),
+            }
         total = report.rate([record for played in tasks.values() for record in played])
         durations = [task["duration"] for task in numbers.values()]
         content = {
             "run_id": f"{manifest['config']}_step_{manifest['step']:06d}",
-            "ckpt": str(checkpoint), "config": manifest["config"],
+            "ckpt": str(checkpoint),
+            "config": manifest["config"],
             **({} if assets == "LIBERO" else {"assets": assets}),
-            "suite_stats": {place: {
-                "total_tasks": len(tasks), "total_trials": total.episodes,
-                "total_successes": total.successes, "total_time": sum(durations),
-                "max_time": max(durations), **({"errors": total.errors} if total.errors else {})}},
+            "suite_stats": {
+                place: {
+                    "total_tasks": len(tasks),
+                    "total_trials": total.episodes,
+                    "total_successes": total.successes,
+                    "total_time": sum(durations),
+                    "max_time": max(durations),
+                    **({"errors": total.errors} if total.errors else {}),
+                }
+            },
             "task_results": numbers,
             "overall": {
                 "average_success_rate": 100 * total.value if total.episodes else None,
-                "total_time": sum(durations), "average_task_time": sum(durations) / len(tasks)}}
+                "total_time": sum(durations),
+                "average_task_time": sum(durations) / len(tasks),
+            },
+        }
         paths.append(pathlib.Path(out, f"summary_{place}.json"))
         paths[-1].write_text(json.dumps(content, indent=4) + "\n")
     return paths
@@ -85,9 +97,13 @@ def published(records, manifest):
         ours = report.rate([record for played in tasks.values() for record in played])
         version = manifest["environment"]["versions"]["mujoco"]
         found[suite] = {
-            "source": _SOURCE.format(suite), **report.numbers(theirs), "ours": report.numbers(ours),
-            "remark": "" if version == MUJOCO else (
-                f"MuJoCo {MUJOCO} there, {version} here: other pixels")}
+            "source": _SOURCE.format(suite),
+            **report.numbers(theirs),
+            "ours": report.numbers(ours),
+            "remark": ""
+            if version == MUJOCO
+            else (f"MuJoCo {MUJOCO} there, {version} here: other pixels"),
+        }
     return found
 
 
@@ -98,8 +114,14 @@ def table(comparison):
         if "not_comparable" in found:
             rows.append((suite, "", "not comparable", "; ".join(found["not_comparable"])))
         else:
-            rows.append((suite, _said(found["ours"]), _said(found),
-                         "; ".join(filter(None, (found["source"], found["remark"])))))
+            rows.append(
+                (
+                    suite,
+                    _said(found["ours"]),
+                    _said(found),
+                    "; ".join(filter(None, (found["source"], found["remark"]))),
+                )
+            )
     return tuple(rows)
 
 
@@ -119,18 +141,17 @@ def _unlike(suite, tasks, manifest):
     environment, protocol = manifest["environment"], libero.PROTOCOLS[PROTOCOL]
     cap = min(manifest["max_steps"], environment["protocol"]["max_steps"][suite])
     missing = len(libero_files.tasks(suite)) - len(tasks)
+    settle, replan = environment["protocol"]["settle"], manifest["replan"]
+    size, rendering = environment["image_size"], environment["rendering"]
+    assets = environment["assets"]
     reasons = {
-        f"made with {environment['assets']} assets": environment["assets"] != "LIBERO",
+        f"made with {assets} assets": assets != "LIBERO",
         f"{missing} of the suite's tasks are missing": missing,
-        f"{environment['protocol']['settle']} steps to settle, {protocol.settle} there":
-            environment["protocol"]["settle"] != protocol.settle,
-        f"a plan every {manifest['replan']} steps, {protocol.replan} there":
-            manifest["replan"] != protocol.replan,
-        f"at most {cap} steps, {protocol.max_steps[suite]} there":
-            cap != protocol.max_steps[suite],
-        f"rendering {environment['rendering']!r}": environment["rendering"] != "full",
-        f"cameras of {environment['image_size']} pixels, 256 there":
-            environment["image_size"] != 256,
+        f"{settle} steps to settle, {protocol.settle} there": settle != protocol.settle,
+        f"a plan every {replan} steps, {protocol.replan} there": replan != protocol.replan,
+        f"at most {cap} steps, {protocol.max_steps[suite]} there": cap != protocol.max_steps[suite],
+        f"rendering {rendering!r}": rendering != "full",
+        f"cameras of {size} pixels, 256 there": size != 256,
     }
     return [reason for reason, holds in reasons.items() if holds]
 
@@ -139,5 +160,7 @@ def _said(numbers):
     if not numbers["episodes"]:
         return "nothing ran"
     low, high = (100 * bound for bound in numbers["interval"])
-    return (f"{100 * numbers['success_rate']:.1f} %  {numbers['successes']}/{numbers['episodes']}, "
-            f"95 % interval {low:.1f} to {high:.1f} %")
+    return (
+        f"{100 * numbers['success_rate']:.1f} %  {numbers['successes']}/{numbers['episodes']}, "
+        f"95 % interval {low:.1f} to {high:.1f} %"
+    )

@@ -59,14 +59,19 @@ class Rate:
     def __str__(self):
         low, high = (100 * bound for bound in self.interval)
         errors = f"; {self.errors} could not run" if self.errors else ""
-        return (f"{100 * self.value:3.0f} %  {self.successes}/{self.episodes}, "
-                f"95 % interval {low:.0f} to {high:.0f} %{errors}")
+        return (
+            f"{100 * self.value:3.0f} %  {self.successes}/{self.episodes}, "
+            f"95 % interval {low:.0f} to {high:.0f} %{errors}"
+        )
 
 
 def numbers(r):
     """Returns a `Rate` as plain numbers; the rate is None when nothing ran."""
-    return {"success_rate": r.value if r.episodes else None, "interval": list(r.interval),
-            **dataclasses.asdict(r)}
+    return {
+        "success_rate": r.value if r.episodes else None,
+        "interval": list(r.interval),
+        **dataclasses.asdict(r),
+    }
 
 
 def brief(r):
@@ -93,13 +98,16 @@ def by_task(records):
 
 def by_group(records, groups):
     """Returns {name: `Rate`} of groups {name: [tasks]}, without those that nobody played."""
-    found = {name: [record for record in records if record.episode.task in tasks]
-             for name, tasks in ((name, {*tasks}) for name, tasks in groups.items())}
+    found = {
+        name: [record for record in records if record.episode.task in tasks]
+        for name, tasks in ((name, {*tasks}) for name, tasks in groups.items())
+    }
     return {name: rate(played) for name, played in found.items() if played}
 
 
-def write_summary(path, trained, untrained, expert, seconds, manifest, tasks=None,
-                  groups=None, published=None):
+def write_summary(
+    path, trained, untrained, expert, seconds, manifest, tasks=None, groups=None, published=None
+):
     """Writes summary.json and returns it.
 
     Args:
@@ -114,15 +122,26 @@ def write_summary(path, trained, untrained, expert, seconds, manifest, tasks=Non
       published: of `reference.published`.
     """
     summary = {
-        "success_rate": trained.value, "interval": list(trained.interval),
-        "untrained_success_rate": untrained.value, "untrained_interval": list(untrained.interval),
-        **({} if expert is None else {
-            "expert_success_rate": expert.value, "expert_interval": list(expert.interval),
-            "expert_episodes": expert.episodes}),
-        "episodes": trained.episodes, "errors": trained.errors, "seconds": round(seconds, 1),
+        "success_rate": trained.value,
+        "interval": list(trained.interval),
+        "untrained_success_rate": untrained.value,
+        "untrained_interval": list(untrained.interval),
+        **(
+            {}
+            if expert is None
+            else {
+                "expert_success_rate": expert.value,
+                "expert_interval": list(expert.interval),
+                "expert_episodes": expert.episodes,
+            }
+        ),
+        "episodes": trained.episodes,
+        "errors": trained.errors,
+        "seconds": round(seconds, 1),
         **({"published": published} if published else {}),
         **({"groups": _turned(groups)} if groups and groups["trained"] else {}),
-        "tasks": _turned(tasks or {}), "manifest": manifest,
+        "tasks": _turned(tasks or {}),
+        "manifest": manifest,
     }
     pathlib.Path(path).write_text(json.dumps(summary, indent=2) + "\n")
     return summary
@@ -149,10 +168,18 @@ def manifest(config, step, weights, device, setup=None, environment=None, driver
       driver: of `gpu_driver`.
     """
     e = config.evaluation
-    suite = {} if setup is None else {
-        "suite": setup.suite, "tasks": setup.tasks, "env": dataclasses.asdict(setup.env),
-        "initial_states": sorted({episode.init for episode in setup.episodes}),
-        "demonstrated_seeds": setup.demonstrated, "environment": environment}
+    suite = (
+        {}
+        if setup is None
+        else {
+            "suite": setup.suite,
+            "tasks": setup.tasks,
+            "env": dataclasses.asdict(setup.env),
+            "initial_states": sorted({episode.init for episode in setup.episodes}),
+            "demonstrated_seeds": setup.demonstrated,
+            "environment": environment,
+        }
+    )
     packages = {}
     for name in PACKAGES:
         try:
@@ -160,18 +187,37 @@ def manifest(config, step, weights, device, setup=None, environment=None, driver
         except importlib.metadata.PackageNotFoundError:
             packages[name] = "not installed"
     return {
-        **suite, "config": config.name, "model": config.model.variant, "step": step,
-        "weights": weights, "seeds": [e.first_seed, e.first_seed + e.episodes - 1],
-        "replan": e.replan, "max_steps": e.max_steps, "batch": e.batch, "workers": e.workers,
-        "device": device, "driver": driver,
-        "commit": _commit(), "python": platform.python_version(),
-        "platform": platform.platform(), "packages": packages,
+        **suite,
+        "config": config.name,
+        "model": config.model.variant,
+        "step": step,
+        "weights": weights,
+        "seeds": [e.first_seed, e.first_seed + e.episodes - 1],
+        "replan": e.replan,
+        "max_steps": e.max_steps,
+        "batch": e.batch,
+        "workers": e.workers,
+        "device": device,
+        "driver": driver,
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": packages,
     }
 
 
 # Of a manifest: what decides how an episode goes, beside the policy.
-DECISIVE = ("suite", "env", "environment", "replan", "max_steps", "batch", "device", "driver",
-            "packages")
+DECISIVE = (
+    "suite",
+    "env",
+    "environment",
+    "replan",
+    "max_steps",
+    "batch",
+    "device",
+    "driver",
+    "packages",
+)
 
 
 def log_manifest(manifest, policy):
@@ -229,9 +275,15 @@ def read_metrics(path):
 
 def _commit():
     """The commit of the source tree, "+" when it has changes; None outside a repository."""
+
     def git(*arguments):
-        return subprocess.run(["git", *arguments], cwd=pathlib.Path(__file__).parents[2],
-                              capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(
+            ["git", *arguments],
+            cwd=pathlib.Path(__file__).parents[2],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
 
     try:
         changed = git("status", "--porcelain", "--untracked-files=no")
@@ -260,8 +312,15 @@ def success_chart(path, rates):
             axes.plot([low, high], [row, row], color=INK, lw=1.3)
             for end in (low, high):
                 axes.plot([end, end], [row - 0.12, row + 0.12], color=INK, lw=1.3)
-            axes.text(103, row, f"{100 * r.value:.0f} %", va="center", color=INK, fontsize=12,
-                      fontweight="bold")
+            axes.text(
+                103,
+                row,
+                f"{100 * r.value:.0f} %",
+                va="center",
+                color=INK,
+                fontsize=12,
+                fontweight="bold",
+            )
         axes.set_yticks(range(len(rates)), rates, fontsize=11)
         axes.invert_yaxis()
         axes.set_xlim(0, 112)
@@ -280,6 +339,7 @@ def curve_chart(path, series, ylabel, log=False, xlabel="training step", width=6
       ylabel, xlabel: with their units. log: logarithmic values. width: inches.
     """
     from matplotlib import ticker
+
     with page.chart(path, width, 3.0) as axes:
         for (label, (x, values)), colour in zip(series.items(), itertools.cycle(COLOURS)):
             few = {"marker": "o", "ms": 3} if len(x) < 30 else {}

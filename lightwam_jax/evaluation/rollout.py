@@ -30,8 +30,17 @@ START_TIMEOUT = 600.0  # seconds a process may take to start: imports, on an ove
 _CONTEXT = multiprocessing.get_context("spawn")  # forking once jax has threads can deadlock
 
 
-def run(policy_act, env, episodes, config, log_path=None, manifest=None, label="policy",
-        expert=False, timeout=120.0):
+def run(
+    policy_act,
+    env,
+    episodes,
+    config,
+    log_path=None,
+    manifest=None,
+    label="policy",
+    expert=False,
+    timeout=120.0,
+):
     """Runs every episode once and returns the `worker.Record`s in the order of `episodes`.
 
     Args:
@@ -77,8 +86,10 @@ def run(policy_act, env, episodes, config, log_path=None, manifest=None, label="
                 batch = _stack([slot.observation for slot in slots], config.batch)
                 engine.plan(slots, policy_act(*batch))
     if all(record.error for record in records.values()):
-        raise RuntimeError(f"none of the {len(episodes)} episodes could be run; the first error:\n"
-                           f"{records[episodes[0]].error}")
+        raise RuntimeError(
+            f"none of the {len(episodes)} episodes could be run; the first error:\n"
+            f"{records[episodes[0]].error}"
+        )
     return [records[episode] for episode in episodes]
 
 
@@ -121,8 +132,9 @@ class _Worker:
 
     def start(self):
         self.pipe, child = _CONTEXT.Pipe()
-        self.process = _CONTEXT.Process(target=worker_lib.serve, args=(child, *self._arguments),
-                                        daemon=True)
+        self.process = _CONTEXT.Process(
+            target=worker_lib.serve, args=(child, *self._arguments), daemon=True
+        )
         self.process.start()
         child.close()  # so that the death of the process ends the pipe
         self.pending = collections.deque([None])  # that it is ready
@@ -193,8 +205,10 @@ class _Engine:
         actions = np.asarray(actions)
         bad = [s.episode.key for s, chunk in zip(slots, actions) if not np.isfinite(chunk).all()]
         if bad:
-            raise FloatingPointError(f"the policy planned NaN or infinite actions for episodes "
-                                     f"{', '.join(bad)}; nothing it does can be evaluated")
+            raise FloatingPointError(
+                f"the policy planned NaN or infinite actions for episodes "
+                f"{', '.join(bad)}; nothing it does can be evaluated"
+            )
         for slot, chunk in zip(slots, actions):
             slot.observation = None
             slot.worker.send("plan", slot, chunk)
@@ -216,8 +230,9 @@ class _Engine:
     def _restart(self, worker, reason):
         guilty = worker.pending[0]
         if guilty is None:
-            raise RuntimeError(f"a simulator process could not be started: {reason}; its own error "
-                               "output is above")
+            raise RuntimeError(
+                f"a simulator process could not be started: {reason}; its own error output is above"
+            )
         worker.stop()
         worker.start()
         for slot in self._slots:
@@ -239,8 +254,13 @@ class _Progress:
 
     def __init__(self, label, total):
         self._counts = collections.Counter()
-        self._bar = tqdm.tqdm(total=total, desc=f"{label:<10}", unit="episode", dynamic_ncols=True,
-                              mininterval=0.2 if sys.stderr.isatty() else 30.0)
+        self._bar = tqdm.tqdm(
+            total=total,
+            desc=f"{label:<10}",
+            unit="episode",
+            dynamic_ncols=True,
+            mininterval=0.2 if sys.stderr.isatty() else 30.0,
+        )
 
     def __enter__(self):
         return self

@@ -53,7 +53,8 @@ def of_config(config, suite):
         raise ValueError(
             f"--mode {suite} evaluates policies of that suite; this one was trained on "
             f"config.data.source={config.data.source!r} with config.evaluation.suite={e.suite!r}: "
-            f"use --mode {own or 'open_loop'}")
+            f"use --mode {own or 'open_loop'}"
+        )
     kwargs = {"image_size": config.demo.image_size} if suite == "demo" else e.env
     tasks = e.tasks or module.TASKS
     episodes = module.episodes(tasks, e.episodes, e.first_seed)
@@ -64,12 +65,20 @@ def of_config(config, suite):
             raise ValueError(
                 f"seeds {e.first_seed}..{e.first_seed + e.episodes - 1} are not held out: "
                 f"demonstrations of {episode.task} may have {first}..{first + count - 1}; choose "
-                "another --seed")
+                "another --seed"
+            )
     names = list(dict.fromkeys(episode.task for episode in episodes))
     experts = tuple(filter(getattr(module, "has_expert", lambda task: True), names))
     groups = getattr(module, "groups", lambda tasks: {})(names)
-    return Setup(suite, envs.spec(suite, **kwargs), tuple(episodes), module.FPS, demonstrated,
-                 experts, groups if len(groups) > 1 else {})
+    return Setup(
+        suite,
+        envs.spec(suite, **kwargs),
+        tuple(episodes),
+        module.FPS,
+        demonstrated,
+        experts,
+        groups if len(groups) > 1 else {},
+    )
 
 
 def _demonstrated(config):

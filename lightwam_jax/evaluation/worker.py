@@ -92,8 +92,11 @@ class Record:
         """Returns the record as a plain dict; the actions are base64 of little-endian float32."""
         names = ("success", "steps", "prompt", "error", "seconds", "digest")
         actions = base64.b64encode(self.actions.astype("<f4").tobytes()).decode()
-        return {**self.episode.to_json(), **{name: getattr(self, name) for name in names},
-                "actions": actions}
+        return {
+            **self.episode.to_json(),
+            **{name: getattr(self, name) for name in names},
+            "actions": actions,
+        }
 
     @classmethod
     def from_json(cls, content):
@@ -163,8 +166,16 @@ def play(env, episode, replan, max_steps, expert=False):
         executed.append(np.asarray(action, np.float32))
         _, success, done = env.step(executed[-1])
     actions = np.stack(executed)
-    return Record(episode, bool(success), len(executed), prompt, None,
-                  time.monotonic() - began - waited, zlib.crc32(actions.tobytes()), actions)
+    return Record(
+        episode,
+        bool(success),
+        len(executed),
+        prompt,
+        None,
+        time.monotonic() - began - waited,
+        zlib.crc32(actions.tobytes()),
+        actions,
+    )
 
 
 def describe(spec, episode):
@@ -214,6 +225,11 @@ def replay(spec, record, every, size, replan):
         raise RuntimeError(
             f"episode {record.episode.key} ended with success={record.success} and, repeated with "
             f"the same actions, with {bool(success)}; an environment must be a function of episode "
-            "and actions")
-    return {"frames": {camera: np.stack(pictures) for camera, pictures in frames.items()},
-            "frame_steps": frame_steps, "observations": observations, "plan_steps": plan_steps}
+            "and actions"
+        )
+    return {
+        "frames": {camera: np.stack(pictures) for camera, pictures in frames.items()},
+        "frame_steps": frame_steps,
+        "observations": observations,
+        "plan_steps": plan_steps,
+    }

@@ -19,8 +19,11 @@ def deployed(params, config):
     """
     last = config.adapter_layers[-1]
     smaller = dataclasses.replace(config, num_layers=last + 1, lora_rank=0, lora_layers=())
-    unused = {segment.name for segment in dit.segments(
-        config.num_layers, config.adapter_layers, config.lora_layers) if segment.start > last}
+    unused = {
+        segment.name
+        for segment in dit.segments(config.num_layers, config.adapter_layers, config.lora_layers)
+        if segment.start > last
+    }
     kept = {name: child for name, child in params["dit"].items() if name not in (*unused, "head")}
     merged = {**params, "dit": lora.merge_lora(kept, config.lora_alpha)}
     wanted = {cut.name for cut in dit.segments(last + 1, config.adapter_layers, ())}

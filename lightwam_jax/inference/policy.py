@@ -47,8 +47,9 @@ class Policy:
         self._traced = []  # batch size of each compilation of the action pass
         # Initialisers are many and run once: on a CPU, optimising them takes longer than they do.
         cheap = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else {}
-        self._initialise = jax.jit(lambda key: build.init_params(model, key, config.model),
-                                   compiler_options=cheap)
+        self._initialise = jax.jit(
+            lambda key: build.init_params(model, key, config.model), compiler_options=cheap
+        )
         self._act = jax.jit(self._action_pass)
         self._imagine = jax.jit(self._video_pass, static_argnames=("steps", "full"))
 
@@ -70,8 +71,10 @@ class Policy:
             directory = pathlib.Path(directory, "checkpoints", str(step))
         stored = checkpoint.load_params(directory)
         if stored.config is None or stored.assets is None:
-            raise ValueError(f"{stored.path} holds parameters only; expected a checkpoint of "
-                             "train.py, with config and assets")
+            raise ValueError(
+                f"{stored.path} holds parameters only; expected a checkpoint of "
+                "train.py, with config and assets"
+            )
         config = config_lib.of_embodiment(stored.config, embodiment)
         if text_weights:
             data = dataclasses.replace(config.data, text_weights=text_weights)
@@ -88,9 +91,14 @@ class Policy:
         self._need_whole_model()
         fresh = self._initialise(jax.random.key(seed))
         other = copy.copy(self)  # shares what is compiled already
-        other.step, other.params = None, jax.tree.map(
-            lambda new, old: jax.device_put(new.astype(old.dtype), old.sharding),
-            fresh, self.params)
+        other.step, other.params = (
+            None,
+            jax.tree.map(
+                lambda new, old: jax.device_put(new.astype(old.dtype), old.sharding),
+                fresh,
+                self.params,
+            ),
+        )
         return other
 
     @property
@@ -127,7 +135,7 @@ class Policy:
         taps = dict(parts[0][1])
         for name in taps:
             if name.startswith("attention_"):
-                taps[name] = np.concatenate([part[1][name] for part in parts])[:len(canvas)]
+                taps[name] = np.concatenate([part[1][name] for part in parts])[: len(canvas)]
         return actions, {name: np.asarray(tap) for name, tap in taps.items()}
 
     def predict_video(self, images, state, prompts, seed=0, steps=10, resolution="pooled"):
@@ -149,9 +157,16 @@ class Policy:
         canvas, state = self._check(images, state, prompts)
         rows = _bucket(len(canvas))
         latents = self._imagine(
-            self.params, self.assets.codec.arrays, _pad(canvas, rows), *self._text(prompts, rows),
-            _pad(state, rows), jax.random.key(seed), steps=steps, full=resolution == "full")
-        return self.assets.codec.decode(np.asarray(latents)[:len(canvas)])
+            self.params,
+            self.assets.codec.arrays,
+            _pad(canvas, rows),
+            *self._text(prompts, rows),
+            _pad(state, rows),
+            jax.random.key(seed),
+            steps=steps,
+            full=resolution == "full",
+        )
+        return self.assets.codec.decode(np.asarray(latents)[: len(canvas)])
 
     def warm_up(self, batch_sizes=(1,)):
         """Compiles the action pass for the buckets of `batch_sizes`, before anything waits.
@@ -173,11 +188,15 @@ class Policy:
         self._traced.append(len(canvas))
         inputs = self._inputs(codec, canvas, context, state)
         actions, taps = self.model.apply(
-            {"params": params}, *inputs, self.config.data.action_horizon, self._mask(mask),
-            method="act")
+            {"params": params},
+            *inputs,
+            self.config.data.action_horizon,
+            self._mask(mask),
+            method="act",
+        )
         shown = ("attention_", "query_importance_")
         taps = {name: tap for name, tap in taps.items() if name.startswith(shown)}
-        actions = self.assets.action.inverse(actions[..., :config_lib.action_width(self.config)])
+        actions = self.assets.action.inverse(actions[..., : config_lib.action_width(self.config)])
         return self._transform.inverse(actions, state), taps
 
     def _video_pass(self, params, codec, canvas, context, mask, state, key, steps, full):
@@ -188,8 +207,17 @@ class Policy:
         frames = self.config.data.latent_frames
         noise = jax.random.normal(key, (first.shape[0], frames, *first.shape[2:]))
         x, _ = self.model.apply(
-            {"params": params}, first, noise, context, proprio, self._mask(mask), steps,
-            loss.shift, loss.downsample if full else 1, method="denoise")
+            {"params": params},
+            first,
+            noise,
+            context,
+            proprio,
+            self._mask(mask),
+            steps,
+            loss.shift,
+            loss.downsample if full else 1,
+            method="denoise",
+        )
         return x.at[:, 1:].add(first) if loss.residual_target else x
 
     def _inputs(self, codec, canvas, context, state):
@@ -207,9 +235,13 @@ class Policy:
     def _act_bucket(self, canvas, state, prompts):
         rows = _bucket(len(canvas))
         actions, taps = self._act(
-            self.params, self.assets.codec.arrays, _pad(canvas, rows), *self._text(prompts, rows),
-            _pad(state, rows))
-        return np.asarray(actions, np.float32)[:len(canvas)], taps
+            self.params,
+            self.assets.codec.arrays,
+            _pad(canvas, rows),
+            *self._text(prompts, rows),
+            _pad(state, rows),
+        )
+        return np.asarray(actions, np.float32)[: len(canvas)], taps
 
     def _text(self, prompts, rows):
         """Context [rows,L,dim] and mask [rows,L]; each instruction is encoded once and kept."""
@@ -224,9 +256,11 @@ class Policy:
 
     def _need_whole_model(self):
         if "head" not in self.params["dit"]:
-            raise ValueError("this policy was loaded with deploy=True and is not the whole model: "
-                             "load it with Policy.load(..., deploy=False) to predict video, or for "
-                             "untrained()")
+            raise ValueError(
+                "this policy was loaded with deploy=True and is not the whole model: "
+                "load it with Policy.load(..., deploy=False) to predict video, or for "
+                "untrained()"
+            )
 
     def _check(self, images, state, prompts):
         """Returns (canvas float32 [B,H,W,3] in 0..1, state float32 [B,P])."""
@@ -235,17 +269,23 @@ class Policy:
         canvas = transforms.to_float(canvas)
         state, width = np.asarray(state, np.float32), config_lib.state_width(self.config)
         if canvas.ndim != 4 or not len(canvas):
-            raise ValueError(f"the images make a canvas of shape {list(canvas.shape)}; expected a "
-                             "batch [B,H,W,3] (give a single observation an axis of length 1)")
+            raise ValueError(
+                f"the images make a canvas of shape {list(canvas.shape)}; expected a "
+                "batch [B,H,W,3] (give a single observation an axis of length 1)"
+            )
         if state.shape != (len(canvas), width):
-            raise ValueError(f"state has shape {list(state.shape)}; expected [{len(canvas)}, "
-                             f"{width}]: a row per image, {width} numbers in the units of the data")
+            raise ValueError(
+                f"state has shape {list(state.shape)}; expected [{len(canvas)}, "
+                f"{width}]: a row per image, {width} numbers in the units of the data"
+            )
         if not np.isfinite(state).all():
             rows = np.flatnonzero(~np.isfinite(state).all(axis=1)).tolist()
             raise ValueError(f"state is not finite in rows {rows}")
         if isinstance(prompts, str) or len(prompts) != len(canvas):
-            raise ValueError(f"prompts is {prompts!r}; expected a list of {len(canvas)} "
-                             "instructions, one per image")
+            raise ValueError(
+                f"prompts is {prompts!r}; expected a list of {len(canvas)} "
+                "instructions, one per image"
+            )
         return canvas, state
 
 

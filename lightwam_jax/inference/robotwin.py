@@ -30,8 +30,11 @@ import numpy as np
 from lightwam_jax.inference import chunking
 
 # Policies of RoboTwin name their cameras as its data sets do.
-CAMERAS = {"cam_high": "head_camera", "cam_left_wrist": "left_camera",
-           "cam_right_wrist": "right_camera"}
+CAMERAS = {
+    "cam_high": "head_camera",
+    "cam_left_wrist": "left_camera",
+    "cam_right_wrist": "right_camera",
+}
 JOINTS = 14
 _LONGEST = 2**28  # bytes of a message
 
@@ -54,12 +57,18 @@ def get_model(usr_args):
     if usr_args.get("port"):
         return Client(usr_args.get("host") or "localhost", int(usr_args["port"]))
     if not usr_args.get("workdir"):
-        raise ValueError("deploy_policy.yml gives neither workdir, the run of a trained policy, "
-                         "nor port, that of a server of one: add one of them")
+        raise ValueError(
+            "deploy_policy.yml gives neither workdir, the run of a trained policy, "
+            "nor port, that of a server of one: add one of them"
+        )
     from lightwam_jax.inference.policy import Policy  # and with it jax
 
-    policy = Policy.load(usr_args["workdir"], usr_args.get("step"), deploy=True,
-                         embodiment=usr_args.get("embodiment") or "")
+    policy = Policy.load(
+        usr_args["workdir"],
+        usr_args.get("step"),
+        deploy=True,
+        embodiment=usr_args.get("embodiment") or "",
+    )
     model = Model(policy, int(usr_args.get("replan") or policy.config.evaluation.replan))
     policy.warm_up([1])
     return model
@@ -109,16 +118,22 @@ def encode_observation(observation, instruction):
     images = {}
     for ours, theirs in CAMERAS.items():
         if "rgb" not in observation["observation"].get(theirs, {}):
-            raise ValueError(f"the observation has no rgb of {theirs}: collect it "
-                             "(task_config: camera and data_type)")
+            raise ValueError(
+                f"the observation has no rgb of {theirs}: collect it "
+                "(task_config: camera and data_type)"
+            )
         images[ours] = np.asarray(observation["observation"][theirs]["rgb"])
         if images[ours].dtype != np.uint8 or images[ours].shape[2:] != (3,):
-            raise ValueError(f"{theirs} gives {images[ours].dtype} of shape "
-                             f"{list(images[ours].shape)}; expected uint8 [h,w,3]")
+            raise ValueError(
+                f"{theirs} gives {images[ours].dtype} of shape "
+                f"{list(images[ours].shape)}; expected uint8 [h,w,3]"
+            )
     state = np.asarray(observation["joint_action"]["vector"], np.float32)
     if state.shape != (JOINTS,):
-        raise ValueError(f"joint_action has {state.size} numbers; expected {JOINTS}: two arms of "
-                         "six joints and a gripper")
+        raise ValueError(
+            f"joint_action has {state.size} numbers; expected {JOINTS}: two arms of "
+            "six joints and a gripper"
+        )
     return {"images": images, "state": state, "prompt": str(instruction)}
 
 
@@ -134,8 +149,10 @@ class Model:
         """
         data = policy.config.data
         if set(data.cameras) - set(CAMERAS):
-            raise ValueError(f"the policy sees {', '.join(data.cameras)}; RoboTwin has "
-                             f"{', '.join(CAMERAS)}: train it with configs/robotwin.py")
+            raise ValueError(
+                f"the policy sees {', '.join(data.cameras)}; RoboTwin has "
+                f"{', '.join(CAMERAS)}: train it with configs/robotwin.py"
+            )
         if not 1 <= replan <= data.action_horizon:
             raise ValueError(f"replan is {replan}; the policy plans {data.action_horizon} actions")
         self._policy, self._replan = policy, replan
@@ -150,7 +167,7 @@ class Model:
         plan = self._policy.act(images, request["state"][None], [request["prompt"]])[0]
         if plan.shape[1:] != (JOINTS,):
             raise ValueError(f"the policy has {plan.shape[-1]} actions; RoboTwin takes {JOINTS}")
-        return np.asarray(plan[:self._replan], np.float32)
+        return np.asarray(plan[: self._replan], np.float32)
 
     def reset_model(self, request=None):
         """Nothing to forget: each plan depends on its observation only."""
@@ -178,8 +195,9 @@ class Server(socketserver.ThreadingTCPServer):
         try:
             command = commands.get(message.get("cmd"))
             if command is None:
-                raise ValueError(f"cmd is {message.get('cmd')!r}; expected one of "
-                                 f"{', '.join(commands)}")
+                raise ValueError(
+                    f"cmd is {message.get('cmd')!r}; expected one of {', '.join(commands)}"
+                )
             with self._lock:
                 return {"res": command(message.get("obs"))}
         except Exception:  # of this request; the simulator is told, and others go on
@@ -206,9 +224,11 @@ class Client:
         try:
             self._socket = socket.create_connection((host, port), timeout)
         except OSError as error:
-            raise ConnectionError(f"no policy answers at {host}:{port} ({error}); start one: "
-                                  "python -m lightwam_jax.inference.robotwin --workdir DIR "
-                                  f"--port {port}") from error
+            raise ConnectionError(
+                f"no policy answers at {host}:{port} ({error}); start one: "
+                "python -m lightwam_jax.inference.robotwin --workdir DIR "
+                f"--port {port}"
+            ) from error
 
     def call(self, func_name, obs=None):
         """Returns what the server's method `func_name` returns for `obs`.
@@ -264,8 +284,12 @@ def _exactly(connection, size):
 
 def _encode(value):
     if isinstance(value, np.ndarray):
-        return {"__numpy_array__": True, "data": base64.b64encode(value.tobytes()).decode(),
-                "dtype": str(value.dtype), "shape": list(value.shape)}
+        return {
+            "__numpy_array__": True,
+            "data": base64.b64encode(value.tobytes()).decode(),
+            "dtype": str(value.dtype),
+            "shape": list(value.shape),
+        }
     if isinstance(value, np.generic):
         return value.item()
     raise TypeError(f"cannot send {type(value).__name__}")
@@ -283,8 +307,14 @@ def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}")
     given = flags.FLAGS
-    model = get_model({"workdir": given.workdir, "step": given.step, "replan": given.replan,
-                       "embodiment": given.embodiment})
+    model = get_model(
+        {
+            "workdir": given.workdir,
+            "step": given.step,
+            "replan": given.replan,
+            "embodiment": given.embodiment,
+        }
+    )
     with Server(model, given.host, given.port) as server:
         print(f"serving {given.workdir} at {given.host}:{server.server_address[1]}", flush=True)
         server.serve_forever()

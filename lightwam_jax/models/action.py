@@ -35,8 +35,9 @@ class QueryPooler(nn.Module):
     def __call__(self, tokens):
         dim = tokens.shape[-1]
         kv = layer_norm(EPS, name="token_norm")(tokens).astype(self.dtype)
-        queries = self.param("query_tokens", nn.initializers.normal(self.query_init),
-                             (self.num_queries, dim))
+        queries = self.param(
+            "query_tokens", nn.initializers.normal(self.query_init), (self.num_queries, dim)
+        )
         in_proj = FusedProjection(name="in_proj")
         # queries carry no batch: [Q,D] -> [1,Q,N,K]; tokens [B,S,D] -> [B,S,N,K]
         q = self._heads(in_proj(queries[None].astype(self.dtype), 0, dim))
@@ -46,11 +47,15 @@ class QueryPooler(nn.Module):
         weights = jax.nn.softmax(logits * (dim // self.num_heads) ** -0.5, axis=-1)
         out = jnp.einsum("bnqs,bsnk->bqnk", weights.astype(self.dtype), v)
         pooled = Linear(dim, self.dtype, name="out_proj")(
-            einops.rearrange(out, "b q n k -> b q (n k)"))
+            einops.rearrange(out, "b q n k -> b q (n k)")
+        )
 
         if self.merge_dim:
-            slots = self.param("query_slot_merge_logits", nn.initializers.zeros,
-                               (self.merge_slots, self.num_queries))
+            slots = self.param(
+                "query_slot_merge_logits",
+                nn.initializers.zeros,
+                (self.merge_slots, self.num_queries),
+            )
             merge = jax.nn.softmax(slots.astype(jnp.float32), axis=-1)
             # [M,Q] x [B,Q,D] -> [B, M*D]
             pooled = jnp.einsum("mq,bqd->bmd", merge.astype(self.dtype), pooled)
@@ -124,23 +129,28 @@ class StateFusionActionExpert(nn.Module):
         `attention_{i}_{source}` [B,Q,S], `query_importance_{i}_{source}` [Q].
         """
         if len(states) != len(self.layer_sources):
-            raise ValueError(f"expected the states of {len(self.layer_sources)} adapter layers, "
-                             f"got {len(states)}")
+            raise ValueError(
+                f"expected the states of {len(self.layer_sources)} adapter layers, "
+                f"got {len(states)}"
+            )
         taps, compressed = {}, []
         for i, (state, sources) in enumerate(zip(states, self.layer_sources)):
             pooled = jnp.concatenate(
                 [self._pool(_state(state, source), f"{i}_{source}", taps) for source in sources],
-                axis=-1)
-            summary = NormMLP(self.per_layer_dim, self.per_layer_dim, self.dtype,
-                              name=f"compressors_{i}")(pooled)
+                axis=-1,
+            )
+            summary = NormMLP(
+                self.per_layer_dim, self.per_layer_dim, self.dtype, name=f"compressors_{i}"
+            )(pooled)
             taps[f"compressed_{i}"] = summary
             compressed.append(summary)
 
         fused = layer_norm(EPS, name="fused_norm")(jnp.concatenate(compressed, axis=-1))
         state = taps["fused"] = Linear(self.trunk_dim, self.dtype, name="fused_proj")(fused)
         for i in range(self.trunk_blocks):
-            state = state + NormMLP(self.trunk_dim, self.trunk_dim, self.dtype,
-                                    name=f"trunk_{i}")(state)
+            state = state + NormMLP(self.trunk_dim, self.trunk_dim, self.dtype, name=f"trunk_{i}")(
+                state
+            )
 
         positions = layers.sinusoid_table(range(horizon), self.step_pos_dim)
         steps = NormMLP(self.trunk_dim, self.trunk_dim, self.dtype, name="step_pos")(positions)
@@ -156,9 +166,15 @@ class StateFusionActionExpert(nn.Module):
         elif self.pooling == "concat":
             pooled = concatenate_groups(tokens, self.num_queries)
         else:
-            pooler = QueryPooler(self.num_queries, self.pool_heads, self.query_init,
-                                 self.merge_dim, self.merge_slots, self.dtype,
-                                 name=f"poolers_{name}")
+            pooler = QueryPooler(
+                self.num_queries,
+                self.pool_heads,
+                self.query_init,
+                self.merge_dim,
+                self.merge_slots,
+                self.dtype,
+                name=f"poolers_{name}",
+            )
             pooled, attention = pooler(tokens)
             taps[f"attention_{name}"], taps[f"query_importance_{name}"] = attention
         taps[f"pooled_{name}"] = pooled
@@ -175,8 +191,10 @@ def concatenate_groups(tokens, groups):
     """
     batch, count, dim = tokens.shape
     if count % groups:
-        raise ValueError(f"{count} tokens cannot be concatenated in config.model.num_queries="
-                         f"{groups} groups of equal size; choose a divisor of {count}")
+        raise ValueError(
+            f"{count} tokens cannot be concatenated in config.model.num_queries="
+            f"{groups} groups of equal size; choose a divisor of {count}"
+        )
     runs = tokens.reshape(batch, groups, count // groups, dim).mean(axis=2)
     return runs.reshape(batch, groups * dim)
 
@@ -192,8 +210,10 @@ def resolve_sources(sources, layer_sources, num_layers):
         raise ValueError(f"layer_sources has {len(chosen)} entries for {num_layers} adapters")
     unknown = sorted({name for names in chosen for name in names} - set(SOURCES))
     if unknown or not all(chosen):
-        raise ValueError(f"state sources {unknown or 'are empty for a layer'}; expected some of "
-                         f"{SOURCES} for every adapter layer")
+        raise ValueError(
+            f"state sources {unknown or 'are empty for a layer'}; expected some of "
+            f"{SOURCES} for every adapter layer"
+        )
     return chosen
 
 

@@ -37,8 +37,10 @@ def segments(num_layers, adapter_layers, lora_layers):
     for kind, chosen in (("adapter", adapter_layers), ("LoRA", lora_layers)):
         beyond = [i for i in chosen if not 0 <= i < num_layers]
         if beyond:
-            raise ValueError(f"{kind} layers {beyond} do not exist: the model has {num_layers} "
-                             f"blocks, numbered from 0")
+            raise ValueError(
+                f"{kind} layers {beyond} do not exist: the model has {num_layers} "
+                f"blocks, numbered from 0"
+            )
     runs, start = [], 0
     for i in range(num_layers):
         last = i == num_layers - 1
@@ -65,8 +67,9 @@ class SelfAttention(nn.Module):
         width = self.num_heads * self.head_dim
 
         def project(name):
-            return LoRALinear(width, self.ranks.get(f"self_attn.{name}", 0), self.alpha,
-                              self.dtype, name=name)(x)
+            return LoRALinear(
+                width, self.ranks.get(f"self_attn.{name}", 0), self.alpha, self.dtype, name=name
+            )(x)
 
         q = rms_norm(self.eps, "norm_q")(project("q"))
         k = rms_norm(self.eps, "norm_k")(project("k"))
@@ -74,8 +77,9 @@ class SelfAttention(nn.Module):
         q, k, v = (_heads(a, self.num_heads) for a in (q, k, project("v")))
         q, k = (layers.apply_rope(a, *rope).astype(self.dtype) for a in (q, k))
         out = layers.frame_attention(q, k, v, rope[0].shape[0], self.mode, self.implementation)
-        return LoRALinear(x.shape[-1], self.ranks.get("self_attn.o", 0), self.alpha, self.dtype,
-                          name="o")(_merge_heads(out))
+        return LoRALinear(
+            x.shape[-1], self.ranks.get("self_attn.o", 0), self.alpha, self.dtype, name="o"
+        )(_merge_heads(out))
 
 
 class CrossAttention(nn.Module):
@@ -94,8 +98,9 @@ class CrossAttention(nn.Module):
         width = self.num_heads * self.head_dim
 
         def linear(name, features):
-            return LoRALinear(features, self.ranks.get(f"cross_attn.{name}", 0), self.alpha,
-                              self.dtype)
+            return LoRALinear(
+                features, self.ranks.get(f"cross_attn.{name}", 0), self.alpha, self.dtype
+            )
 
         self.q, self.k, self.v = (linear(name, width) for name in "qkv")
         self.o = linear("o", self.dim)
@@ -123,8 +128,7 @@ class FeedForward(nn.Module):
     @nn.compact
     def __call__(self, x):
         up = LoRALinear(self.width, self.ranks.get("ffn.0", 0), self.alpha, self.dtype, name="0")
-        down = LoRALinear(x.shape[-1], self.ranks.get("ffn.2", 0), self.alpha, self.dtype,
-                          name="2")
+        down = LoRALinear(x.shape[-1], self.ranks.get("ffn.2", 0), self.alpha, self.dtype, name="2")
         return down(gelu(up(x)))
 
 
@@ -145,10 +149,15 @@ class Block(nn.Module):
 
     def setup(self):
         shared = dict(ranks=self.ranks, alpha=self.alpha, dtype=self.dtype)
-        heads = dict(num_heads=self.num_heads, head_dim=self.head_dim, eps=self.eps,
-                     implementation=self.implementation)
-        self.modulation = self.param("modulation", _modulation_init(self.gate_init),
-                                     (1, 6, self.dim))
+        heads = dict(
+            num_heads=self.num_heads,
+            head_dim=self.head_dim,
+            eps=self.eps,
+            implementation=self.implementation,
+        )
+        self.modulation = self.param(
+            "modulation", _modulation_init(self.gate_init), (1, 6, self.dim)
+        )
         self.norm1 = layer_norm(self.eps, affine=False)
         self.norm2 = layer_norm(self.eps, affine=False)
         self.norm3 = layer_norm(self.eps)
@@ -166,7 +175,8 @@ class Block(nn.Module):
         rows = self.modulation.astype(jnp.float32)[:, None] + rows
         # six of [B,S,D], or [B,1,D] where frame 0 is all there is
         shift1, scale1, gate1, shift2, scale2, gate2 = (
-            layers.per_token(rows[:, :, i], frames, tokens) for i in range(6))
+            layers.per_token(rows[:, :, i], frames, tokens) for i in range(6)
+        )
 
         h = (self.norm1(x) * (1 + scale1) + shift1).astype(self.dtype)
         x = (x + gate1 * self.self_attn(h, rope)).astype(self.dtype)
@@ -220,30 +230,53 @@ class WanDiT(nn.Module):
         for segment in self.segments:
             setattr(self, segment.name, self._scanned_blocks(segment))
         for layer in self.adapter_layers:
-            setattr(self, f"adapters_{layer}", Adapter(
-                self.adapter_dim, self.adapter_scale, self.eps, self.dtype))
+            setattr(
+                self,
+                f"adapters_{layer}",
+                Adapter(self.adapter_dim, self.adapter_scale, self.eps, self.dtype),
+            )
         self.head = Head(self.latent_channels, self.eps, self.dtype)
 
     def block_fields(self, lora):
         """Constructor arguments of this model's blocks, with or without LoRA."""
-        return dict(dim=self.dim, num_heads=self.num_heads, head_dim=self.head_dim,
-                    ffn_dim=self.ffn_dim, alpha=self.lora_alpha, eps=self.eps,
-                    ranks={t: self.lora_rank for t in self.lora_targets} if lora else {},
-                    mode=self.attention_mask, gate_init=self.gate_init,
-                    implementation=self.attention, dtype=self.dtype)
+        return dict(
+            dim=self.dim,
+            num_heads=self.num_heads,
+            head_dim=self.head_dim,
+            ffn_dim=self.ffn_dim,
+            alpha=self.lora_alpha,
+            eps=self.eps,
+            ranks={t: self.lora_rank for t in self.lora_targets} if lora else {},
+            mode=self.attention_mask,
+            gate_init=self.gate_init,
+            implementation=self.attention,
+            dtype=self.dtype,
+        )
 
     def _scanned_blocks(self, segment):
         """One module for a run of blocks: parameters stacked [n,...], executed by lax.scan."""
         block = Block
         if self.remat != "none":
-            block = nn.remat(Block, prevent_cse=False, policy=REMAT_POLICIES[self.remat],
-                             methods=["__call__", "keys_values"])
-        over_blocks = dict(variable_axes={"params": 0}, split_rngs={"params": True},
-                           length=segment.stop - segment.start, unroll=self.scan_unroll)
+            block = nn.remat(
+                Block,
+                prevent_cse=False,
+                policy=REMAT_POLICIES[self.remat],
+                methods=["__call__", "keys_values"],
+            )
+        over_blocks = dict(
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            length=segment.stop - segment.start,
+            unroll=self.scan_unroll,
+        )
         everywhere = nn.broadcast
-        scanned = nn.scan(block, methods={
-            "__call__": dict(over_blocks, in_axes=(0, everywhere, everywhere, everywhere)),
-            "keys_values": dict(over_blocks, in_axes=everywhere)})
+        scanned = nn.scan(
+            block,
+            methods={
+                "__call__": dict(over_blocks, in_axes=(0, everywhere, everywhere, everywhere)),
+                "keys_values": dict(over_blocks, in_axes=everywhere),
+            },
+        )
         return scanned(**self.block_fields(segment.lora))
 
     def embed_time(self, t):
@@ -263,8 +296,10 @@ class WanDiT(nn.Module):
         They depend on the context and the weights alone: computed once, used by both passes of
         a training step and by every denoising step. Returns {segment name: (k, v) [n,B,L,N,K]}.
         """
-        return {s.name: getattr(self, s.name).keys_values(None, context)[1]
-                for s in self._segments_up_to(stop_after)}
+        return {
+            s.name: getattr(self, s.name).keys_values(None, context)[1]
+            for s in self._segments_up_to(stop_after)
+        }
 
     def backbone(self, latents, t, keys_values, mask=None, stop_after=None):
         """Runs the blocks over one grid of latents.
@@ -286,9 +321,11 @@ class WanDiT(nn.Module):
         """
         _, frames, height, width, _ = latents.shape
         if height % 2 or width % 2:
-            raise ValueError(f"latent grid {height}x{width} must be even in both directions: "
-                             "the patch is 2x2 (canvas sides must be multiples of two latent "
-                             "cells)")
+            raise ValueError(
+                f"latent grid {height}x{width} must be even in both directions: "
+                "the patch is 2x2 (canvas sides must be multiples of two latent "
+                "cells)"
+            )
         rope = layers.rope_table(frames, height // 2, width // 2, self.head_dim)
         times = jnp.zeros((1, 1)) if t is None else jnp.stack([jnp.zeros_like(t), t], axis=1)
         e, rows = self.embed_time(times)
@@ -314,8 +351,15 @@ class WanDiT(nn.Module):
         """Tokens [B,S,D] after all blocks -> velocity of latents of `shape` [B,F,H,W,C]."""
         _, frames, height, width, _ = shape
         patches = self.head(tokens, e, frames)
-        return einops.rearrange(patches, "b (f h w) (p q c) -> b f (h p) (w q) c",
-                                f=frames, h=height // 2, w=width // 2, p=2, q=2)
+        return einops.rearrange(
+            patches,
+            "b (f h w) (p q c) -> b f (h p) (w q) c",
+            f=frames,
+            h=height // 2,
+            w=width // 2,
+            p=2,
+            q=2,
+        )
 
     def _segments_up_to(self, stop_after):
         return [s for s in self.segments if stop_after is None or s.start <= stop_after]
@@ -331,18 +375,22 @@ class Head(nn.Module):
     @nn.compact
     def __call__(self, x, e, frames):
         dim = x.shape[-1]
-        table = self.param("modulation", nn.initializers.normal(dim ** -0.5), (1, 2, dim))
-        shift, scale = (layers.per_token(table[:, i:i + 1].astype(jnp.float32) + e, frames,
-                                         x.shape[1]) for i in range(2))
+        table = self.param("modulation", nn.initializers.normal(dim**-0.5), (1, 2, dim))
+        shift, scale = (
+            layers.per_token(table[:, i : i + 1].astype(jnp.float32) + e, frames, x.shape[1])
+            for i in range(2)
+        )
         h = layer_norm(self.eps, affine=False, name="norm")(x) * (1 + scale) + shift
         return Linear(4 * self.channels, name="head")(h)
 
 
 def _modulation_init(gate):
     """Initialiser of a block's six rows: N(0, 1/D), as Wan's; rows 2 and 5, the gates, + `gate`."""
+
     def init(key, shape, dtype=jnp.float32):
         table = nn.initializers.normal(shape[-1] ** -0.5)(key, shape, dtype)
         return table.at[..., [2, 5], :].add(gate)
+
     return init
 
 

@@ -16,9 +16,10 @@ import numpy as np
 
 def torch_uniform(fan_in):
     """Initialiser U(-1/sqrt(fan_in), 1/sqrt(fan_in)): PyTorch's default for linears and biases."""
-    bound = fan_in ** -0.5
+    bound = fan_in**-0.5
     return lambda key, shape, dtype=jnp.float32: jax.random.uniform(
-        key, shape, dtype, -bound, bound)
+        key, shape, dtype, -bound, bound
+    )
 
 
 class Linear(nn.Module):
@@ -47,8 +48,14 @@ def dot(x, kernel):
 
 def layer_norm(eps, affine=True, name=None):
     """LayerNorm with float32 statistics and float32 output; the caller casts."""
-    return nn.LayerNorm(epsilon=eps, use_bias=affine, use_scale=affine, dtype=jnp.float32,
-                        use_fast_variance=False, name=name)
+    return nn.LayerNorm(
+        epsilon=eps,
+        use_bias=affine,
+        use_scale=affine,
+        dtype=jnp.float32,
+        use_fast_variance=False,
+        name=name,
+    )
 
 
 def rms_norm(eps, name=None):
@@ -109,11 +116,14 @@ def rope_table(frames, height, width, head_dim):
     third = head_dim // 3
     parts = (head_dim - 2 * third, third, third)
     if any(part % 2 for part in parts):
-        raise ValueError(f"head_dim={head_dim} splits into {parts} for (frame, row, column); "
-                         "every part must be even")
+        raise ValueError(
+            f"head_dim={head_dim} splits into {parts} for (frame, row, column); "
+            "every part must be even"
+        )
     axes = np.meshgrid(np.arange(frames), np.arange(height), np.arange(width), indexing="ij")
     angles = np.concatenate(
-        [axis.reshape(-1, 1) * _frequencies(part) for axis, part in zip(axes, parts)], axis=1)
+        [axis.reshape(-1, 1) * _frequencies(part) for axis, part in zip(axes, parts)], axis=1
+    )
     angles = angles.reshape(frames, height * width, head_dim // 2)
     return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
 
@@ -156,13 +166,21 @@ def frame_attention(q, k, v, frames, mode, implementation="xla"):
     elif mode == "per_frame_causal":
         groups = [(f, f + 1, f + 1) for f in range(frames)]
     else:
-        raise ValueError(f"attention mask {mode!r}; expected 'bidirectional', "
-                         "'first_frame_causal' or 'per_frame_causal'")
+        raise ValueError(
+            f"attention mask {mode!r}; expected 'bidirectional', "
+            "'first_frame_causal' or 'per_frame_causal'"
+        )
     out = []
     for first, last, seen in groups:
         seen = seen * per_frame
-        out.append(attention(q[:, first * per_frame:last * per_frame], k[:, :seen], v[:, :seen],
-                             implementation=implementation))
+        out.append(
+            attention(
+                q[:, first * per_frame : last * per_frame],
+                k[:, :seen],
+                v[:, :seen],
+                implementation=implementation,
+            )
+        )
     return out[0] if len(out) == 1 else jnp.concatenate(out, axis=1)
 
 

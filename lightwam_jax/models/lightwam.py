@@ -99,8 +99,9 @@ class LightWAM(nn.Module):
         """
         return self.denoise(first, noise, text, proprio, text_mask, steps, shift)[0]
 
-    def denoise(self, first, noise, text, proprio=None, text_mask=None, steps=10, shift=5.0,
-                factor=1):
+    def denoise(
+        self, first, noise, text, proprio=None, text_mask=None, steps=10, shift=5.0, factor=1
+    ):
         """As `predict_video`, but of latents `factor` times as fine as the grid the network sees.
 
         The release's joint inference: each step pools the latents, predicts, and upsamples the
@@ -135,8 +136,13 @@ class LightWAM(nn.Module):
         for i, layer in enumerate(states):
             for kind in ("attention", "query_importance", "pooled"):
                 prefix = f"{kind}_{i}_"
-                taps.update({f"{kind}_{layer}_{name[len(prefix):]}": value
-                             for name, value in read.items() if name.startswith(prefix)})
+                taps.update(
+                    {
+                        f"{kind}_{layer}_{name[len(prefix) :]}": value
+                        for name, value in read.items()
+                        if name.startswith(prefix)
+                    }
+                )
         return actions, taps
 
 
@@ -150,8 +156,10 @@ def pool_latents(latents, factor):
         return latents
     b, f, h, w, c = latents.shape
     if h % (2 * factor) or w % (2 * factor):
-        raise ValueError(f"latent grid {h}x{w} cannot be pooled by {factor} into 2x2 patches; "
-                         f"both sides must be multiples of {2 * factor}")
+        raise ValueError(
+            f"latent grid {h}x{w} cannot be pooled by {factor} into 2x2 patches; "
+            f"both sides must be multiples of {2 * factor}"
+        )
     return latents.reshape(b, f, h // factor, factor, w // factor, factor, c).mean(axis=(3, 5))
 
 

@@ -35,6 +35,7 @@ def relative_buckets(length, buckets=32, max_distance=128):
 
 class Linear(nn.Module):
     """`x @ kernel` over the last axis, without bias, in `dtype`."""
+
     features: int
     dtype: jnp.dtype
 
@@ -46,6 +47,7 @@ class Linear(nn.Module):
 
 class Attention(nn.Module):
     """Self-attention over [B,L,D] with position biases [N,L,L]; the softmax is in float32."""
+
     heads: int
     width: int
     dtype: jnp.dtype
@@ -53,8 +55,10 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x, bias, mask):
         # [B,L,N*K] -> [B,L,N,K]
-        q, k, v = (Linear(self.width, self.dtype, name=name)(x).reshape(
-            *x.shape[:2], self.heads, -1) for name in "qkv")
+        q, k, v = (
+            Linear(self.width, self.dtype, name=name)(x).reshape(*x.shape[:2], self.heads, -1)
+            for name in "qkv"
+        )
         logits = jnp.einsum("bqnk,blnk->bnql", q, k, preferred_element_type=jnp.float32)
         logits = logits + bias.astype(jnp.float32)
         if mask is not None:
@@ -66,6 +70,7 @@ class Attention(nn.Module):
 
 class FeedForward(nn.Module):
     """Gated feed-forward: fc2(fc1(x) * gelu(gate(x))) on [B,L,D]."""
+
     width: int
     dtype: jnp.dtype
 
@@ -78,6 +83,7 @@ class FeedForward(nn.Module):
 
 class Block(nn.Module):
     """Attention and feed-forward, each normalised before and added: scan body over [B,L,D]."""
+
     heads: int
     attention_dim: int
     ffn_dim: int
@@ -99,6 +105,7 @@ class Block(nn.Module):
 
 class UMT5Encoder(nn.Module):
     """Token ids [B,L] to text rows [B,L,D]; the defaults are the sizes of umT5-xxl."""
+
     vocab: int = 256_384
     dim: int = 4096
     attention_dim: int = 4096
@@ -123,8 +130,20 @@ class UMT5Encoder(nn.Module):
         """
         embed = nn.Embed(self.vocab, self.dim, dtype=self.dtype, name="token_embedding")
         positions = relative_buckets(ids.shape[1], self.num_buckets, self.max_distance)
-        blocks = nn.scan(Block, variable_axes={"params": 0}, split_rngs={"params": True},
-                         in_axes=nn.broadcast, length=self.num_layers)
-        x, _ = blocks(self.num_heads, self.attention_dim, self.ffn_dim, self.num_buckets, self.eps,
-                      self.dtype, name="blocks")(embed(ids), positions, mask)
+        blocks = nn.scan(
+            Block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=nn.broadcast,
+            length=self.num_layers,
+        )
+        x, _ = blocks(
+            self.num_heads,
+            self.attention_dim,
+            self.ffn_dim,
+            self.num_buckets,
+            self.eps,
+            self.dtype,
+            name="blocks",
+        )(embed(ids), positions, mask)
         return rms_norm(self.eps, "norm")(x).astype(self.dtype)

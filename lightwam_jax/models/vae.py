@@ -22,14 +22,47 @@ from flax.linen import dtypes
 from jax import lax
 
 # Per-channel mean and standard deviation of the latents, published with the weights.
-LATENT_MEAN = (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
-               0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921)
-LATENT_STD = (2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
-              3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160)
+LATENT_MEAN = (
+    -0.7571,
+    -0.7089,
+    -0.9113,
+    0.1075,
+    -0.1745,
+    0.9653,
+    -0.1517,
+    1.5508,
+    0.4134,
+    -0.0715,
+    0.5517,
+    -0.3632,
+    -0.1922,
+    -0.9497,
+    0.2503,
+    -0.2921,
+)
+LATENT_STD = (
+    2.8184,
+    1.4541,
+    2.3275,
+    2.6558,
+    1.2196,
+    1.7708,
+    2.6052,
+    2.0743,
+    3.2687,
+    2.1526,
+    2.8652,
+    1.5579,
+    1.6382,
+    1.1253,
+    2.8251,
+    1.9160,
+)
 
 
 class CausalConv(nn.Module):
     """Convolution [B,T,H,W,C] -> [B,T,H,W,features] that never looks at a later frame."""
+
     features: int
     kernel_size: tuple = (3, 3, 3)  # time, height, width: odd
     dtype: Any = jnp.float32
@@ -44,16 +77,19 @@ class CausalConv(nn.Module):
         if x.shape[1] == 1:
             # Every tap but the last meets zero frames: a 2-D convolution with a third of the work.
             x = lax.conv_general_dilated(
-                x[:, 0], kernel[-1], (1, 1), pad, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+                x[:, 0], kernel[-1], (1, 1), pad, dimension_numbers=("NHWC", "HWIO", "NHWC")
+            )
             return x[:, None] + bias
         pad = [(self.kernel_size[0] - 1, 0), *pad]
         x = lax.conv_general_dilated(
-            x, kernel, (1, 1, 1), pad, dimension_numbers=("NDHWC", "DHWIO", "NDHWC"))
+            x, kernel, (1, 1, 1), pad, dimension_numbers=("NDHWC", "DHWIO", "NDHWC")
+        )
         return x + bias
 
 
 class ChannelNorm(nn.Module):
     """x / |x| * sqrt(C) * gamma over the last axis; no mean, no bias. Computed in float32."""
+
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -68,6 +104,7 @@ class ChannelNorm(nn.Module):
 
 class ResBlock(nn.Module):
     """Twice norm, SiLU, causal convolution, plus the input: [B,T,H,W,C] -> [B,T,H,W,features]."""
+
     features: int
     dtype: Any = jnp.float32
 
@@ -84,6 +121,7 @@ class ResBlock(nn.Module):
 
 class FrameAttention(nn.Module):
     """Adds single-head self-attention over the pixels of each frame: [B,T,H,W,C] -> same."""
+
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -103,6 +141,7 @@ class Downsample(nn.Module):
 
     [B,1+2n,H,W,C] -> [B,1+n,H/2,W/2,C]
     """
+
     time: bool
     dtype: Any = jnp.float32
 
@@ -111,13 +150,15 @@ class Downsample(nn.Module):
         b, c = x.shape[0], x.shape[-1]
         x = einops.rearrange(x, "b t h w c -> (b t) h w c")
         # The official code pads the right and bottom edges only.
-        x = nn.Conv(c, (3, 3), strides=2, padding=((0, 1), (0, 1)), dtype=self.dtype,
-                    name="resample_1")(x)
+        x = nn.Conv(
+            c, (3, 3), strides=2, padding=((0, 1), (0, 1)), dtype=self.dtype, name="resample_1"
+        )(x)
         x = einops.rearrange(x, "(b t) h w c -> b t h w c", b=b)
         if self.time:
             # Frame 0 passes untouched; windows (0,1,2), (2,3,4), ... of which an image has none.
-            later = nn.Conv(c, (3, 1, 1), strides=(2, 1, 1), padding="VALID", dtype=self.dtype,
-                            name="time_conv")(x)
+            later = nn.Conv(
+                c, (3, 1, 1), strides=(2, 1, 1), padding="VALID", dtype=self.dtype, name="time_conv"
+            )(x)
             x = jnp.concatenate([x[:, :1], later], axis=1)
         return x
 
@@ -127,6 +168,7 @@ class Upsample(nn.Module):
 
     [B,1+n,H,W,C] -> [B,1+2n,2H,2W,features]
     """
+
     time: bool
     features: int
     dtype: Any = jnp.float32
@@ -147,6 +189,7 @@ class Upsample(nn.Module):
 
 class Encoder(nn.Module):
     """Video [B,T,H,W,3] -> features [B,F,h,w,features]."""
+
     dim: int
     dim_mult: tuple
     num_res_blocks: int
@@ -171,6 +214,7 @@ class Encoder(nn.Module):
 
 class Decoder(nn.Module):
     """Features [B,F,h,w,C] -> video [B,4F-3,8h,8w,3]: the encoder's levels, each a block deeper."""
+
     dim: int
     dim_mult: tuple
     num_res_blocks: int
@@ -187,8 +231,9 @@ class Decoder(nn.Module):
                 x = ResBlock(self.dim * mult, self.dtype, name=f"upsamples_{next(position)}")(x)
             if level:
                 time = self.time_downsample[level - 1]
-                x = Upsample(time, x.shape[-1] // 2, self.dtype,
-                             name=f"upsamples_{next(position)}")(x)
+                x = Upsample(
+                    time, x.shape[-1] // 2, self.dtype, name=f"upsamples_{next(position)}"
+                )(x)
         x = nn.silu(ChannelNorm(self.dtype, name="head_0")(x))
         return CausalConv(3, dtype=self.dtype, name="head_2")(x)
 
@@ -209,6 +254,7 @@ class WanVAE(nn.Module):
     `encode` needs the parameters `encoder` and `conv1` only, `decode` only `decoder` and `conv2`.
     Nothing is sampled. `dtype` is the compute type; results are float32.
     """
+
     dim: int = 96
     z_dim: int = 16
     dim_mult: tuple = (1, 2, 4, 4)
@@ -239,9 +285,9 @@ class WanVAE(nn.Module):
         Returns:
           latents [B,1+(T-1)//4,H/8,W/8,z_dim] float32.
         """
-        video = video[:, :1 + (video.shape[1] - 1) // 4 * 4]
+        video = video[:, : 1 + (video.shape[1] - 1) // 4 * 4]
         moments = self.conv1(self.encoder(video.astype(self.dtype))).astype(jnp.float32)
-        mean = moments[..., :self.z_dim]  # the other half is the log-variance
+        mean = moments[..., : self.z_dim]  # the other half is the log-variance
         return (mean - jnp.asarray(self.latent_mean)) / jnp.asarray(self.latent_std)
 
     def decode(self, latents, clip=True):

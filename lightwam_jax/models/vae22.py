@@ -16,20 +16,104 @@ from lightwam_jax.models.vae import CausalConv, ChannelNorm, Downsample, ResBloc
 
 # Per-channel mean and standard deviation of the latents, published with the weights.
 LATENT_MEAN = (
-    -0.2289, -0.0052, -0.1323, -0.2339, -0.2799, 0.0174, 0.1838, 0.1557,
-    -0.1382, 0.0542, 0.2813, 0.0891, 0.1570, -0.0098, 0.0375, -0.1825,
-    -0.2246, -0.1207, -0.0698, 0.5109, 0.2665, -0.2108, -0.2158, 0.2502,
-    -0.2055, -0.0322, 0.1109, 0.1567, -0.0729, 0.0899, -0.2799, -0.1230,
-    -0.0313, -0.1649, 0.0117, 0.0723, -0.2839, -0.2083, -0.0520, 0.3748,
-    0.0152, 0.1957, 0.1433, -0.2944, 0.3573, -0.0548, -0.1681, -0.0667,
+    -0.2289,
+    -0.0052,
+    -0.1323,
+    -0.2339,
+    -0.2799,
+    0.0174,
+    0.1838,
+    0.1557,
+    -0.1382,
+    0.0542,
+    0.2813,
+    0.0891,
+    0.1570,
+    -0.0098,
+    0.0375,
+    -0.1825,
+    -0.2246,
+    -0.1207,
+    -0.0698,
+    0.5109,
+    0.2665,
+    -0.2108,
+    -0.2158,
+    0.2502,
+    -0.2055,
+    -0.0322,
+    0.1109,
+    0.1567,
+    -0.0729,
+    0.0899,
+    -0.2799,
+    -0.1230,
+    -0.0313,
+    -0.1649,
+    0.0117,
+    0.0723,
+    -0.2839,
+    -0.2083,
+    -0.0520,
+    0.3748,
+    0.0152,
+    0.1957,
+    0.1433,
+    -0.2944,
+    0.3573,
+    -0.0548,
+    -0.1681,
+    -0.0667,
 )
 LATENT_STD = (
-    0.4765, 1.0364, 0.4514, 1.1677, 0.5313, 0.4990, 0.4818, 0.5013,
-    0.8158, 1.0344, 0.5894, 1.0901, 0.6885, 0.6165, 0.8454, 0.4978,
-    0.5759, 0.3523, 0.7135, 0.6804, 0.5833, 1.4146, 0.8986, 0.5659,
-    0.7069, 0.5338, 0.4889, 0.4917, 0.4069, 0.4999, 0.6866, 0.4093,
-    0.5709, 0.6065, 0.6415, 0.4944, 0.5726, 1.2042, 0.5458, 1.6887,
-    0.3971, 1.0600, 0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744,
+    0.4765,
+    1.0364,
+    0.4514,
+    1.1677,
+    0.5313,
+    0.4990,
+    0.4818,
+    0.5013,
+    0.8158,
+    1.0344,
+    0.5894,
+    1.0901,
+    0.6885,
+    0.6165,
+    0.8454,
+    0.4978,
+    0.5759,
+    0.3523,
+    0.7135,
+    0.6804,
+    0.5833,
+    1.4146,
+    0.8986,
+    0.5659,
+    0.7069,
+    0.5338,
+    0.4889,
+    0.4917,
+    0.4069,
+    0.4999,
+    0.6866,
+    0.4093,
+    0.5709,
+    0.6065,
+    0.6415,
+    0.4944,
+    0.5726,
+    1.2042,
+    0.5458,
+    1.6887,
+    0.3971,
+    1.0600,
+    0.3943,
+    0.5537,
+    0.5444,
+    0.4089,
+    0.7468,
+    0.7744,
 )
 
 
@@ -40,8 +124,9 @@ def group_mean(x, features, time, space):
     multiple of `time` and count in the mean.
     """
     x = jnp.pad(x, ((0, 0), (-x.shape[1] % time, 0), (0, 0), (0, 0), (0, 0)))
-    x = einops.rearrange(x, "b (t ft) (h fh) (w fw) c -> b t h w (c ft fh fw)",
-                         ft=time, fh=space, fw=space)
+    x = einops.rearrange(
+        x, "b (t ft) (h fh) (w fw) c -> b t h w (c ft fh fw)", ft=time, fh=space, fw=space
+    )
     return einops.reduce(x, "b t h w (c group) -> b t h w c", "mean", c=features)
 
 
@@ -52,13 +137,15 @@ def repeat_up(x, features, time, space):
     """
     repeats = features * time * space**2 // x.shape[-1]
     x = jnp.repeat(x, repeats, axis=-1)
-    x = einops.rearrange(x, "b t h w (c ft fh fw) -> b (t ft) (h fh) (w fw) c",
-                         ft=time, fh=space, fw=space)
-    return x[:, time - 1:]
+    x = einops.rearrange(
+        x, "b t h w (c ft fh fw) -> b (t ft) (h fh) (w fw) c", ft=time, fh=space, fw=space
+    )
+    return x[:, time - 1 :]
 
 
 class DownLevel(nn.Module):
     """Residual blocks and, but for the last level, a downsampling: [B,T,H,W,C] -> features."""
+
     features: int
     blocks: int
     last: bool
@@ -78,6 +165,7 @@ class DownLevel(nn.Module):
 
 class UpLevel(nn.Module):
     """Residual blocks and, but for the last level, an upsampling: [B,T,H,W,C] -> features."""
+
     features: int
     blocks: int
     last: bool
@@ -97,6 +185,7 @@ class UpLevel(nn.Module):
 
 class Encoder(nn.Module):
     """Video [B,T,H,W,3] -> features [B,F,H/16,W/16,features]."""
+
     dim: int
     dim_mult: tuple
     num_res_blocks: int
@@ -112,8 +201,14 @@ class Encoder(nn.Module):
         for level, mult in enumerate(self.dim_mult):
             last = level == len(self.dim_mult) - 1
             time = not last and self.time_downsample[level]
-            x = DownLevel(self.dim * mult, self.num_res_blocks, last, time, self.dtype,
-                          name=f"downsamples_{level}")(x)
+            x = DownLevel(
+                self.dim * mult,
+                self.num_res_blocks,
+                last,
+                time,
+                self.dtype,
+                name=f"downsamples_{level}",
+            )(x)
         x = vae.middle(x, self.dtype)
         x = nn.silu(ChannelNorm(self.dtype, name="head_0")(x))
         return CausalConv(self.features, dtype=self.dtype, name="head_2")(x)
@@ -121,6 +216,7 @@ class Encoder(nn.Module):
 
 class Decoder(nn.Module):
     """Features [B,F,h,w,C] -> video [B,4F-3,16h,16w,3]."""
+
     dim: int
     dim_mult: tuple
     num_res_blocks: int
@@ -134,8 +230,14 @@ class Decoder(nn.Module):
         for level, mult in enumerate(reversed(self.dim_mult)):
             last = level == len(self.dim_mult) - 1
             time = not last and self.time_downsample[::-1][level]
-            x = UpLevel(self.dim * mult, self.num_res_blocks + 1, last, time, self.dtype,
-                        name=f"upsamples_{level}")(x)
+            x = UpLevel(
+                self.dim * mult,
+                self.num_res_blocks + 1,
+                last,
+                time,
+                self.dtype,
+                name=f"upsamples_{level}",
+            )(x)
         x = nn.silu(ChannelNorm(self.dtype, name="head_0")(x))
         x = CausalConv(12, dtype=self.dtype, name="head_2")(x)
         return einops.rearrange(x, "b t h w (c r q) -> b t (h q) (w r) c", q=2, r=2)
@@ -146,6 +248,7 @@ class Wan22VAE(vae.WanVAE):
 
     `encode` and `decode` are those of `WanVAE`, with 16 pixels per latent cell instead of 8.
     """
+
     dim: int = 160
     decoder_dim: int = 256
     z_dim: int = 48

@@ -5,9 +5,16 @@ overrides what it wants. What the config prints is what is built: nothing is rea
 """
 
 ALL_LORA_TARGETS = (
-    "self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o",
-    "cross_attn.q", "cross_attn.k", "cross_attn.v", "cross_attn.o",
-    "ffn.0", "ffn.2",
+    "self_attn.q",
+    "self_attn.k",
+    "self_attn.v",
+    "self_attn.o",
+    "cross_attn.q",
+    "cross_attn.k",
+    "cross_attn.v",
+    "cross_attn.o",
+    "ffn.0",
+    "ffn.2",
 )
 
 _SHARED = dict(
@@ -36,28 +43,68 @@ _SHARED = dict(
 VARIANTS = {
     # Wan2.1-T2V-1.3B with the released LoRA, adapters and action expert (SPEC section 0).
     "wan21_1_3b": dict(
-        _SHARED, dim=1536, num_heads=12, head_dim=128, ffn_dim=8960, num_layers=30,
-        text_dim=4096, freq_dim=256,
-        lora_rank=64, lora_alpha=128.0, lora_layers=tuple(range(30)),
-        adapter_layers=(8, 16, 24), adapter_dim=256,
-        num_queries=16, pool_heads=8, per_layer_dim=4608, trunk_dim=6144, step_pos_dim=256,
+        _SHARED,
+        dim=1536,
+        num_heads=12,
+        head_dim=128,
+        ffn_dim=8960,
+        num_layers=30,
+        text_dim=4096,
+        freq_dim=256,
+        lora_rank=64,
+        lora_alpha=128.0,
+        lora_layers=tuple(range(30)),
+        adapter_layers=(8, 16, 24),
+        adapter_dim=256,
+        num_queries=16,
+        pool_heads=8,
+        per_layer_dim=4608,
+        trunk_dim=6144,
+        step_pos_dim=256,
     ),
     # Wan2.2-TI2V-5B. The paper has no such model: LoRA and what follows the pooling are those of
     # the 1.3B; adapters and the number of pooling heads grow with the width, which is twice that.
     "wan22_5b": dict(
-        _SHARED, dim=3072, num_heads=24, head_dim=128, ffn_dim=14336, num_layers=30,
-        text_dim=4096, freq_dim=256, latent_channels=48,
-        lora_rank=64, lora_alpha=128.0, lora_layers=tuple(range(30)),
-        adapter_layers=(8, 16, 24), adapter_dim=512,
-        num_queries=16, pool_heads=16, per_layer_dim=4608, trunk_dim=6144, step_pos_dim=256,
+        _SHARED,
+        dim=3072,
+        num_heads=24,
+        head_dim=128,
+        ffn_dim=14336,
+        num_layers=30,
+        text_dim=4096,
+        freq_dim=256,
+        latent_channels=48,
+        lora_rank=64,
+        lora_alpha=128.0,
+        lora_layers=tuple(range(30)),
+        adapter_layers=(8, 16, 24),
+        adapter_dim=512,
+        num_queries=16,
+        pool_heads=16,
+        per_layer_dim=4608,
+        trunk_dim=6144,
+        step_pos_dim=256,
     ),
     # Smallest model with every part in it: tests and dry runs.
     "tiny": dict(
-        _SHARED, dim=48, num_heads=2, head_dim=24, ffn_dim=96, num_layers=4,
-        text_dim=32, freq_dim=32,
-        lora_rank=4, lora_alpha=8.0, lora_layers=tuple(range(4)),
-        adapter_layers=(0, 1, 2), adapter_dim=16,
-        num_queries=4, pool_heads=2, per_layer_dim=32, trunk_dim=48, step_pos_dim=16,
+        _SHARED,
+        dim=48,
+        num_heads=2,
+        head_dim=24,
+        ffn_dim=96,
+        num_layers=4,
+        text_dim=32,
+        freq_dim=32,
+        lora_rank=4,
+        lora_alpha=8.0,
+        lora_layers=tuple(range(4)),
+        adapter_layers=(0, 1, 2),
+        adapter_dim=16,
+        num_queries=4,
+        pool_heads=2,
+        per_layer_dim=32,
+        trunk_dim=48,
+        step_pos_dim=16,
     ),
 }
 
@@ -73,6 +120,7 @@ def variant(name, **overrides):
     table = dict(VARIANTS[name])
     unknown = sorted(set(overrides) - set(table))
     if unknown:
-        raise KeyError(f"model override {unknown} is not a field of variant {name!r}; "
-                       f"fields: {sorted(table)}")
+        raise KeyError(
+            f"model override {unknown} is not a field of variant {name!r}; fields: {sorted(table)}"
+        )
     return {"variant": name, **table, **overrides}

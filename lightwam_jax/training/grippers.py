@@ -56,12 +56,17 @@ def of_data(config, statistics, normalizer, name="", member=None):
     low, high = (np.asarray(table[f"global_{end}"], np.float32) for end in ("min", "max"))
     found = dims(config) if config.data.action_horizon > 1 else ()
     if wrong := [dim for dim in found if dim >= len(low)]:
-        raise ValueError(f"action {wrong[0]} should be a gripper (config.data.gripper_dims, or of "
-                         f"config.evaluation.suite={config.evaluation.suite!r}), and the data have "
-                         f"actions 0 to {len(low) - 1}: correct one of them")
+        raise ValueError(
+            f"action {wrong[0]} should be a gripper (config.data.gripper_dims, or of "
+            f"config.evaluation.suite={config.evaluation.suite!r}), and the data have "
+            f"actions 0 to {len(low) - 1}: correct one of them"
+        )
     middle = normalizer.normalize((low + high) / 2)
-    return [Gripper(f"{name}/{dim}" if name else str(dim), dim, float(middle[dim]), member)
-            for dim in found if high[dim] > low[dim]]
+    return [
+        Gripper(f"{name}/{dim}" if name else str(dim), dim, float(middle[dim]), member)
+        for dim in found
+        if high[dim] > low[dim]
+    ]
 
 
 def of_run(config):
@@ -72,9 +77,11 @@ def of_run(config):
     for number, (name, _, member) in enumerate(config_lib.members(config)):
         if dims(member):
             statistics, _, action = assets_lib.load_normalizers(
-                assets_lib.assets_directory(member), member)
-            found += of_data(member, statistics, action, name,
-                             number if config.data.mixture else None)
+                assets_lib.assets_directory(member), member
+            )
+            found += of_data(
+                member, statistics, action, name, number if config.data.mixture else None
+            )
     return found
 
 
@@ -94,9 +101,14 @@ def timing(predicted, recorded, valid, grippers, member=None):
       "gripper_still": [G] windows without a recorded change, "gripper_spurious": [G] those of them
       where the prediction changes}, float32.
     """
-    each = [_timing(predicted[..., g.dim] > g.middle, recorded[..., g.dim] > g.middle,
-                    valid if g.member is None else valid & (member == g.member)[:, None])
-            for g in grippers]
+    each = [
+        _timing(
+            predicted[..., g.dim] > g.middle,
+            recorded[..., g.dim] > g.middle,
+            valid if g.member is None else valid & (member == g.member)[:, None],
+        )
+        for g in grippers
+    ]
     return {name: jnp.stack([one[name] for one in each]) for name in each[0]} if each else {}
 
 
@@ -114,10 +126,15 @@ def _timing(predicted, recorded, valid):
     nearest = jnp.where(like, jnp.abs(steps - first[:, None]), horizon).argmin(axis=1)
     offsets = jax.nn.one_hot(nearest - first + horizon - 1, 2 * horizon - 1)
     still = both.any(axis=1) & ~changing
-    counts = {"gripper_changing": changing, "gripper_still": still,
-              "gripper_spurious": still & (ours != 0).any(axis=1)}
-    return {"gripper_offsets": (offsets * like.any(axis=1)[:, None]).sum(axis=0),
-            **{name: count.astype(jnp.float32).sum() for name, count in counts.items()}}
+    counts = {
+        "gripper_changing": changing,
+        "gripper_still": still,
+        "gripper_spurious": still & (ours != 0).any(axis=1),
+    }
+    return {
+        "gripper_offsets": (offsets * like.any(axis=1)[:, None]).sum(axis=0),
+        **{name: count.astype(jnp.float32).sum() for name, count in counts.items()},
+    }
 
 
 def summary(totals, grippers):

@@ -108,7 +108,8 @@ def prepare(config, workdir, profile=None):
     _say(metrics_lib.parameter_report(table))
     # Tracing the activations takes seconds; a CPU has no memory of its own to overflow.
     plan = (memory.held if jax.default_backend() == "cpu" else memory.plan)(
-        config, shapes, shardings)
+        config, shapes, shardings
+    )
     _say(memory.summary(plan))
     memory.check(plan)
 
@@ -259,8 +260,10 @@ def _begin(r, state, batch):
     start = time.perf_counter()
     compiled = jit_step(r).lower(state, *_on_device(r, batch)).compile()
     distributed.wait_for_all("training step compiled")
-    _say(f"Compiled the training step in {time.perf_counter() - start:.1f} s: "
-         f"{memory.compiled_summary(compiled)}")
+    _say(
+        f"Compiled the training step in {time.perf_counter() - start:.1f} s: "
+        f"{memory.compiled_summary(compiled)}"
+    )
     return compiled
 
 
@@ -309,8 +312,7 @@ def _restore(checkpoints, config, mesh, shapes, shardings):
         lambda s: step_lib.state_items(s) | {"frozen": params_lib.canonical(s.frozen)}, shapes
     )
     restored = checkpoints.restore(
-        sharding.with_shardings(
-            stored, sharding.tree_shardings(mesh, stored, config.mesh.frozen))
+        sharding.with_shardings(stored, sharding.tree_shardings(mesh, stored, config.mesh.frozen))
     )
     if restored is None:
         return None, {"step": 0, "window": []}

@@ -73,10 +73,21 @@ def forward(model, params, batch, noise, config):
     first = pool_latents(latents[:, :1], config.downsample)
     noisy = flow.add_noise(clean, noise.noise, noise.t).at[:, :1].set(first)
     velocity, actions = model.apply(
-        {"params": params}, noisy, noise.t, latents[:, :1], batch["context"], batch["proprio"],
-        batch["actions"].shape[1], _text_mask(batch, config))
-    return {"velocity": velocity.astype(jnp.float32), "actions": actions, "noisy": noisy,
-            "target": flow.target(clean, noise.noise)}
+        {"params": params},
+        noisy,
+        noise.t,
+        latents[:, :1],
+        batch["context"],
+        batch["proprio"],
+        batch["actions"].shape[1],
+        _text_mask(batch, config),
+    )
+    return {
+        "velocity": velocity.astype(jnp.float32),
+        "actions": actions,
+        "noisy": noisy,
+        "target": flow.target(clean, noise.noise),
+    }
 
 
 def _text_mask(batch, config):
@@ -91,8 +102,10 @@ def video_loss(velocity, target, t, image_is_pad, config):
     alone contributes 0 and still counts in the batch mean (SPEC section 5).
     """
     per_step = jnp.square(velocity[:, 1:] - target[:, 1:]).mean(axis=(2, 3, 4))  # [B,F-1]
-    return (flow.weight(t, config.shift)
-            * weighted_mean(per_step, latent_step_valid(image_is_pad), floor=1.0)).mean()
+    return (
+        flow.weight(t, config.shift)
+        * weighted_mean(per_step, latent_step_valid(image_is_pad), floor=1.0)
+    ).mean()
 
 
 def latent_step_valid(image_is_pad):
@@ -106,8 +119,9 @@ def action_weights(action_is_pad, config):
     horizon = action_is_pad.shape[1]
     profile = jnp.ones(horizon)
     if config.temporal_weighting:
-        profile = jnp.where(jnp.arange(horizon) < config.prefix_steps, config.prefix_weight,
-                            config.tail_weight)
+        profile = jnp.where(
+            jnp.arange(horizon) < config.prefix_steps, config.prefix_weight, config.tail_weight
+        )
     return (~action_is_pad).astype(jnp.float32) * profile
 
 
@@ -130,17 +144,27 @@ def open_loop_errors(model, params, batch, config, grippers=()):
     """
     latents = batch["latents"][:, :1].astype(jnp.float32)
     actions, _ = model.apply(
-        {"params": params}, latents, batch["context"], batch["proprio"],
-        batch["actions"].shape[1], _text_mask(batch, config), method="act")
+        {"params": params},
+        latents,
+        batch["context"],
+        batch["proprio"],
+        batch["actions"].shape[1],
+        _text_mask(batch, config),
+        method="act",
+    )
     valid = ~batch["action_is_pad"] & batch.get("valid", jnp.ones(len(latents), bool))[:, None]
     weight = valid.astype(jnp.float32)
     recorded = batch["actions"].astype(jnp.float32)
     error = (actions - recorded) * weight[..., None]
-    return {"l1": jnp.abs(error).sum(axis=(0, 1)), "mse": jnp.square(error).sum(axis=(0, 1)),
-            "l1_step": jnp.abs(error).mean(axis=-1).sum(axis=0),
-            "l1_step_dim": jnp.abs(error).sum(axis=0), "count": weight.sum(),
-            "count_step": weight.sum(axis=0),
-            **grippers_lib.timing(actions, recorded, valid, grippers, batch.get("member"))}
+    return {
+        "l1": jnp.abs(error).sum(axis=(0, 1)),
+        "mse": jnp.square(error).sum(axis=(0, 1)),
+        "l1_step": jnp.abs(error).mean(axis=-1).sum(axis=0),
+        "l1_step_dim": jnp.abs(error).sum(axis=0),
+        "count": weight.sum(),
+        "count_step": weight.sum(axis=0),
+        **grippers_lib.timing(actions, recorded, valid, grippers, batch.get("member")),
+    }
 
 
 def mean_errors(sums):
@@ -152,10 +176,14 @@ def mean_errors(sums):
     """
     total = jax.tree.map(lambda *x: np.sum(x, axis=0, dtype=np.float64), *jax.device_get(sums))
     count, each = np.maximum(total["count"], 1), np.maximum(total["count_step"], 1)
-    return {"l1": total["l1"] / count, "mse": total["mse"] / count,
-            "l1_step": total["l1_step"] / each,
-            "l1_step_dim": total["l1_step_dim"] / each[:, None], "steps": total["count"],
-            **{name: sums for name, sums in total.items() if name.startswith("gripper_")}}
+    return {
+        "l1": total["l1"] / count,
+        "mse": total["mse"] / count,
+        "l1_step": total["l1_step"] / each,
+        "l1_step_dim": total["l1_step_dim"] / each[:, None],
+        "steps": total["count"],
+        **{name: sums for name, sums in total.items() if name.startswith("gripper_")},
+    }
 
 
 def validation_row(means, grippers=()):
@@ -166,5 +194,8 @@ def validation_row(means, grippers=()):
     row = {name: means[name] for name in ("l1", "mse", "l1_step", "steps")}
     row |= {"l1_mean": means["l1"].mean(), "mse_mean": means["mse"].mean()}
     timing = grippers_lib.summary(means, grippers)
-    return row | {f"gripper/{gripper}/{name}": value
-                  for gripper, numbers in timing.items() for name, value in numbers.items()}
+    return row | {
+        f"gripper/{gripper}/{name}": value
+        for gripper, numbers in timing.items()
+        for name, value in numbers.items()
+    }

@@ -85,16 +85,20 @@ def activations(config, state, rows):
 
     key = jax.eval_shape(lambda: jax.random.key(0))
     residuals = jax.eval_shape(kept, state.trainable, state.frozen, batch, key)
-    return sum(_bytes(x.shape, x.dtype) for x in jax.tree.leaves(residuals)
-               if x.shape not in known)
+    return sum(_bytes(x.shape, x.dtype) for x in jax.tree.leaves(residuals) if x.shape not in known)
 
 
 def summary(plan):
     """Returns a `plan` as lines for the log, GiB."""
     lines = [f"  {name:<12}{size / GIB:8.2f}" for name, size in plan.items() if size]
     missing = "" if "activations" in plan else " (activations: by the compiler, below)"
-    return "\n".join([f"Memory per device as planned, GiB{missing}:", *lines,
-                      f"  {'together':<12}{sum(plan.values()) / GIB:8.2f}"])
+    return "\n".join(
+        [
+            f"Memory per device as planned, GiB{missing}:",
+            *lines,
+            f"  {'together':<12}{sum(plan.values()) / GIB:8.2f}",
+        ]
+    )
 
 
 def check(plan):
@@ -109,7 +113,8 @@ def check(plan):
             largest = max(plan, key=plan.get)
             raise ValueError(
                 f"{device} has {there / GIB:.1f} GiB, the plan needs at least {needed / GIB:.1f} "
-                f"GiB, most of it for {largest!r}. {ADVICE}")
+                f"GiB, most of it for {largest!r}. {ADVICE}"
+            )
 
 
 @contextlib.contextmanager
@@ -121,9 +126,11 @@ def explained():
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         reason = str(error).splitlines()[0]
-        raise MemoryError(f"the training step does not fit the devices: {reason}\n  {ADVICE}. "
-                          "Something else on a GPU? JAX reserves three quarters of it at the start "
-                          "(XLA_PYTHON_CLIENT_MEM_FRACTION)") from error
+        raise MemoryError(
+            f"the training step does not fit the devices: {reason}\n  {ADVICE}. "
+            "Something else on a GPU? JAX reserves three quarters of it at the start "
+            "(XLA_PYTHON_CLIENT_MEM_FRACTION)"
+        ) from error
 
 
 def compiled_summary(program):
@@ -131,8 +138,10 @@ def compiled_summary(program):
     sizes = compiled(program)
     limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
     there = f" of {limit / GIB:.1f}" if limit else ""
-    return (f"{sizes['peak']:.2f}{there} GiB per device by the compiler's account "
-            f"({sizes['arguments']:.2f} held, {sizes['temporaries']:.2f} temporary)")
+    return (
+        f"{sizes['peak']:.2f}{there} GiB per device by the compiler's account "
+        f"({sizes['arguments']:.2f} held, {sizes['temporaries']:.2f} temporary)"
+    )
 
 
 def compiled(program):
@@ -144,8 +153,11 @@ def compiled(program):
     arguments, temporaries = account.argument_size_in_bytes, account.temp_size_in_bytes
     fresh = account.output_size_in_bytes - account.alias_size_in_bytes  # not written in place
     # The account's own peak leaves the temporaries out on some platforms.
-    sizes = {"arguments": arguments, "temporaries": temporaries,
-             "peak": max(account.peak_memory_in_bytes, arguments + fresh + temporaries)}
+    sizes = {
+        "arguments": arguments,
+        "temporaries": temporaries,
+        "peak": max(account.peak_memory_in_bytes, arguments + fresh + temporaries),
+    }
     seen = jax.local_devices()[0].memory_stats() or {}
     if "peak_bytes_in_use" in seen:
         sizes["peak_measured"] = seen["peak_bytes_in_use"]

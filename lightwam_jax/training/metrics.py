@@ -163,7 +163,8 @@ class Profiler:
         if steps and not step < steps[0] <= steps[1] <= total:
             raise ValueError(
                 f"--profile={steps[0]}:{steps[1]}: this run takes steps {step + 1} to {total}; "
-                "expected FIRST:LAST among them, best not the first one, which compiles")
+                "expected FIRST:LAST among them, best not the first one, which compiles"
+            )
 
     def before(self, step):
         """Starts recording if `step` is the first of the window."""
@@ -176,8 +177,10 @@ class Profiler:
         if self._on and step == self._steps[1]:
             jax.block_until_ready(metrics)
             self.close()
-            tqdm.tqdm.write(f"Profile of steps {self._steps[0]} to {self._steps[1]}: "
-                            f"{self._directory} (TensorBoard, or Perfetto's trace viewer)")
+            tqdm.tqdm.write(
+                f"Profile of steps {self._steps[0]} to {self._steps[1]}: "
+                f"{self._directory} (TensorBoard, or Perfetto's trace viewer)"
+            )
 
     def close(self):
         """Ends recording where a run stops within the window."""

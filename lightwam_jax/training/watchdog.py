@@ -15,9 +15,9 @@ from lightwam_jax import distributed
 
 ADVICE = {
     "data": "the loader gives no batch: look at the storage of config.data.cache or path, and try "
-            "config.data.workers=0",
+    "config.data.workers=0",
     "device": "the devices have not finished: with several processes a collective waits until all "
-              "of them have come",
+    "of them have come",
     "compile": "the compiler is at work; a large model may take many minutes the first time",
     "save": "a checkpoint is being written: look at the storage of --workdir",
 }
@@ -59,13 +59,19 @@ class Watchdog:
                 due = 2 * seconds
 
     def _report(self, step, phase, seconds):
-        lines = [f"WARNING: process {self._process} stands still: after step {step}, in {phase!r} "
-                 f"for {seconds:.0f} s; {ADVICE.get(phase, 'the program itself is busy')}"]
+        lines = [
+            f"WARNING: process {self._process} stands still: after step {step}, in {phase!r} "
+            f"for {seconds:.0f} s; {ADVICE.get(phase, 'the program itself is busy')}"
+        ]
         # The others stand still too, and say so within the same interval.
         distributed.tell("standing_still", f"after step {step}, in {phase!r}", time.time())
         self._stop.wait(min(self._after / 2, 10.0))
-        lines += [f"  process {other}: {said}" for other, said
-                  in sorted(distributed.told("standing_still", time.time() - 3 * seconds).items())]
+        lines += [
+            f"  process {other}: {said}"
+            for other, said in sorted(
+                distributed.told("standing_still", time.time() - 3 * seconds).items()
+            )
+        ]
         print("\n".join(lines), file=sys.stderr, flush=True)
         faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
         sys.stderr.flush()

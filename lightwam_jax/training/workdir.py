@@ -87,8 +87,12 @@ def write_not_finite(workdir, step, samples, metrics, broken):
       broken: lines about data that are not finite.
     """
     if jax.process_index() == 0:
-        values = {"step": step, "samples": samples, "not_finite_data": broken,
-                  "metrics": {name: str(value) for name, value in metrics.items()}}
+        values = {
+            "step": step,
+            "samples": samples,
+            "not_finite_data": broken,
+            "metrics": {name: str(value) for name, value in metrics.items()},
+        }
         _replace(workdir / "not_finite.json", json.dumps(values, indent=2) + "\n")
 
 

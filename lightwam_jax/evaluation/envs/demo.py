@@ -59,5 +59,8 @@ class DemoEnv:
 
     def describe(self):
         """Returns the versions that decide physics and pixels."""
-        return {"versions": {"mujoco": importlib.metadata.version("mujoco")},
-                "task_version": demo_env.TASK_VERSION, "renderer": "rays, in numpy"}
+        return {
+            "versions": {"mujoco": importlib.metadata.version("mujoco")},
+            "task_version": demo_env.TASK_VERSION,
+            "renderer": "rays, in numpy",
+        }

@@ -57,10 +57,12 @@ class Protocol:
 
 
 PROTOCOLS = {
-    "lightwam": Protocol(30, 10, {"spatial": 400, "object": 400, "goal": 400, "10": 700, "90": 400},
-                         True),  # for 90 none is published: openpi's cap
-    "openpi": Protocol(10, 5, {"spatial": 220, "object": 280, "goal": 300, "10": 520, "90": 400},
-                       False),
+    "lightwam": Protocol(
+        30, 10, {"spatial": 400, "object": 400, "goal": 400, "10": 700, "90": 400}, True
+    ),  # for 90 none is published: openpi's cap
+    "openpi": Protocol(
+        10, 5, {"spatial": 220, "object": 280, "goal": 300, "10": 520, "90": 400}, False
+    ),
 }
 
 
@@ -96,8 +98,11 @@ def episodes(tasks, count=STORED, first_seed=0):
     if not 1 <= count <= STORED:
         raise ValueError(f"{count} episodes per task; LIBERO stores {STORED} initial states")
     count = 1 if libero_files.is_plus() else count
-    return [worker.Episode(name, init, first_seed + init)
-            for name in _names(tasks) for init in range(count)]
+    return [
+        worker.Episode(name, init, first_seed + init)
+        for name in _names(tasks)
+        for init in range(count)
+    ]
 
 
 def demonstrations(tasks, count, first_seed):
@@ -111,8 +116,10 @@ def demonstrations(tasks, count, first_seed):
     """
     names = _names(tasks)
     if wrong := sorted({libero_files.suite_of(name) for name in names if not has_expert(name)}):
-        raise ValueError(f"there is no scripted expert for suite {', '.join(wrong)}, only for "
-                         f"{' and '.join(TASKS)}")
+        raise ValueError(
+            f"there is no scripted expert for suite {', '.join(wrong)}, only for "
+            f"{' and '.join(TASKS)}"
+        )
     return [worker.Episode(name, DRAWN, first_seed + i) for name in names for i in range(count)]
 
 
@@ -134,8 +141,9 @@ def groups(tasks):
 def _names(tasks):
     """Returns the names of tasks, those of a suite in the place of its name."""
     suites = libero_files.SUITES + libero_files.PLUS
-    names = [name for task in tasks
-             for name in (libero_files.tasks(task) if task in suites else (task,))]
+    names = [
+        name for task in tasks for name in (libero_files.tasks(task) if task in suites else (task,))
+    ]
     for name in names:
         libero_files.suite_of(name)  # raises where there is none
     return list(dict.fromkeys(names))
@@ -172,8 +180,10 @@ class LiberoEnv:
         if episode.task != self._task:
             self._load(episode.task)
         if not DRAWN <= episode.init < len(self._states):
-            raise ValueError(f"initial state {episode.init} of {episode.task!r}: there are 0 to "
-                             f"{len(self._states) - 1}, or {DRAWN} to draw one from the seed")
+            raise ValueError(
+                f"initial state {episode.init} of {episode.task!r}: there are 0 to "
+                f"{len(self._states) - 1}, or {DRAWN} to draw one from the seed"
+            )
         self._put_camera_away()  # with the simulation that ends here
         # Every reset appends to this list, so that the draws would depend on how many there were.
         self._env.env.object_property_initializers.clear()
@@ -191,11 +201,16 @@ class LiberoEnv:
     def observe(self):
         """Returns {"images": {camera: uint8 [S,S,3]}, "state": f32 [8], "prompt": str}."""
         raw = self._raw
-        state = (raw["robot0_eef_pos"], axis_angle(raw["robot0_eef_quat"]),
-                 raw["robot0_gripper_qpos"])
-        return {"images": {camera: self.picture(camera, self._size) for camera in CAMERAS},
-                "state": np.concatenate(state).astype(np.float32),
-                "prompt": libero_files.instruction(self._task)}
+        state = (
+            raw["robot0_eef_pos"],
+            axis_angle(raw["robot0_eef_quat"]),
+            raw["robot0_gripper_qpos"],
+        )
+        return {
+            "images": {camera: self.picture(camera, self._size) for camera in CAMERAS},
+            "state": np.concatenate(state).astype(np.float32),
+            "prompt": libero_files.instruction(self._task),
+        }
 
     def step(self, action):
         """Executes one action [7], in the protocol's units; returns (None, success, done).
@@ -251,10 +266,15 @@ class LiberoEnv:
             self.reset(worker.Episode(first, 0, 0))
         return {
             "protocol": {"name": self._protocol_name, **dataclasses.asdict(self._protocol)},
-            **libero_files.describe_assets(self._assets), "tasks": libero_files.tasks_hash(),
-            "versions": versions, "cameras": list(CAMERAS), "image_size": self._size,
-            "turned": 180, "rendering": self._rendering,
-            "renderer": f"{os.environ['MUJOCO_GL']}, {self._camera.name()}"}
+            **libero_files.describe_assets(self._assets),
+            "tasks": libero_files.tasks_hash(),
+            "versions": versions,
+            "cameras": list(CAMERAS),
+            "image_size": self._size,
+            "turned": 180,
+            "rendering": self._rendering,
+            "renderer": f"{os.environ['MUJOCO_GL']}, {self._camera.name()}",
+        }
 
     def close(self):
         """Frees the simulator."""
@@ -274,9 +294,12 @@ class LiberoEnv:
         self._modules.libero._assets_path_cache = str(self._assets)
         self._env = self._modules.env_wrapper.ControlEnv(
             bddl_file_name=str(libero_files.bddl_file(task)),
-            use_camera_obs=self._eager, has_offscreen_renderer=self._eager,
-            camera_names=list(_SIMULATED.values()), camera_heights=self._size,
-            camera_widths=self._size)
+            use_camera_obs=self._eager,
+            has_offscreen_renderer=self._eager,
+            camera_names=list(_SIMULATED.values()),
+            camera_heights=self._size,
+            camera_widths=self._size,
+        )
         self._task = task
         suite = libero_files.suite_of(task).removeprefix("plus_")
         self._max_steps = self._protocol.max_steps[suite]
@@ -289,6 +312,7 @@ class LiberoEnv:
         The simulator takes its pictures and states a fraction of a step before the step is over.
         Pictures taken when asked for have to show that very moment.
         """
+
         @self._modules.observables.sensor(modality="shutter")
         def expose(cache):
             del cache
@@ -315,8 +339,11 @@ class _Camera:
         # Not of the simulation itself: making this computes its forces anew, and the last digits
         # of an episode would depend on whether it was looked at.
         shown = types.SimpleNamespace(
-            model=sim.model, data=types.SimpleNamespace(_data=self._shown), forward=lambda: None,
-            add_render_context=lambda context: None)
+            model=sim.model,
+            data=types.SimpleNamespace(_data=self._shown),
+            forward=lambda: None,
+            add_render_context=lambda context: None,
+        )
         self._context = modules.binding_utils.MjRenderContextOffscreen(shown, device_id=-1)
         self._context.vopt.geomgroup[0] = 0  # shapes for collisions
 
@@ -363,8 +390,14 @@ def _import(assets):
         raise RuntimeError(
             f"LIBERO cannot be imported ({error!r}). Without OpenGL: apt-get install libegl1 "
             "libgl1-mesa-dri libopengl0, or libosmesa6 with MUJOCO_GL=osmesa. Otherwise see "
-            "docs/libero.md for the versions it needs") from error
+            "docs/libero.md for the versions it needs"
+        ) from error
     finally:
         logging.disable(logging.NOTSET)
-    return types.SimpleNamespace(mujoco=mujoco, libero=libero, env_wrapper=env_wrapper,
-                                 binding_utils=binding_utils, observables=observables)
+    return types.SimpleNamespace(
+        mujoco=mujoco,
+        libero=libero,
+        env_wrapper=env_wrapper,
+        binding_utils=binding_utils,
+        observables=observables,
+    )

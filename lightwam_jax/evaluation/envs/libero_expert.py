@@ -163,8 +163,11 @@ class Expert:
     def _carrying(self):
         """How high the hand is while it carries: the thing passes over its target."""
         hangs = self._place(self._thing)[2] - self._box(self._thing)[0][2] + self._held_at[2]
-        tops = [self._box(name)[1][2] for name in self._env.obj_body_id
-                if name != self._thing and not self._env.is_fixture(name)]
+        tops = [
+            self._box(name)[1][2]
+            for name in self._env.obj_body_id
+            if name != self._thing and not self._env.is_fixture(name)
+        ]
         return max(*tops, self._height) + max(hangs, 0.03) + 0.03
 
     def _points(self, name, per_edge=2):
@@ -175,13 +178,19 @@ class Expert:
         model, data = self._env.sim.model, self._env.sim.data
         root = self._env.obj_body_id[name]
         bodies = [b for b in range(model.nbody) if b == root or root in _ancestors(model, b)]
-        shapes = [g for g in range(model.ngeom)
-                  if model.geom_bodyid[g] in bodies and model.geom_contype[g]]
+        shapes = [
+            g
+            for g in range(model.ngeom)
+            if model.geom_bodyid[g] in bodies and model.geom_contype[g]
+        ]
         grid = np.array(np.meshgrid(*[np.linspace(-1, 1, per_edge)] * 3)).reshape(3, -1).T
         boxes = model._model.geom_aabb[shapes]  # centre and half size, in the shape's own frame
-        return np.concatenate([
-            data.geom_xpos[g] + (box[:3] + grid * box[3:]) @ data.geom_xmat[g].reshape(3, 3).T
-            for g, box in zip(shapes, boxes)])
+        return np.concatenate(
+            [
+                data.geom_xpos[g] + (box[:3] + grid * box[3:]) @ data.geom_xmat[g].reshape(3, 3).T
+                for g, box in zip(shapes, boxes)
+            ]
+        )
 
     def _box(self, name):
         """Returns (lowest, highest) corner of a thing in the world."""
@@ -212,8 +221,13 @@ class Expert:
         """Like `_choose_grasp`, at the place of the rim farthest from whatever else there is."""
         middle = (corners.max(axis=0) + corners.min(axis=0))[:2] / 2
         radius = np.linalg.norm(corners[:, :2] - middle, axis=1).max() - 0.004
-        others = np.concatenate([self._points(name, per_edge=7)
-                                 for name in self._env.obj_body_id if name != self._thing])
+        others = np.concatenate(
+            [
+                self._points(name, per_edge=7)
+                for name in self._env.obj_body_id
+                if name != self._thing
+            ]
+        )
         others = others[others[:, 2] > height - 0.01, :2]  # what the fingers could hit
         best = None
         for yaw in np.linspace(-np.pi, np.pi, 24, endpoint=False):

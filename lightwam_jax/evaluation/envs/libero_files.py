@@ -60,10 +60,14 @@ def tasks(suite):
         have, need = ("LIBERO-Plus", "LIBERO") if is_plus() else ("LIBERO", "LIBERO-Plus")
         raise ModuleNotFoundError(
             f"suite {suite!r} belongs to {need}, and the package in {package()} is {have}: they "
-            "have the same name, so that each needs an environment of its own (docs/libero.md)")
+            "have the same name, so that each needs an environment of its own (docs/libero.md)"
+        )
     tree = ast.parse((package() / "benchmark" / "libero_suite_task_map.py").read_text())
-    table = next(node.value for node in tree.body if isinstance(node, ast.Assign)
-                 and node.targets[0].id == "libero_task_map")
+    table = next(
+        node.value
+        for node in tree.body
+        if isinstance(node, ast.Assign) and node.targets[0].id == "libero_task_map"
+    )
     return tuple(ast.literal_eval(table)[_folder(suite)])
 
 
@@ -72,8 +76,9 @@ def suite_of(task):
     for suite in PLUS if is_plus() else SUITES:
         if task in _members(tasks(suite)):
             return suite
-    raise ValueError(f"the package in {package()} has no task {task!r}; libero_files.tasks(suite) "
-                     "lists them")
+    raise ValueError(
+        f"the package in {package()} has no task {task!r}; libero_files.tasks(suite) lists them"
+    )
 
 
 @functools.cache
@@ -134,8 +139,10 @@ def read_states(path):
             (name,) = (n for n in archive.namelist() if n.endswith("/data.pkl"))
             states = _ArraysOnly(archive.open(name)).load()
     except (ValueError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} is not a file of initial states as LIBERO ships it ({error}); "
-                         "nothing of it was executed. Install the package again") from error
+        raise ValueError(
+            f"{path} is not a file of initial states as LIBERO ships it ({error}); "
+            "nothing of it was executed. Install the package again"
+        ) from error
     if not isinstance(states, np.ndarray) or states.dtype != np.float64:
         raise ValueError(f"{path} holds {type(states).__name__}; expected an array of float64")
     return states
@@ -143,10 +150,13 @@ def read_states(path):
 
 # `_reconstruct` moved when numpy became 2, and both names are found in files.
 _reconstruct = np.empty(0).__reduce__()[0]
-_ALLOWED = {("numpy.core.multiarray", "_reconstruct"): _reconstruct,
-            ("numpy._core.multiarray", "_reconstruct"): _reconstruct,
-            ("numpy", "ndarray"): np.ndarray, ("numpy", "dtype"): np.dtype,
-            ("_codecs", "encode"): lambda text, encoding: text.encode(encoding)}
+_ALLOWED = {
+    ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
+    ("numpy._core.multiarray", "_reconstruct"): _reconstruct,
+    ("numpy", "ndarray"): np.ndarray,
+    ("numpy", "dtype"): np.dtype,
+    ("_codecs", "encode"): lambda text, encoding: text.encode(encoding),
+}
 
 
 class _ArraysOnly(pickle.Unpickler):
@@ -201,8 +211,11 @@ def describe_assets(directory):
 
 def tasks_hash():
     """Returns 16 hex digits of the package's task descriptions and initial states."""
-    files = [path for pattern in ("bddl_files/*/*.bddl", "init_files/**/*.pruned_init")
-             for path in package().glob(pattern)]
+    files = [
+        path
+        for pattern in ("bddl_files/*/*.bddl", "init_files/**/*.pruned_init")
+        for path in package().glob(pattern)
+    ]
     return _hash(files, package())
 
 
@@ -220,9 +233,18 @@ def prepare(assets):
     libraries below it go to a directory of ours among the temporary files. For this process and
     its children only.
     """
-    content = json.dumps({key: str(package() / place) for key, place in {  # JSON is YAML too
-        "benchmark_root": "", "bddl_files": "bddl_files", "init_states": "init_files",
-        "datasets": "datasets", "assets": assets}.items()})
+    content = json.dumps(
+        {
+            key: str(package() / place)
+            for key, place in {  # JSON is YAML too
+                "benchmark_root": "",
+                "bddl_files": "bddl_files",
+                "init_states": "init_files",
+                "datasets": "datasets",
+                "assets": assets,
+            }.items()
+        }
+    )
     name = hashlib.sha256(content.encode()).hexdigest()[:12]
     directory = pathlib.Path(tempfile.gettempdir(), f"lightwam_libero_{os.getuid()}_{name}")
     directory.mkdir(mode=0o700, exist_ok=True)

@@ -80,15 +80,38 @@ INSTRUCTIONS = {
     "window-open-v3": "open the window",
     "window-close-v3": "close the window",
 }
-_MT10 = ("reach-v3", "push-v3", "pick-place-v3", "door-open-v3", "drawer-open-v3",
-         "drawer-close-v3", "button-press-topdown-v3", "peg-insert-side-v3", "window-open-v3",
-         "window-close-v3")
+_MT10 = (
+    "reach-v3",
+    "push-v3",
+    "pick-place-v3",
+    "door-open-v3",
+    "drawer-open-v3",
+    "drawer-close-v3",
+    "button-press-topdown-v3",
+    "peg-insert-side-v3",
+    "window-open-v3",
+    "window-close-v3",
+)
 SETS = {  # as in Meta-World 3.1.1, which calls any single task MT1
     "MT10": _MT10,
-    "MT25": (*_MT10, "coffee-pull-v3", "pick-out-of-hole-v3", "disassemble-v3",
-             "pick-place-wall-v3", "basketball-v3", "stick-pull-v3", "button-press-wall-v3",
-             "faucet-open-v3", "door-lock-v3", "lever-pull-v3", "sweep-into-v3", "faucet-close-v3",
-             "coffee-button-v3", "button-press-topdown-wall-v3", "dial-turn-v3"),
+    "MT25": (
+        *_MT10,
+        "coffee-pull-v3",
+        "pick-out-of-hole-v3",
+        "disassemble-v3",
+        "pick-place-wall-v3",
+        "basketball-v3",
+        "stick-pull-v3",
+        "button-press-wall-v3",
+        "faucet-open-v3",
+        "door-lock-v3",
+        "lever-pull-v3",
+        "sweep-into-v3",
+        "faucet-close-v3",
+        "coffee-button-v3",
+        "button-press-topdown-wall-v3",
+        "dial-turn-v3",
+    ),
     "MT50": tuple(INSTRUCTIONS),
 }
 TASKS = tuple(INSTRUCTIONS)
@@ -126,10 +149,15 @@ def episodes(tasks, count, first_seed):
         raise ValueError("MT1 is any single task of Meta-World: give its name, e.g. reach-v3")
     names = [name for task in tasks for name in SETS.get(task, (task,))]
     if unknown := sorted(set(names) - set(INSTRUCTIONS)):
-        raise ValueError(f"Meta-World has no task {', '.join(unknown)}; expected names like "
-                         f"reach-v3 (see {__name__}.INSTRUCTIONS) or {', '.join(SETS)}")
-    return [worker.Episode(name, 0, first_seed + i)
-            for name in dict.fromkeys(names) for i in range(count)]
+        raise ValueError(
+            f"Meta-World has no task {', '.join(unknown)}; expected names like "
+            f"reach-v3 (see {__name__}.INSTRUCTIONS) or {', '.join(SETS)}"
+        )
+    return [
+        worker.Episode(name, 0, first_seed + i)
+        for name in dict.fromkeys(names)
+        for i in range(count)
+    ]
 
 
 class MetaWorldEnv:
@@ -154,8 +182,11 @@ class MetaWorldEnv:
     def observe(self):
         """Returns {"images": {camera: uint8 [S,S,3]}, "state": f32 [4], "prompt": str}."""
         images = {camera: self.picture(camera, self._image_size) for camera in CAMERAS}
-        return {"images": images, "state": self._numbers[:len(STATE)].astype(np.float32),
-                "prompt": INSTRUCTIONS[self._task]}
+        return {
+            "images": images,
+            "state": self._numbers[: len(STATE)].astype(np.float32),
+            "prompt": INSTRUCTIONS[self._task],
+        }
 
     def step(self, action):
         """Executes one action f32 [4], clipped to -1..1; returns (None, success, done)."""
@@ -170,6 +201,7 @@ class MetaWorldEnv:
     def picture(self, camera, size):
         """Returns the camera's view as uint8 [size,size,3]."""
         import mujoco
+
         if size not in self._renderers:
             self._renderers[size] = mujoco.Renderer(self._env.model, size, size)
             # Nothing in sight reflects, and looking for it would take half of the time.
@@ -183,13 +215,17 @@ class MetaWorldEnv:
     def describe(self):
         """Returns the versions and settings that decide physics and pixels, as plain values."""
         from OpenGL import GL
+
         return {
             "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
             "renderer": f"{os.environ['MUJOCO_GL']}, {GL.glGetString(GL.GL_RENDERER).decode()}, "
-                        f"{GL.glGetString(GL.GL_VERSION).decode()}",
-            "cameras": list(CAMERAS), "image_size": self._image_size,
+            f"{GL.glGetString(GL.GL_VERSION).decode()}",
+            "cameras": list(CAMERAS),
+            "image_size": self._image_size,
             "corner2": {"turned": 180, **self._corner2},
-            "shadows": False, "samples": 0, "reflections": False,
+            "shadows": False,
+            "samples": 0,
+            "reflections": False,
             "goal": "visible where Meta-World draws it; not in the state",
         }
 
@@ -201,6 +237,7 @@ class MetaWorldEnv:
 
     def _load(self, task):
         from metaworld import env_dict, policies
+
         self.close()
         env = self._env = env_dict.ALL_V3_ENVIRONMENTS[task]()
         # Places and goal are drawn from `seed`, and the experts are told the goal.
