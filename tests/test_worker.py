@@ -173,15 +173,20 @@ def test_the_first_frame_tells_environments_apart():
             "images": {**seen["images"], camera: seen["images"][camera] + 1},
         }
 
+    def renamed(seen):
+        images = seen["images"]
+        return {**seen, "images": {"front": images["scene"], "wrist": images["wrist"]}}
+
     def moved(seen):
         return {**seen, "state": seen["state"] + np.float32([0, 1])}
 
     assert described(turned) == described(), "the order of cameras does not matter"
     others = [
-        described(change) for change in (swapped, brighter("scene"), brighter("wrist"), moved)
+        described(change)
+        for change in (swapped, renamed, brighter("scene"), brighter("wrist"), moved)
     ]
     digests = {one["reset_frame"]["sha256"] for one in (described(), *others)}
-    assert len(digests) == 5
+    assert len(digests) == 6
 
 
 class Pipe:
