@@ -48,13 +48,13 @@ def random_params(model, config, seed):
     )
 
 
-def make_assets(config):
+def make_assets(config, own_codec=None):
     rng = np.random.default_rng(0)
     clips = rng.integers(0, 256, (4, 5, 32, 64, 3), np.uint8)
     return assets_lib.Assets(
         state=normalize.min_max(np.full(5, -2.0), np.full(5, 2.0)),
         action=normalize.min_max(np.arange(4) - 3.0, np.arange(4) + 3.0),
-        codec=codec.PcaCodec.fit(clips, config.model.latent_channels),
+        codec=own_codec or codec.PcaCodec.fit(clips, config.model.latent_channels),
         text_encoder=text.HashedTextEncoder(config.model.text_dim),
         statistics={},
     )
