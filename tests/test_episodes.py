@@ -174,8 +174,10 @@ def test_several_directories_are_one_data_set(monkeypatch, tmp_path):
     for path in paths:
         path.mkdir()
     lost = episodes.Problem("error", "missing video", "episode_009", "nine.mp4", None, "gone")
+    left_out = {}
 
     def read(config):
+        left_out[config.data.path] = config.data.exclude
         if config.data.path.endswith("spatial"):
             return synthetic.make_episodes(2), []
         return synthetic.make_episodes(1), [lost]
@@ -186,6 +188,9 @@ def test_several_directories_are_one_data_set(monkeypatch, tmp_path):
         make(tmp_path, **both, **{"data.exclude": ("spatial/episode_001", "goal/episode_009")})
     )
     assert [episode.id for episode in found] == ["spatial/episode_000", "goal/episode_000"]
+    # Each reader gets its own ids, so that it need not open what is left out.
+    assert list(left_out.values()) == [("episode_001",), ("episode_009",)]
+    assert list(left_out) == list(map(str, paths))
     with pytest.raises(ValueError, match=r"goal/episode_009 \(nine.mp4"):
         episodes.load_episodes(make(tmp_path, **both))
     with pytest.raises(FileNotFoundError, match="elsewhere"):

@@ -32,10 +32,17 @@ def episode(begin, fps, length=6):
 
 @pytest.mark.parametrize(
     "begin, fps, frame",
-    [(0.0, 30, 0), (0.7, 30, 21), (1.1, 30, 33), (0.35, 20, 7), (2 / 3, 15, 10), (1.2, 10, 12)],
+    [
+        (0.0, 30, 0),
+        (float(np.float32(0.7)), 30, 21),  # 0.69999999 s
+        (float(np.float32(0.1)), 30, 3),  # 0.10000000149 s
+        (4.1, 30, 123),  # 4.1 * 30 is 122.99999999999999
+        (1.16, 25, 29),
+        (8.2, 15, 123),
+        (2 / 3, 15, 10),
+    ],
 )
 def test_a_video_begins_at_the_nearest_frame(begin, fps, frame):
-    """0.7 * 30 is 20.999999999999996."""
     one = episode(begin, fps)
     assert one.video("top") == (pathlib.Path("top.mp4"), frame)
     assert one.video("side") == (pathlib.Path("side.mp4"), 5 * fps)
