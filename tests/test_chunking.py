@@ -21,8 +21,23 @@ def test_refuses_chunks_that_cannot_be_executed():
     queue = chunking.ChunkQueue(replan=4)
     with pytest.raises(ValueError, match=r"T >= replan=4, got shape \(3, 2\)"):
         queue.push(np.zeros((3, 2)))
-    with pytest.raises(ValueError, match="NaN"):
-        queue.push(np.full((4, 2), np.nan))
+    for shape in ((4,), (1, 4, 2), ()):
+        with pytest.raises(ValueError, match=r"expected a chunk \[T, A\]"):
+            queue.push(np.zeros(shape))
+    for value in (np.nan, np.inf, -np.inf):  # one number is enough, executed or not
+        for place in ((0, 0), (3, 1), (5, 1)):
+            chunk = np.zeros((6, 2))
+            chunk[place] = value
+            with pytest.raises(ValueError, match="NaN or infinite"):
+                queue.push(chunk)
+            assert queue.empty
     queue.push(np.zeros((4, 2)))
-    with pytest.raises(RuntimeError, match="4 actions"):
-        queue.push(np.zeros((4, 2)))
+    for left in (4, 3, 2, 1):
+        with pytest.raises(RuntimeError, match=f"{left} actions"):
+            queue.push(np.zeros((4, 2)))
+        assert not queue.empty
+        queue.pop()
+    assert queue.empty
+    with pytest.raises(IndexError):
+        queue.pop()
+    queue.push(np.zeros((4, 2)))

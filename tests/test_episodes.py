@@ -89,6 +89,57 @@ def test_check_names_what_is_wrong_and_the_remedy():
     assert "wrong length: state has shape" in short
     (empty,) = found(action=good[1].action[:0], state=good[1].state[:0])
     assert "empty episode" in empty
+    (narrow,) = found(state=good[1].state[:, :5])
+    assert "state has 5 dimensions, the config says 8; set config.model.proprio_dim to 5" in narrow
+    assert narrow.endswith("or config.data.state_dim where the model's is larger")
+    action = good[1].action.copy()
+    action[2, 6] = action[4, 1] = action[4, 3] = -np.inf
+    (broken,) = found(action=action)
+    assert "frame 2): not finite: action[6] is -inf (3 such" in broken
+    both = found(action=action, state=state)
+    assert ["state[2]" in line for line in both] == [True, False]
+    flat = found(state=good[1].state[:, 0])
+    assert f"state has shape [{good[1].length}]; expected [{good[1].length}, 8]" in flat[0]
+
+
+def test_a_smaller_robot_is_checked_against_its_own_widths():
+    narrow = {"data.state_dim": 5, "data.action_dim": 4}
+    config, (episode,) = synthetic.make_config("", **narrow), synthetic.make_episodes(1)
+    assert [p.kind for p in episodes.check(episode, config)] == ["wrong width"] * 2
+    small = dataclasses.replace(episode, state=episode.state[:, :5], action=episode.action[:, :4])
+    assert not episodes.check(small, config)
+
+
+def test_warnings_stop_nothing_and_a_long_list_of_errors_is_cut():
+    config = synthetic.make_config("somewhere")
+
+    def problems(count, severity="error"):
+        return [
+            episodes.Problem(severity, "kind", f"e{i}", "file", None, f"number {i}!")
+            for i in range(count)
+        ]
+
+    episodes.refuse_errors(problems(3, "warning"), config)
+    for count, shown, more in ((1, 1, False), (20, 20, False), (21, 20, True)):
+        with pytest.raises(ValueError, match=f"^{count} errors in") as error:
+            episodes.refuse_errors(problems(count) + problems(5, "warning"), config)
+        assert str(error.value).count("number") == shown
+        assert ("\n  ... and 1 more\n" in str(error.value)) == more
+        assert ("... and" in str(error.value)) == more
+
+
+def test_pictures_are_those_of_the_camera_and_steps_asked_for():
+    (episode,) = synthetic.make_episodes(1)
+    for camera in ("scene", "wrist"):
+        got = episode.frames(camera, [3, 0, 3])
+        np.testing.assert_array_equal(got, episode.images[camera][[3, 0, 3]])
+    assert episode.length == len(episode.action) == len(episode.images["scene"])
+
+
+def test_directories_are_between_commas():
+    assert episodes.directories("a") == ["a"]
+    assert episodes.directories(" a/b , c,") == ["a/b", "c"]
+    assert episodes.directories("") == []
 
 
 def test_every_error_is_reported_and_only_what_is_listed_left_out(monkeypatch, tmp_path):
@@ -123,8 +174,10 @@ def test_several_directories_are_one_data_set(monkeypatch, tmp_path):
     for path in paths:
         path.mkdir()
     lost = episodes.Problem("error", "missing video", "episode_009", "nine.mp4", None, "gone")
+    left_out = {}
 
     def read(config):
+        left_out[config.data.path] = config.data.exclude
         if config.data.path.endswith("spatial"):
             return synthetic.make_episodes(2), []
         return synthetic.make_episodes(1), [lost]
@@ -135,6 +188,9 @@ def test_several_directories_are_one_data_set(monkeypatch, tmp_path):
         make(tmp_path, **both, **{"data.exclude": ("spatial/episode_001", "goal/episode_009")})
     )
     assert [episode.id for episode in found] == ["spatial/episode_000", "goal/episode_000"]
+    # Each reader gets its own ids, so that it need not open what is left out.
+    assert list(left_out.values()) == [("episode_001",), ("episode_009",)]
+    assert list(left_out) == list(map(str, paths))
     with pytest.raises(ValueError, match=r"goal/episode_009 \(nine.mp4"):
         episodes.load_episodes(make(tmp_path, **both))
     with pytest.raises(FileNotFoundError, match="elsewhere"):

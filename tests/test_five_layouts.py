@@ -1,11 +1,14 @@
 """One set of demonstrations in five layouts: the same samples, trained on by the same commands."""
 
+import json
+
 import numpy as np
 import pytest
 import test_end_to_end
 import writers
 
 from configs import demo as demo_config
+from lightwam_jax import checkpoint
 from lightwam_jax import config as config_lib
 from lightwam_jax.data import cache, demo_env, demo_record, episodes, lerobot_write, transforms
 
@@ -93,7 +96,7 @@ def test_every_frame_is_nearest_to_itself(layout, written, demonstrations):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_training_needs_another_config_only(layout, written, tmp_path):
+def test_training_needs_another_config_only(layout, written, demonstrations, tmp_path):
     small = {
         **test_end_to_end.SMALL,
         **written[layout],
@@ -104,4 +107,13 @@ def test_training_needs_another_config_only(layout, written, tmp_path):
     config = ["--config", "configs/demo.py", *(f"--config.{k}={v}" for k, v in small.items())]
     test_end_to_end.run("-m", "lightwam_jax.precompute", *config, "--what", "all")
     test_end_to_end.run("train.py", *config, "--workdir", str(tmp_path / "run"))
-    assert (tmp_path / "run" / "checkpoints" / "2" / "meta").is_dir()
+    meta = json.loads((tmp_path / "cache" / "latents" / "cache.json").read_text())
+    lengths = sorted(episode.length for episode in demonstrations)
+    assert sum(meta["records"].values()) == sum(lengths)
+    assert meta["records"]["val"] in lengths, "one of the four is held out"
+    assert sorted(meta["tasks"]) == sorted({episode.task for episode in demonstrations})
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
+    losses = [row["loss"] for row in rows if row["kind"] == "train"]
+    assert losses and np.isfinite(losses).all()
+    stored = checkpoint.load_params(tmp_path / "run")
+    assert stored.meta["step"] == 2 and stored.config.data.path == written[layout]["data.path"]

@@ -2,7 +2,6 @@
 
 import json
 import pathlib
-import time
 import types
 
 import numpy as np
@@ -124,21 +123,37 @@ def test_statistics_survive_the_file_and_are_checked(tmp_path):
         normalize.read_statistics(path, 8, 7)
 
 
-def test_statistics_of_a_large_data_set_take_seconds():
-    """A tenth of 2,500 episodes, which may take 30 s and take 4."""
-    rng = np.random.default_rng(0)
-    many = [
+def test_windows_share_the_memory_of_their_episode():
+    """What keeps the statistics of a large data set within memory, and their time within seconds:
+    no window is a copy."""
+    values = np.arange(300 * 7, dtype=np.float32).reshape(300, 7)
+    windows = normalize._windows(values, 32)
+    assert windows.shape == (7, 32, 300)
+    repeated = np.concatenate([values, np.repeat(values[-1:], 31, axis=0)])
+    for step in (0, 5, 31):
+        np.testing.assert_array_equal(windows[:, step], repeated[step : step + 300].T)
+    assert np.shares_memory(windows[:, 0], windows[:, 31])
+    assert {abs(stride) for stride in windows.strides} == {4, 4 * 7}
+
+
+def test_statistics_weigh_episodes_alike_and_repeat_their_last_action():
+    """Two episodes of 2 and 4 steps, horizon 2, worked out by hand."""
+    made = [
         episodes.ArrayEpisode(
-            str(k),
-            10.0,
-            "",
-            rng.normal(size=(150, 8)).astype(np.float32),
-            rng.normal(size=(150, 7)).astype(np.float32),
-            {},
+            str(k), 10.0, "", np.float32(state)[:, None], np.float32(action)[:, None], {}
         )
-        for k in range(250)
+        for k, (state, action) in enumerate((([1, 3], [0, 2]), ([5, 5, 5, 9], [4, 4, 4, 8])))
     ]
-    started = time.monotonic()
-    statistics = normalize.fit_statistics(many, 32)
-    assert time.monotonic() - started < 3
-    assert np.shape(statistics["action"]["default"]["stepwise_mean"]) == (32, 7)
+    got = normalize.fit_statistics(made, 2)
+    assert (got["num_episodes"], got["num_transition"]) == (2, 6)
+    state, action = got["state"]["default"], got["action"]["default"]
+    # Means 2 and 6, unbiased variances 2 and 4; their own mean is 4, 2 away from each.
+    assert (state["global_mean"], state["global_min"], state["global_max"]) == ([4], [1], [9])
+    np.testing.assert_allclose(state["global_std"], [np.sqrt(3 + 4)])
+    # Windows (0,2), (2,2) and (4,4), (4,4), (4,8), (8,8).
+    assert action["stepwise_mean"] == [[(1 + 5) / 2], [(2 + 6) / 2]]
+    assert action["stepwise_min"] == [[0], [2]] and action["stepwise_max"] == [[8], [8]]
+    np.testing.assert_allclose(action["stepwise_std"][1], [np.sqrt((0 + 16 / 3) / 2 + 4)])
+    assert (action["global_min"], action["global_mean"]) == ([0], [3.5])
+    np.testing.assert_allclose(state["global_q01"], [1.02], rtol=1e-5)
+    np.testing.assert_allclose(state["global_q99"], [8.88], rtol=1e-5)

@@ -48,18 +48,22 @@ def random_params(model, config, seed):
     )
 
 
-def make_policy(config):
+def make_assets(config, own_codec=None):
     rng = np.random.default_rng(0)
     clips = rng.integers(0, 256, (4, 5, 32, 64, 3), np.uint8)
-    assets = assets_lib.Assets(
+    return assets_lib.Assets(
         state=normalize.min_max(np.full(5, -2.0), np.full(5, 2.0)),
         action=normalize.min_max(np.arange(4) - 3.0, np.arange(4) + 3.0),
-        codec=codec.PcaCodec.fit(clips, config.model.latent_channels),
+        codec=own_codec or codec.PcaCodec.fit(clips, config.model.latent_channels),
         text_encoder=text.HashedTextEncoder(config.model.text_dim),
         statistics={},
     )
+
+
+def make_policy(config):
     model = build.build_model(config.model)
-    return policy_lib.Policy(model, random_params(model, config.model, 1), config, assets, step=7)
+    params = random_params(model, config.model, 1)
+    return policy_lib.Policy(model, params, config, make_assets(config), step=7)
 
 
 def observe(rows, seed=0):
@@ -147,11 +151,21 @@ def test_each_prompt_is_encoded_once(policy, monkeypatch):
 
 
 def test_taps_are_attention_over_the_canvas(policy):
-    _, taps = policy.act(*observe(5), return_taps=True)
+    observation = observe(5)
+    _, taps = policy.act(*observation, return_taps=True)
     assert {n for n in taps if n.startswith("att")} == {f"attention_{i}_adapted" for i in (0, 1)}
     assert taps["attention_1_adapted"].shape == (5, 4, 2 * 4)
     np.testing.assert_allclose(taps["attention_1_adapted"].sum(-1), 1, atol=1e-5)
+    assert taps["query_importance_1_adapted"].shape == (4,)
     np.testing.assert_allclose(taps["query_importance_1_adapted"].sum(), 1, atol=1e-5)
+    order = [4, 2, 0, 1, 3]
+    _, others = policy.act(*take(observation, order), return_taps=True)
+    for name in ("attention_0_adapted", "attention_1_adapted"):
+        weights = taps[name]
+        assert weights.min() >= 0 and np.ptp(weights, axis=-1).min() > 1e-4, "they choose"
+        assert np.ptp(weights, axis=0).max() > 1e-4, "by what is to be seen"
+        assert np.ptp(weights, axis=1).max() > 1e-4, "and each query for itself"
+        np.testing.assert_array_equal(others[name], weights[order])
 
 
 def test_predicted_video_starts_now_and_is_seeded(policy):
@@ -241,6 +255,7 @@ def test_more_rows_than_the_largest_bucket(policy, monkeypatch):
     observation = observe(11)
     actions = policy.act(*observation)
     np.testing.assert_array_equal(actions[:8], policy.act(*take(observation, range(8))))
+    np.testing.assert_array_equal(actions[8:], policy.act(*take(observation, [8, 9, 10])))
     assert actions.shape == (11, 8, 4)
 
 

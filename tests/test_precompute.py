@@ -145,10 +145,19 @@ def test_given_statistics_are_kept(config, capsys):
     with open(path) as f:
         statistics = json.load(f)
     del statistics["made_from"]
+    statistics["action"]["default"]["global_max"][2] = 8.5  # not of these data
     normalize.write_statistics(statistics, path)
+    given = pathlib.Path(path).read_bytes()
     precompute.precompute(config, ("stats",))
     assert "kept as given" in capsys.readouterr().out
+    assert pathlib.Path(path).read_bytes() == given
     cache.open_cache(config)
+    _, _, action = assets.load_normalizers(assets.assets_directory(config), config)
+    np.testing.assert_allclose(action.inverse(np.ones(7))[2], 8.5)
+    statistics["action"]["default"]["global_max"][2] = None
+    normalize.write_statistics(statistics, path)
+    with pytest.raises(ValueError, match="global_max is not finite in dimension 2"):
+        precompute.precompute(config, ("stats",))
 
 
 def test_z_score_of_a_constant_dimension_warns(config, members, capsys):

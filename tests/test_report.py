@@ -1,4 +1,6 @@
 import base64
+import collections
+import contextlib
 import json
 import re
 import types
@@ -10,7 +12,6 @@ from lightwam_jax import page, visualize
 from lightwam_jax.evaluation import (
     closed_loop,
     compare,
-    open_loop,
     report,
     setup,
     worker,
@@ -44,25 +45,9 @@ def test_episodes_that_could_not_run_count_for_nothing():
     rate = report.rate([record(i, s) for i, s in enumerate([True, True, False, None])])
     assert (rate.successes, rate.episodes, rate.errors) == (2, 3, 1)
     assert rate.value == pytest.approx(2 / 3)
-    assert "2/3" in str(rate) and "1 could not run" in str(rate)
-
-
-def test_summary_holds_what_the_project_promises(tmp_path):
-    manifest = report.manifest(make_config(), 7, "abc", "1 x cpu")
-    report.write_summary(
-        tmp_path / "summary.json",
-        report.Rate(40, 50, 0),
-        report.Rate(0, 50, 0),
-        report.Rate(50, 50, 0),
-        12.34,
-        manifest,
-    )
-    summary = json.loads((tmp_path / "summary.json").read_text())
-    assert summary["success_rate"] == 0.8 and summary["episodes"] == 50
-    assert summary["interval"] == pytest.approx([0.6696, 0.8876], abs=1e-3)
-    assert (summary["untrained_success_rate"], summary["expert_success_rate"]) == (0.0, 1.0)
-    assert summary["seconds"] == 12.3
-    assert summary["manifest"]["replan"] == 4 and "jax" in summary["manifest"]["packages"]
+    assert str(rate) == " 67 %  2/3, 95 % interval 21 to 94 %; 1 could not run"
+    assert str(report.Rate(2, 3, 0)) == " 67 %  2/3, 95 % interval 21 to 94 %"
+    assert np.isnan(report.Rate(0, 0, 2).value) and report.Rate(0, 3, 0).value == 0
 
 
 @pytest.mark.parametrize(
@@ -106,12 +91,15 @@ def test_weights_hash_sees_values_names_and_dtypes():
 def test_metrics_of_a_killed_run_are_read(tmp_path):
     (tmp_path / "metrics.jsonl").write_text(
         '{"kind": "train", "step": 5, "loss": 2.0}\n'
-        '{"kind": "eval", "step": 5, "l1": [0.5, 0.25]}\n'
+        '{"kind": "eval", "step": 6, "l1": [0.5, 0.25], "loss": 3.0}\n'
         '{"kind": "train", "step": 10, "loss": 1.0}\n{"kind": "tr'
     )
-    series = report.read_metrics(tmp_path / "metrics.jsonl")
-    assert series["train/loss"] == ([5, 10], [2.0, 1.0])
-    assert series["eval/l1/1"] == ([5], [0.25])
+    assert report.read_metrics(tmp_path / "metrics.jsonl") == {
+        "train/loss": ([5, 10], [2.0, 1.0]),
+        "eval/l1/0": ([6], [0.5]),
+        "eval/l1/1": ([6], [0.25]),
+        "eval/loss": ([6], [3.0]),
+    }
 
 
 def test_page_is_one_file_that_needs_nothing_else(tmp_path):
@@ -142,6 +130,63 @@ def test_page_is_one_file_that_needs_nothing_else(tmp_path):
     assert '<i class="not">not solved</i>' in text
     embedded = re.search(r"data:image/png;base64,([^\"]+)", text).group(1)
     assert base64.b64decode(embedded) == (tmp_path / "a.png").read_bytes()
+
+
+class Drawn:
+    """Axes that keep what is drawn on them: [(method, arguments, keywords)]."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __getattr__(self, name):
+        if name.startswith("__"):  # numpy asks whether this is an array
+            raise AttributeError(name)
+
+        def call(*args, **kwargs):
+            self.calls.append((name, args, kwargs))
+            return self
+
+        if name in ("spines", "yaxis", "figure"):
+            return collections.defaultdict(lambda: self) if name == "spines" else self
+        return call
+
+    def of(self, method):
+        return [(args, kwargs) for name, args, kwargs in self.calls if name == method]
+
+
+@pytest.fixture
+def axes(monkeypatch):
+    """The axes of the next chart; nothing is written."""
+    found = Drawn()
+    monkeypatch.setattr(page, "chart", lambda *args, **kwargs: contextlib.nullcontext(found))
+    return found
+
+
+def test_bars_are_percentages_with_their_intervals(axes):
+    report.success_chart("", {"ours": report.Rate(40, 50, 0), "nothing": report.Rate(0, 20, 0)})
+    bars = axes.of("barh")
+    assert [args for args, _ in bars] == [(0, 80.0), (1, 0.0)]
+    assert [kwargs["color"] for _, kwargs in bars] == [report.TRAINED, report.UNTRAINED]
+    lines = [args for args, _ in axes.of("plot")]
+    np.testing.assert_allclose(lines[0], ([66.964, 88.758], [0, 0]), atol=0.01)
+    np.testing.assert_allclose(lines[1][0], [66.964] * 2, atol=0.01)
+    np.testing.assert_allclose(lines[2][0], [88.758] * 2, atol=0.01)
+    np.testing.assert_allclose(lines[3], ([0, 16.113], [1, 1]), atol=0.01)
+    assert [args[1:] for args, _ in axes.of("text")] == [(0, "80 %"), (1, "0 %")]
+    assert [list(args[1]) for args, _ in axes.of("set_yticks")] == [["ours", "nothing"]]
+
+
+def test_curves_have_names_units_and_colours_of_their_own(axes):
+    series = {f"dimension {i}": ([1, 2], [i, i + 1]) for i in range(9)}
+    report.curve_chart("", series, "loss", xlabel="step")
+    plots = axes.of("plot")
+    assert [args for args, _ in plots] == list(series.values())
+    assert [kwargs["label"] for _, kwargs in plots] == list(series)
+    assert len({kwargs["color"] for _, kwargs in plots[:8]}) == 8
+    assert axes.of("set_ylabel") == [(("loss",), {})] and not axes.of("set_yscale")
+    assert axes.of("set_xlabel") == [(("step",), {})]
+    report.curve_chart("", series, "loss", log=True)
+    assert axes.of("set_yscale") == [(("log",), {})]
 
 
 def test_charts_are_written(tmp_path):
@@ -247,52 +292,7 @@ def test_results_are_compared_only_if_they_measured_the_same(tmp_path):
     assert "driver: '550.54.15'" in compare.compare(one, other, ["driver"])
 
 
-def test_open_loop_tables_and_pictures(tmp_path):
-    by_dim = np.array([[0.05, 0.15], [0.1, 0.2], [0.15, 0.25]])
-    timing = {
-        "changing": 4,
-        "still": 2,
-        "found": 0.75,
-        "offset": -1.0,
-        "offset_abs": 1.0,
-        "spurious": 0.5,
-    }
-    errors = {
-        "l1": np.array([0.1, 0.2]),
-        "mse": np.array([0.01, 0.04]),
-        "samples": 5,
-        "l1_step": np.array([0.1, 0.15, 0.2]),
-        "l1_physical": np.array([1.0, 4.0]),
-        "l1_step_dim": by_dim,
-        "gripper_offsets": np.array([[0, 3, 0, 0, 0]]),
-        "grippers": {"1": timing},
-    }
-    dimensions, steps, grippers = open_loop.write(tmp_path, errors).split("\n\n")
-    assert "0.1500" in dimensions.splitlines()[-1] and "4.0000" in dimensions
-    assert steps.splitlines()[1].split() == ["L1", "0.1000", "0.1500", "0.2000"]
-    assert grippers.splitlines()[1].split() == ["1", "4", "0.750", "-1.000", "1.000", "2", "0.500"]
-    written = json.loads((tmp_path / "open_loop.json").read_text())
-    assert written["l1_step"] == [0.1, 0.15, 0.2] and written["l1_step_dim"] == by_dim.tolist()
-    assert written["grippers"] == {"1": timing}
-    names = ("open_loop.png", "open_loop_dimensions.png", "open_loop_gripper.png")
-    assert all((tmp_path / name).stat().st_size > 5000 for name in names)
-
-
 def test_brief_rate_leaves_nothing_out():
     assert report.brief(report.Rate(13, 20, 0)) == "65 % (43 to 82), 13 of 20"
     assert report.brief(report.Rate(0, 20, 1)) == "0 % (0 to 16), 0 of 20, 1 could not run"
     assert report.brief(report.Rate(0, 0, 2)) == "0 of 0, 2 could not run"
-
-
-def test_open_loop_without_grippers_says_so(tmp_path):
-    errors = {
-        "l1": np.ones(2),
-        "mse": np.ones(2),
-        "samples": 5,
-        "l1_step": np.ones(3),
-        "l1_physical": np.ones(2),
-        "l1_step_dim": np.ones((3, 2)),
-        "grippers": {},
-    }
-    assert "no action dimension is known to be a gripper" in open_loop.write(tmp_path, errors)
-    assert not (tmp_path / "open_loop_gripper.png").exists()

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 
 import numpy as np
 import pytest
@@ -110,17 +111,40 @@ def results(records):
 
 
 @pytest.fixture(scope="module")
+def expected():
+    """Of `NINE`, played here without the code under test: 5 of 12 planned steps, at most 60."""
+    found = []
+    for episode in NINE:
+        env, executed, success = FakeEnv(), [], False
+        seen = env.reset(episode)
+        while not success and len(executed) < 60:
+            images = {camera: np.stack([image] * 4) for camera, image in seen["images"].items()}
+            (plan, *_) = policy(images, np.stack([seen["state"]] * 4), [seen["prompt"]] * 4)
+            for action in plan[:5]:
+                executed.append(action.astype(np.float32))
+                _, success, _ = env.step(executed[-1])
+                if success or len(executed) == 60:
+                    break
+            seen = env.observe()
+        digest = zlib.crc32(np.stack(executed).tobytes())
+        prompt = f"goal {episode.seed % 3}"
+        found.append((episode, success, len(executed), prompt, None, digest))
+    return found
+
+
+@pytest.fixture(scope="module")
 def two_workers(tmp_path_factory):
     log = tmp_path_factory.mktemp("rollout") / "episodes.jsonl"
     return rollout.run(policy, spec(), NINE, evaluation(), log, {"policy": "a"}), log
 
 
-def test_each_episode_once_and_logged_as_it_comes(two_workers):
+def test_each_episode_once_and_logged_as_it_comes(two_workers, expected):
     records, log = two_workers
-    assert [r.episode for r in records] == NINE
+    assert results(records) == expected
     assert {r.success for r in records} == {True, False}, (
         "the fake should tell good episodes from bad ones"
     )
+    assert {r.steps for r in records if not r.success} == {60}
     first, *lines = [json.loads(line) for line in log.read_text().splitlines()]
     assert first == {"manifest": {"policy": "a"}}
     assert sorted(line["seed"] for line in lines) == list(range(9))
@@ -131,17 +155,17 @@ def test_each_episode_once_and_logged_as_it_comes(two_workers):
 
 
 @pytest.mark.parametrize("workers", [1, 4])
-def test_results_do_not_depend_on_the_number_of_workers(two_workers, workers):
+def test_results_do_not_depend_on_the_number_of_workers(expected, workers):
     records = rollout.run(policy, spec(), NINE, evaluation(workers=workers))
-    assert results(records) == results(two_workers[0])
+    assert results(records) == expected
 
 
-def test_results_do_not_depend_on_the_other_episodes(two_workers):
+def test_results_do_not_depend_on_the_other_episodes(expected):
     records = rollout.run(policy, spec(), episodes(5, 2), evaluation(workers=3))
-    assert results(records) == results([two_workers[0][5], two_workers[0][2]])
+    assert results(records) == [expected[5], expected[2]]
 
 
-def test_a_killed_evaluation_continues(tmp_path, two_workers):
+def test_a_killed_evaluation_continues(tmp_path, expected):
     """SIGKILL in the middle, half a line at the end of the log, then the same command again."""
     log = tmp_path / "log.jsonl"
     code = (
@@ -171,7 +195,7 @@ def test_a_killed_evaluation_continues(tmp_path, two_workers):
         return policy(images, state, prompts)
 
     records = rollout.run(counting, spec(), NINE, evaluation(), log, {"policy": "a"})
-    assert results(records) == results(two_workers[0]) and asked
+    assert results(records) == expected and asked
     assert log.read_bytes().startswith(there) and log.read_bytes().count(b"\n") == 10
     asked.clear()
     finished = rollout.run(counting, spec(colour="red"), NINE, evaluation(), log, {"policy": "a"})
@@ -192,7 +216,7 @@ def test_logs_of_other_evaluations_are_refused(tmp_path, two_workers):
         rollout.run(policy, spec(), NINE, evaluation(), log, {"policy": "a"})
 
 
-def test_crashes_are_errors_and_never_failures(tmp_path, two_workers):
+def test_crashes_are_errors_and_never_failures(tmp_path, expected):
     crash = {1: "once", 2: "always", 3: "kill", 4: "die", 6: "import"}
     environment = spec(crash=crash, marks=str(tmp_path))
     log = tmp_path / "log.jsonl"
@@ -202,21 +226,24 @@ def test_crashes_are_errors_and_never_failures(tmp_path, two_workers):
     assert "process died (exit code 3)" in records[3].error
     assert "jax is not imported" in records[6].error
     ran = [0, 1, 4, 5, 7, 8]  # 1 and 4 crashed once, and their second try counts
-    assert results([records[i] for i in ran]) == results([two_workers[0][i] for i in ran])
+    assert results([records[i] for i in ran]) == [expected[i] for i in ran]
     repaired = rollout.run(policy, spec(), NINE, evaluation(), log)
-    assert results(repaired) == results(two_workers[0]), "what could not run is tried again"
+    assert results(repaired) == expected, "what could not run is tried again"
 
 
-def test_a_hanging_simulator_is_given_up(tmp_path, two_workers):
+def test_a_hanging_simulator_is_given_up(tmp_path, expected):
     environment = spec(crash={1: "hang"}, marks=str(tmp_path))
     records = rollout.run(policy, environment, episodes(0, 1, 2), evaluation(), timeout=5.0)
     assert "silent for 5 s" in records[1].error
-    assert results([records[0], records[2]]) == results([two_workers[0][0], two_workers[0][2]])
+    assert results([records[0], records[2]]) == [expected[0], expected[2]]
 
 
 def test_expert_runs_through_the_same_engine_and_replays():
     records = rollout.run(None, spec(), episodes(0, 1, 2), evaluation(), expert=True)
     assert all(r.success for r in records)
+    for record in records:  # a tenth per step and dimension, until 0.05 are left
+        goal = np.random.default_rng(record.episode.seed).uniform(-1, 1, 2)
+        assert record.steps == np.ceil((np.abs(goal).max() - 0.05) / 0.1)
     films = rollout.replay(spec(), records, every=4, size=6, replan=5)
     for record, film in zip(records, films):
         shown = film["frames"]["wrist"][:, 0, 0, 0].tolist()

@@ -91,6 +91,58 @@ def test_each_camera_is_resized_to_its_place_or_to_what_the_config_says():
     np.testing.assert_array_equal(shown["right"], images["right"][:, :22])
 
 
+@pytest.mark.parametrize("margin, cut", [(1, 0), (2, 1), (3, 2), (4, 2), (5, 2), (7, 4), (11, 6)])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_the_crop_is_the_centre_with_halves_to_the_even_side(axis, margin, cut):
+    """As Python's round: 0.5 is 0, 1.5 is 2, 2.5 is 2, 3.5 is 4."""
+    size = [8, 8]
+    size[axis] += margin
+    images = pictures(2, size=size, cameras=("left",))
+    data = declare(cameras=("left",), layout="single", camera_size=tuple(size), canvas=(8, 8))
+    kept = [slice(0, 8), slice(0, 8)]
+    kept[axis] = slice(cut, cut + 8)
+    want = images["left"][:, kept[0], kept[1]]
+    np.testing.assert_array_equal(transforms.canvas(images, data), want)
+    np.testing.assert_array_equal(transforms.shown(images, data)["left"], want)
+
+
+@pytest.mark.parametrize(
+    "whole, canvas, covering, corner",
+    [
+        ((8, 8), (8, 16), (16, 16), (4, 0)),  # by the side that needs more
+        ((8, 8), (16, 8), (16, 16), (0, 4)),
+        ((16, 16), (4, 8), (8, 8), (2, 0)),
+        ((5, 10), (2, 5), (3, 5), (0, 0)),  # 2.5 rows are three
+        ((3, 5), (4, 8), (5, 8), (0, 0)),  # 4.8 as well
+        ((20, 7), (24, 8), (24, 8), (0, 0)),  # 22.9 and 8 would not cover
+    ],
+)
+def test_the_smallest_size_that_covers_the_canvas(whole, canvas, covering, corner):
+    assert transforms._covering(whole, canvas) == (covering, corner)
+
+
+def test_floats_and_bytes_round_to_the_nearest():
+    floats = np.float32([[[0, 0.4 / 255, 0.6 / 255], [254.6 / 255, 1.1, -0.1]]])
+    assert transforms.to_uint8(floats).tolist() == [[[0, 0, 1], [255, 255, 0]]]
+    raw = np.uint8([[[0, 51, 255]]])
+    np.testing.assert_allclose(transforms.to_float(raw), [[[0, 0.2, 1]]], rtol=1e-6)
+    assert transforms.to_float(raw).dtype == np.float32
+    assert transforms.to_uint8(raw) is raw and transforms.to_float(floats) is floats
+
+
+def test_borders_between_cells_go_to_the_nearest_cell():
+    """Three cameras on a map of 4 x 8 cells: borders at 2.67 and 5.33 are 3 and 5."""
+    data = declare(cameras=("a", "b", "c"), layout="horizontal", canvas=(24, 48))
+    assert transforms.regions(data, (4, 8)) == {
+        "a": (0, 0, 4, 3),
+        "b": (0, 3, 4, 2),
+        "c": (0, 5, 4, 3),
+    }
+    stacked = declare(cameras=("a", "b", "c"), layout="vertical", canvas=(48, 24))
+    assert transforms.regions(stacked, (8, 4))["b"] == (3, 0, 2, 4)
+    assert transforms.regions(stacked)["c"] == (32, 0, 16, 24)
+
+
 def test_what_is_resampled_is_not_clipped():
     checkers = np.kron(np.indices((4, 4)).sum(0) % 2, np.ones((4, 4)))[..., None]
     image = np.repeat(255 * checkers, 3, axis=-1).astype(np.uint8)

@@ -140,19 +140,58 @@ def test_shrink_averages_squares():
     np.testing.assert_array_equal(visualize.shrink(frames, 2)[0, ..., 0], [[2, 4], [10, 12]])
 
 
-def test_film_strip_pairs_frames_with_the_plan_in_force(policy):
-    frames = {c: np.full((4, 64, 64, 3), 90, np.uint8) for c in CAMERAS}
+def test_film_strip_pairs_frames_with_the_plan_in_force(policy, monkeypatch):
+    """Plans at 0, 4 and 8; the pictures shown are of steps 0, 4, 7 and 9."""
+    steps = [0, 2, 4, 6, 7, 8, 9]
+    frames = {
+        c: np.stack([np.full((64, 64, 3), 10 * s + k, np.uint8) for s in steps])
+        for k, c in enumerate(CAMERAS)
+    }
     film = {
         "frames": frames,
+        "frame_steps": steps,
+        "observations": listed(3),
+        "plan_steps": [0, 4, 8],
+    }
+    maps = {
+        layer: {c: np.full((3, 2, 2), value) for c in CAMERAS}
+        for value, layer in enumerate(("1_adapted", "3_delta"))
+    }
+    drawn, asked = [], []
+
+    def draw_over(pictures, last, plan):
+        assert last is maps["3_delta"], "the last adapter's"
+        asked.append(int(plan))
+        return {c: picture + 1 for c, picture in pictures.items()}
+
+    monkeypatch.setattr(visualize, "attention", lambda policy, seen: maps)
+    monkeypatch.setattr(visualize, "draw_over", draw_over)
+    monkeypatch.setattr(visualize, "sheet", lambda *arguments: drawn.append(arguments))
+    record = worker.Record(3, True, 9, "put it away", None, 1.0, 0, np.zeros((9, 4)))
+    visualize.film_strip(policy, record, film, count=4, edge=40)
+    ((rows, header, edge, title),) = drawn
+    assert header == ["step 0", "step 4", "step 7", "step 9"] and edge == 40
+    assert asked == [0, 1, 1, 2]
+    labels = ["scene camera", "wrist camera", "attention", "attention"]
+    assert [row.label for row in rows] == labels
+    for row, offset in zip(rows, (0, 1, 1, 2)):  # the wrist is one brighter, an overlay too
+        assert [tile[0, 0, 0] for tile in row.tiles] == [10 * s + offset for s in (0, 4, 7, 9)]
+    assert title == "“put it away”: solved in 9 steps"
+
+
+def test_film_strip_is_drawn(policy):
+    film = {
+        "frames": {c: np.full((4, 64, 64, 3), 90, np.uint8) for c in CAMERAS},
         "frame_steps": [0, 2, 4, 5],
         "observations": listed(2),
         "plan_steps": [0, 4],
     }
-    record = worker.Record(
-        3, True, 5, "put the red cube in the tray", None, 1.0, 0, np.zeros((5, 4))
-    )
+    record = worker.Record(3, False, 5, "put it away", None, 1.0, 0, np.zeros((5, 4)))
     strip = visualize.film_strip(policy, record, film, count=3, edge=40)
-    assert strip.shape[0] > 4 * 40 and strip.shape[1] > 3 * 40
+    assert strip.dtype == np.uint8 and strip.shape[0] > 4 * 40 and strip.shape[1] > 3 * 40
+    # A row of a tile: the pictures as they are, the attention coloured.
+    grey = (strip == 90).all(-1).sum(1)
+    assert (grey == 3 * 40).sum() == 2 * 40
 
 
 def test_mp4_is_what_browsers_play(tmp_path):
