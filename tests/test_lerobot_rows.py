@@ -55,3 +55,33 @@ def test_groups_of_an_hdf5_file_are_counted_naturally(tmp_path):
             file.create_group(f"data/{name}")
         names = hdf5._matching(file, "data/demo_*")
     assert names == ["data/demo_1", "data/demo_2", "data/demo_10"]
+
+
+def test_a_video_lasts_from_its_own_beginning_in_a_shared_file(tmp_path):
+    key = "observation.images.top"
+    place = {"chunk_index": 0, "file_index": 0}
+    rows = [
+        {
+            "episode_index": number,
+            "length": 10,
+            **{f"data/{name}": value for name, value in place.items()},
+            **{f"videos/{key}/{name}": value for name, value in place.items()},
+            f"videos/{key}/from_timestamp": begin,
+            f"videos/{key}/to_timestamp": end,
+        }
+        for number, (begin, end) in enumerate(((0.0, 2.0), (2.0, 3.5)))
+    ]
+    (tmp_path / "meta/episodes/chunk-000").mkdir(parents=True)
+    pq.write_table(
+        pa.Table.from_pylist(rows), tmp_path / "meta/episodes/chunk-000/file-000.parquet"
+    )
+    info = {
+        "codebase_version": "v3.0",
+        "features": {key: {"dtype": "video"}},
+        "video_path": "{video_key}/{chunk_index}/{file_index}.mp4",
+        "data_path": "{chunk_index}/{file_index}.parquet",
+    }
+    listed = lerobot_meta.DataSet(tmp_path, info, (), (), {"top": key}, (key,), {}).listed()
+    assert [entry.seconds[key] for entry in listed] == [2.0, 1.5]
+    file = tmp_path / key / "0/0.mp4"
+    assert [entry.videos[key] for entry in listed] == [(file, 0.0), (file, 2.0)]
