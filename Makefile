@@ -15,7 +15,7 @@ START := $(shell date +%s)
 SIM := metaworld libero
 SIM_PACKAGES := metaworld==3.1.1 hf-libero==0.1.4 robosuite==1.4.0 bddl==1.0.1
 
-.PHONY: setup setup-torch setup-sim demo test test-all verify lint clean
+.PHONY: setup setup-torch setup-sim demo test test-all slips verify lint clean
 
 setup: $(VENV)/.core
 setup-torch: $(VENV)/.torch
@@ -49,6 +49,10 @@ test: setup
 
 test-all: setup-torch setup-sim
 	$(PY) -m pytest -n 2 --dist loadfile -m ""
+
+# Plants slips in copies of the tree, one at a time: do the tests notice? Takes hours.
+slips: setup
+	$(PY) -m tests.slips $(SLIPS)
 
 verify: setup-torch
 	$(PY) -m converters verify tests/golden
