@@ -1,4 +1,4 @@
-"""What parameters are before anything is learned, leaf by leaf, and that no two were drawn alike."""
+"""What parameters are before anything is learned, leaf by leaf, no two of them drawn alike."""
 
 import itertools
 import re

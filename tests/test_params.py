@@ -24,7 +24,7 @@ def test_what_any_pattern_finds_learns_and_the_rest_is_frozen():
     assert params.merge(learns, frozen) == tree
     with pytest.raises(ValueError, match=r"given twice: \['expert/b'\]"):
         params.merge(tree, {"expert": {"b": 5}})
-    with pytest.raises(ValueError, match="'^head' matches no parameter"):
+    with pytest.raises(ValueError, match=r"'\^head' matches no parameter"):
         params.partition(tree, (r"/lora_[ab]$", "^head"))
 
 
