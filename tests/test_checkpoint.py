@@ -11,6 +11,7 @@ import threading
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import orbax.checkpoint as ocp
 import pytest
 import synthetic
@@ -49,7 +50,10 @@ def random_params(config):
 @pytest.fixture(scope="module")
 def state():
     made = step_lib.init_state(random_params(CONFIG), CONFIG, OPTIMIZER)
-    moments = jax.tree.map(lambda x: x + 1, optimizer_lib.moments(made.opt_state))
+    moments = {
+        name: jax.tree.map(lambda x, n=number: x + n, tree)
+        for number, (name, tree) in enumerate(optimizer_lib.moments(made.opt_state).items(), 1)
+    }
     return dataclasses.replace(
         made, opt_state=optimizer_lib.with_moments(made.opt_state, moments, jnp.int32(7))
     )
@@ -132,6 +136,18 @@ def test_restores_the_newest_on_any_mesh(saved, state, devices, fsdp):
     back = step_lib.state_from_items(items, jnp.int32(3), shapes, CONFIG.model)
     assert jax.tree.structure(back) == jax.tree.structure(state)
     jax.tree.map(np.testing.assert_array_equal, back.frozen, state.frozen)
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b + 3), back.trainable,
+                 state.trainable)  # fmt: skip
+    jax.tree.map(np.testing.assert_array_equal, back.ema, state.ema)
+    for name, number in (("mu", 1), ("nu", 2)):
+        for x in jax.tree.leaves(optimizer_lib.moments(back.opt_state)[name]):
+            np.testing.assert_array_equal(x, number)
+    counts = optax.tree_utils.tree_get_all_with_path(back.opt_state, "count")
+    assert [int(count) for _, count in counts] == [
+        3,
+        3,
+    ] and back.step == 3  # Adam's, the schedule's
+    assert not back.halted
     assert back.frozen["dit"] and jax.tree.leaves(back.frozen)[0].dtype == jnp.bfloat16
 
 
@@ -145,19 +161,34 @@ def test_checkpoint_is_a_whole_policy(saved, state):
     assert checkpoint.load_params(saved / "checkpoints" / "2").meta["step"] == 2
 
 
+def frozen_files(workdir):
+    """{step: inodes of its frozen parameters}."""
+    return {
+        int(path.name): {file.stat().st_ino for file in (path / "frozen" / "d").iterdir()}
+        for path in (workdir / "checkpoints").iterdir()
+    }
+
+
 def test_frozen_parameters_are_on_disk_once(saved):
-    files = [
-        next((saved / "checkpoints" / str(step) / "frozen" / "d").iterdir()) for step in (1, 2, 3)
-    ]
-    assert len({file.stat().st_ino for file in files}) == 1
+    files = frozen_files(saved)
+    assert sorted(files) == [1, 2, 3] and files[1] == files[2] == files[3] != set()
 
 
 def test_frozen_parameters_outlive_the_checkpoint_they_were_restored_from(workdir, state):
+    shutil.rmtree(workdir / "frozen_params")  # as in a copy of a run: the checkpoints are whole
+    before = frozen_files(workdir)
     checkpoints = checkpoint.Checkpoints(workdir, CONFIG, assets=workdir / "assets")
     checkpoints.restore(targets(state, mesh(1)))
-    save(checkpoints, state, 4, 5, 6, 7)  # keep_last=3: step 3, which was restored, is gone
+
+    def again():
+        raise AssertionError("they are on disk already")
+
+    for step in (4, 5, 6, 7):
+        checkpoints.save(step, step_lib.state_items(state), again, {})
     checkpoints.close()
-    assert not (workdir / "checkpoints" / "3").exists()
+    files = frozen_files(workdir)
+    assert sorted(files) == [5, 6, 7]  # keep_last=3: step 3, which was restored, is gone
+    assert files[5] == files[6] == files[7] == before[3]
     items, meta = restore(workdir, state, on=mesh(1))
     assert meta["step"] == 7
     jax.tree.map(np.testing.assert_array_equal, items["frozen"], params_lib.canonical(state.frozen))
@@ -167,15 +198,18 @@ def small(step):
     return {"params": {"w": jnp.full(3, float(step))}}
 
 
-def test_multiples_of_keep_every_are_kept_besides_the_last(tmp_path):
+@pytest.mark.parametrize(("last", "every", "kept"), [(1, 4, {4, 8, 12, 14}), (2, 0, {12, 14}),
+                                                     (0, 0, {2, 4, 6, 8, 10, 12, 14})])  # fmt: skip
+def test_multiples_of_keep_every_are_kept_besides_the_last(tmp_path, last, every, kept):
     config = dataclasses.replace(
-        CONFIG, train=dataclasses.replace(CONFIG.train, keep_last=1, keep_every=4)
+        CONFIG, train=dataclasses.replace(CONFIG.train, keep_last=last, keep_every=every)
     )
     checkpoints = checkpoint.Checkpoints(tmp_path, config)
     for step in range(2, 15, 2):
         checkpoints.save(step, small(step), None, {})
     checkpoints.close()
-    assert {p.name for p in checkpoints.directory.iterdir()} == {"4", "8", "12", "14"}
+    assert {int(p.name) for p in checkpoints.directory.iterdir()} == kept
+    assert checkpoint.find_checkpoint(tmp_path).name == "14"  # the newest, not the last by name
 
 
 def test_saving_goes_on_while_the_run_does(tmp_path, monkeypatch):

@@ -117,6 +117,28 @@ def test_pt_round_trip_keeps_keys_dtypes_and_bytes(released_pt, tmp_path, precis
             assert torch.equal(value, after[section][key])
 
 
+def test_checkpoint_sections_become_prefixes_and_back():
+    """Also of the legacy layout: a top-level "dit" without prefixes instead of "mot"."""
+    rest = {"state_fusion_action_expert": {"b": 2}, "proprio_encoder": {"weight": 3}}
+    told = {"step": 7, "torch_dtype": "torch.bfloat16"}
+    new = {"mot": {"mixtures.video.head.w": 1, "mixtures.video.x": 4}, **rest}
+    old = {"dit": {"head.w": 1, "x": 4}, **rest}
+    flat = {
+        "mot.mixtures.video.head.w": 1,
+        "mot.mixtures.video.x": 4,
+        "state_fusion_action_expert.b": 2,
+        "proprio_encoder.weight": 3,
+    }
+    assert lightwam.flatten_checkpoint({**new, **told}) == (flat, told)
+    assert lightwam.flatten_checkpoint({**old, **told}) == (flat, told)
+    assert lightwam.flatten_checkpoint({**old, "mot": {}, **told}) == (flat, told)
+    assert lightwam.unflatten_checkpoint(flat, told) == {**new, **told}
+    for name in new:
+        broken = {key: section for key, section in new.items() if key != name}
+        with pytest.raises(ValueError, match=f"section {name} is missing"):
+            lightwam.flatten_checkpoint(broken)
+
+
 @pytest.mark.torch
 def test_the_legacy_layout_is_read(released_pt, tmp_path):
     """A top-level "dit" without prefixes instead of "mot"."""

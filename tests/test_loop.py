@@ -7,12 +7,15 @@ import os
 import pathlib
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import types
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
@@ -25,6 +28,7 @@ from lightwam_jax import params as params_lib
 from lightwam_jax.data import loader
 from lightwam_jax.training import loop
 from lightwam_jax.training import metrics as metrics_lib
+from lightwam_jax.training import step as step_lib
 
 ROOT = pathlib.Path(__file__).parent.parent
 CONFIG = synthetic.make_config(**{
@@ -125,6 +129,40 @@ def test_run_leaves_everything_it_should(whole):
     assert policy.config == CONFIG and policy.meta["next_batch"] == 18
     example = np.load(policy.assets / "example_batch.npz")
     assert example["actions"].shape == (1, CONFIG.data.action_horizon, CONFIG.model.action_dim)
+
+
+def test_a_run_goes_on_in_the_middle_of_a_log_window(whole, tmp_path):
+    """From step 16, one step into the window of rows 16 to 18, to the same rows and bits."""
+    workdir = tmp_path / "run"
+    shutil.copytree(whole, workdir)
+    shutil.rmtree(workdir / "checkpoints" / "18")
+    with batches_changed(lambda step, batch: asked.append(step) or batch):
+        asked = []
+        assert loop.train(CONFIG, workdir) == loop.Outcome(18, None)
+    assert asked == [16, 17]
+    assert rows(workdir) == rows(whole)
+    a, b = (checkpoint.load_params(path) for path in (workdir, whole))
+    assert a.meta["arrays"] == b.meta["arrays"] and a.meta["next_batch"] == 18
+
+
+def test_validation_is_of_the_average_and_over_all_batches(monkeypatch):
+    state = step_lib.TrainState(
+        step=jnp.int32(0), halted=jnp.zeros((), bool), trainable={"w": jnp.float32(5)},
+        frozen={"f": jnp.float32(100)}, opt_state=None, ema={"w": jnp.float32(7)})  # fmt: skip
+    batches = [{"x": np.float32([value]), "index": np.array([0])} for value in (1, 2, 6)]
+    run = types.SimpleNamespace(config=CONFIG, mesh=sharding.make_mesh(CONFIG.mesh),
+                                encoder=None, model=None, validation=batches)  # fmt: skip
+
+    def errors(model, params, batch, config, grippers):
+        assert set(batch) == {"x"}, "the sample ids stay on the host"
+        return {"value": params["w"] + params["f"] + batch["x"][0]}
+
+    monkeypatch.setattr(loop.losses, "open_loop_errors", errors)
+    monkeypatch.setattr(loop.losses, "mean_errors", lambda sums: [float(s["value"]) for s in sums])
+    monkeypatch.setattr(loop.losses, "validation_row", lambda means, grippers: means)
+    assert loop._validator(run)(state) == [108, 109, 113]
+    without = dataclasses.replace(state, ema=None)
+    assert loop._validator(run)(without) == [106, 107, 111]
 
 
 @pytest.mark.slow  # as are the twenty kills of test_faults.py

@@ -8,6 +8,7 @@ import pytest
 import synthetic
 
 from lightwam_jax import build, sharding
+from lightwam_jax.data import spec
 from lightwam_jax.training import memory
 from lightwam_jax.training import optimizer as optimizer_lib
 from lightwam_jax.training import step as step_lib
@@ -63,6 +64,42 @@ def test_what_is_held_is_divided_by_the_mesh(state, monkeypatch):
     assert split["parameters"] < 0.4 * learns and split["frozen"] < 0.4 * whole["frozen"]
     kept = dataclasses.replace(CONFIG, mesh=dataclasses.replace(CONFIG.mesh, frozen="replicated"))
     assert planned(kept, state)["frozen"] == whole["frozen"]
+
+
+def test_every_part_is_counted_once(state):
+    learns, held = size(state.trainable), planned(CONFIG, state)
+    assert held["optimizer"] == 2 * learns + 8  # two moments and two counts
+    rows = spec.fake_batch(CONFIG, CONFIG.train.batch_size)
+    assert held["batch"] * 8 == sum(x.nbytes for x in rows.values())  # eight devices
+    kept = dataclasses.replace(CONFIG.optimizer, ema_decay=0.9, accum_steps=1)
+    config = dataclasses.replace(
+        CONFIG, optimizer=kept, mesh=dataclasses.replace(CONFIG.mesh, fsdp=1)
+    )
+    alone = planned(config, shapes(config))
+    assert (alone["average"], alone["gathered"], alone["gradients"]) == (learns, 0, learns)
+
+
+def test_the_compilers_account_is_read_with_care(monkeypatch):
+    seen = {}
+    monkeypatch.setattr(
+        jax, "local_devices", lambda: [types.SimpleNamespace(memory_stats=lambda: seen)]
+    )
+    sizes = {"argument": 8, "temp": 4, "output": 7, "alias": 5}
+    account = types.SimpleNamespace(
+        peak_memory_in_bytes=3 * 2**30,
+        **{f"{name}_size_in_bytes": size * 2**30 for name, size in sizes.items()},
+    )
+    program = types.SimpleNamespace(memory_analysis=lambda: account)
+    assert memory.compiled(program) == {"arguments": 8, "temporaries": 4, "peak": 8 + 2 + 4}
+    account.peak_memory_in_bytes = 20 * 2**30
+    seen.update(bytes_limit=80 * 2**30, peak_bytes_in_use=21 * 2**30)
+    assert memory.compiled(program) == {
+        "arguments": 8,
+        "temporaries": 4,
+        "peak": 20,
+        "peak_measured": 21,
+    }
+    assert memory.compiled_summary(program).startswith("20.00 of 80.0 GiB per device")
 
 
 def test_activations_grow_with_the_batch_and_shrink_with_rematerialisation(state):

@@ -1,6 +1,7 @@
 """Rows on disk survive kills; the window keeps what is finite."""
 
-import time
+import contextlib
+import types
 
 import jax.numpy as jnp
 import pytest
@@ -37,39 +38,114 @@ def test_only_the_first_process_writes(tmp_path):
 
 
 def test_window_means_and_first_bad_step():
+    """Of the learning rate the last, not the mean; after the first bad step nothing counts."""
     window = metrics_lib.Window([{"loss": 1.0, "lr": 0.1}])
     window.add({"loss": jnp.float32(3), "lr": jnp.float32(0.2), "finite": jnp.array(True)}, 2)
     window.fetch()
     assert window.close() == pytest.approx({"loss": 2.0, "lr": 0.2})
-    for value, finite in ((1.0, True), (jnp.nan, False), (5.0, False)):
+    for value, finite in ((1.0, True), (jnp.nan, False), (5.0, True)):
         window.add({"loss": jnp.float32(value), "finite": jnp.array(finite)}, 2)
+    window.fetch()
+    window.add({"loss": jnp.float32(jnp.inf), "finite": jnp.array(False)}, 2)
     window.fetch()
     assert window.rows == [{"loss": 1.0}]
     assert str(window.bad["loss"]) == "nan"
 
 
-def test_timer_splits_a_window():
+@pytest.fixture
+def clock(monkeypatch):
+    """Time as the timers see it, seconds; it stands still until it is set."""
+    clock = types.SimpleNamespace(now=100.0)
+    monkeypatch.setattr(metrics_lib.time, "perf_counter", lambda: clock.now)
+    return clock
+
+
+def spend(clock, timer, **phases):
+    """Lets time pass in each phase; "host" is in none."""
+    for phase, seconds in phases.items():
+        with contextlib.nullcontext() if phase == "host" else timer(phase):
+            clock.now += seconds
+
+
+def test_timer_splits_a_window(clock):
     timer = metrics_lib.StepTimer()
     for _ in range(2):
-        with timer("data"):
-            time.sleep(0.01)
-    with timer("save"):
-        time.sleep(0.1)
-    window = timer.window(steps=2, batch_size=4)
-    assert 9 < window["ms_data"] < 60
-    assert window["ms_step"] < 60
-    assert window["ms_host"] == pytest.approx(window["ms_step"] - window["ms_data"], abs=1)
-    assert window["samples_per_s"] == pytest.approx(4000 / window["ms_step"])
+        spend(clock, timer, data=0.01, host=0.002, device=0.03)
+    spend(clock, timer, compile=5.0, save=0.1)  # no part of a step
+    assert timer.window(steps=2, batch_size=4) == pytest.approx(
+        {"ms_step": 42, "ms_data": 10, "ms_device": 30, "ms_host": 2, "samples_per_s": 8 / 0.084}
+    )
+    spend(clock, timer, data=0.25)  # the next window starts from nothing
+    assert timer.window(steps=1, batch_size=3) == pytest.approx(
+        {"ms_step": 250, "ms_data": 250, "ms_device": 0, "ms_host": 0, "samples_per_s": 12}
+    )
 
 
-def test_timer_knows_where_it_is():
+def test_timer_knows_where_it_is(clock):
     timer = metrics_lib.StepTimer(step=7)
+    clock.now += 3
+    assert timer.where() == (7, "host", 3)
     with timer("data"):
-        time.sleep(0.01)
-        step, phase, seconds = timer.where()
-        assert (step, phase) == (7, "data") and 0.01 <= seconds < 0.2
+        clock.now += 2
+        assert timer.where() == (7, "data", 2)
+        with timer("device"):
+            clock.now += 1
+            assert timer.where() == (7, "device", 1)
+        assert timer.where() == (7, "data", 0)
     timer.stepped(8)
-    assert timer.where()[:2] == (8, "host")
+    clock.now += 4
+    assert timer.where() == (8, "host", 4)
+
+
+def test_waits_for_the_step_that_many_before(monkeypatch):
+    waited = []
+    monkeypatch.setattr(metrics_lib.jax, "block_until_ready", waited.append)
+    window = metrics_lib.Window()
+    for step in range(5):
+        window.add({"step": step}, in_flight=2)
+    assert waited == [{"step": 0}, {"step": 1}, {"step": 2}]
+
+
+def test_curves_are_named_and_those_to_be_repeated_are_purged(tmp_path, monkeypatch):
+    boards = []
+
+    class Board:
+        def __init__(self, directory, purge_step):
+            self.directory, self.purge_step, self.scalars = directory, purge_step, []
+            boards.append(self)
+
+        def add_scalar(self, name, value, step):
+            self.scalars.append((name, value, step))
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(metrics_lib.tensorboardX, "SummaryWriter", Board)
+    writer = metrics_lib.MetricsWriter(tmp_path, 4)
+    writer.write("train", 5, {"loss": jnp.float32(2)})
+    writer.write("eval", 6, {"l1": [0.5, 1.5]})
+    writer.close()
+    assert boards[0].purge_step == 5 and boards[0].directory == str(tmp_path / "tensorboard")
+    assert boards[0].scalars == [("train/loss", 2, 5), ("eval/l1/0", 0.5, 6), ("eval/l1/1", 1.5, 6)]
+
+
+@pytest.mark.parametrize(("last", "done"), [(4, [(3, "start"), (4, "stop")]),
+                                            (6, [(3, "start"), (5, "stop")])])  # fmt: skip
+def test_profile_is_of_the_steps_asked_for_or_until_the_run_stops(
+    tmp_path, monkeypatch, last, done
+):
+    now, calls = 0, []
+    fake = types.SimpleNamespace(
+        start_trace=lambda directory: calls.append((now, "start")),
+        stop_trace=lambda: calls.append((now, "stop")),
+    )
+    monkeypatch.setattr(metrics_lib.jax, "profiler", fake)
+    profiler = metrics_lib.Profiler(tmp_path, (3, last), step=0, total=9)
+    for now in (1, 2, 3, 4, 5):
+        profiler.before(now)
+        profiler.after(now, {})
+    profiler.close()
+    assert calls == done
 
 
 def test_utilisation_only_where_the_peak_is_known():

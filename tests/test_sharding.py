@@ -33,8 +33,11 @@ def test_impossible_mesh_is_explained(sizes, words):
 
 def test_batch_size_that_cannot_be_split_is_explained():
     sharding.check_batch_size(32, 2, mesh())
-    with pytest.raises(ValueError, match=r"size=24.*8 devices.*accum_steps=2.*multiple of 16"):
-        sharding.check_batch_size(24, 2, mesh())
+    words = r"size=40.*8 devices.*accum_steps=2.*multiple of 16, for example 32"
+    with pytest.raises(ValueError, match=words):
+        sharding.check_batch_size(40, 2, mesh())
+    with pytest.raises(ValueError, match="for example 16"):
+        sharding.check_batch_size(8, 2, mesh())
 
 
 @pytest.mark.parametrize(("path", "shape", "expected"), [
@@ -45,10 +48,17 @@ def test_batch_size_that_cannot_be_split_is_explained():
     ("mu/dit/blocks/ffn/kernel", (1024, 3, 256), PartitionSpec(None, None, "fsdp")),
     ("expert/odd", (1023, 1023), PartitionSpec()),
     ("expert/small", (64, 64), PartitionSpec()),
+    ("expert/just_large_enough", (512, 512), PartitionSpec("fsdp")),  # 1 MiB; of equals the first
+    ("expert/just_too_small", (512, 508), PartitionSpec()),
 ])  # fmt: skip
 def test_table_of_parameter_shardings(path, shape, expected):
     assert sharding.leaf_spec(path, shape, 4, fsdp=4) == expected
     assert sharding.leaf_spec(path, shape, 4, fsdp=1) == PartitionSpec()
+
+
+def test_half_as_many_bytes_are_split_later():
+    assert sharding.leaf_spec("w", (512, 512), 2, fsdp=4) == PartitionSpec()
+    assert sharding.leaf_spec("w", (1024, 512), 2, fsdp=4) == PartitionSpec("fsdp")
 
 
 def test_frozen_weights_may_stay_whole():
@@ -75,3 +85,61 @@ def test_put_batch_splits_rows_over_all_devices():
     out = sharding.put_batch({"x": rows}, mesh(fsdp=2))["x"]
     assert [s.data.shape for s in out.addressable_shards] == [(2, 3)] * 8
     np.testing.assert_array_equal(out, rows)
+
+
+def test_means_are_over_all_devices_and_parts_come_home():
+    """Inside a step: leaves are made whole, and what every device found is averaged."""
+    m = mesh(fsdp=4)
+    places = {
+        name: jax.NamedSharding(m, spec)
+        for name, spec in {
+            "whole": PartitionSpec(),
+            "first": PartitionSpec("fsdp"),
+            "blocks/second": PartitionSpec(None, "fsdp"),
+        }.items()
+    }
+    rng = np.random.default_rng(0)
+    tree = {name: jnp.asarray(rng.standard_normal((8, 4)), jnp.float32) for name in sorted(places)}
+    specs = {name: place.spec for name, place in places.items()}
+
+    def one_device(tree):
+        kept = sharding.gather(tree, places, keep=sharding.BLOCKS)
+        assert isinstance(kept["blocks/second"], sharding.Shard)
+        assert kept["blocks/second"].value.shape == (8, 1) and kept["first"].shape == (8, 4)
+        whole = sharding.gather(tree, places)
+        box = kept["blocks/second"].unbox()
+        number = 4 * jax.lax.axis_index("data") + jax.lax.axis_index("fsdp")
+        found = jax.tree.map(lambda x: x * (1 + number), whole)  # 1 to 8 times: 4.5 on average
+        return whole, box, sharding.reduce_mean(found, places)
+
+    everywhere = {name: PartitionSpec() for name in specs}
+    whole, box, means = jax.jit(
+        jax.shard_map(
+            one_device,
+            mesh=m,
+            in_specs=(specs,),
+            out_specs=(everywhere, PartitionSpec(), specs),
+            check_vma=False,
+        )
+    )(tree)
+    jax.tree.map(np.testing.assert_array_equal, whole, tree)
+    np.testing.assert_array_equal(box, tree["blocks/second"])
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, 4.5 * np.asarray(y), rtol=1e-5), means, tree
+    )
+    assert means["first"].sharding.spec == PartitionSpec("fsdp")
+
+
+def test_the_scan_over_blocks_takes_its_axis_off_the_front():
+    """A part knows its axis from the end, so that it holds in the stack and in one block."""
+    m = mesh(fsdp=4)
+    place = jax.NamedSharding(m, PartitionSpec(None, "fsdp"))
+    assert sharding.split_axis(place.spec) == 1 and sharding.split_axis(PartitionSpec()) is None
+    shard = sharding.gather({"blocks": {"w": jnp.zeros((2, 3, 5))}}, {"blocks": {"w": place}}, "w")
+    assert shard["blocks"]["w"].axis == -2
+    assert shard["blocks"]["w"].remove_axis(0, {}).axis == -2
+
+
+def test_summary_names_devices_and_mesh():
+    assert sharding.mesh_summary(mesh(fsdp=4)) == "8 x cpu, mesh data=2 x fsdp=4, 1 process(es)"
+    assert dict(sharding.single_device_mesh().shape) == {"data": 1, "fsdp": 1}
