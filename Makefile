@@ -8,6 +8,7 @@ TORCH ?= torch==2.13.0
 CONFIG ?= configs/demo.py
 WORKDIR ?= runs/demo
 DEMO_FLAGS ?=
+RECORD := --suite demo --episodes 700 --starts 2500 --start_steps 5 --noise 0.5 --images png
 START := $(shell date +%s)
 
 # The simulators ask for MuJoCo versions that exclude each other and run with one that suits them all:
@@ -40,6 +41,7 @@ $(VENV)/.sim: $(VENV)/.core $(SIM:%=requirements-%.txt)
 	@touch $@
 
 demo: setup
+	$(PY) -m lightwam_jax.evaluation.record $(RECORD) --out data/demo/episodes
 	$(PY) -m lightwam_jax.precompute --config $(CONFIG) --what all $(DEMO_FLAGS)
 	$(PY) train.py --config $(CONFIG) --workdir $(WORKDIR) $(DEMO_FLAGS)
 	$(PY) evaluate.py --workdir $(WORKDIR) --mode demo --started $(START)

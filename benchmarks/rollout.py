@@ -201,8 +201,7 @@ def main():
     module, task = SUITES[given.suite]
     config = config_lib.from_config_dict(module.get_config())
     policy = make_policy(config)
-    kwargs = config.evaluation.env or {"image_size": config.demo.image_size}
-    spec = envs.spec(given.suite, **kwargs)
+    spec = envs.spec(given.suite, **config.evaluation.env)
     episodes = envs.suite(given.suite).episodes((task,), given.episodes, FIRST_SEED)
     policy.warm_up([1, 8])
     batches = {}

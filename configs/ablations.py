@@ -1,5 +1,6 @@
 """Which parts of the method matter: one change per cell, several seeds, one table.
 
+    make demo    # records the demonstrations; configs/demo.py has the command for that alone
     python -m lightwam_jax.precompute --config configs/ablations.py --what all
     python -m lightwam_jax.ablations --config configs/ablations.py --out runs/ablations
 

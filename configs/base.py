@@ -34,7 +34,7 @@ def get_config(model="wan21_1_3b", **model_overrides):
 
     c.data = ml_collections.ConfigDict(
         dict(
-            # "demo" | "lerobot" (v2.1 and v3.0) | "rlds" | "hdf5" | "fake" (random values)
+            # "lerobot" (v2.1 and v3.0) | "rlds" | "hdf5" | "fake" (random values)
             source="",
             path="",  # directory of the episodes; several, between commas, are read as one data set
             cache="",  # directory of the latent and text caches and of the statistics
@@ -151,7 +151,7 @@ def get_config(model="wan21_1_3b", **model_overrides):
 
     c.evaluation = ml_collections.ConfigDict(
         dict(
-            suite="",  # simulated suite, of evaluation/envs/__init__.py; the demo needs none
+            suite="",  # simulated suite, of evaluation/envs/__init__.py; "": none
             tasks=(),  # names of its tasks; (): all
             env=dict(),  # arguments of the suite's make(): picture size, protocol, ...
             episodes=50,  # of each task
@@ -161,18 +161,6 @@ def get_config(model="wan21_1_3b", **model_overrides):
             workers=2,  # simulator processes
             batch=8,  # episodes at once = rows of the policy's batch, for any number of workers
             videos=4,  # episodes kept as MP4
-        )
-    )
-
-    c.demo = ml_collections.ConfigDict(
-        dict(  # only read when data.source is "demo"
-            episodes=400,  # demonstrations to record
-            starts=0,  # demonstrations of which only the first start_steps steps are recorded
-            start_steps=5,
-            first_seed=0,
-            workers=2,
-            image_size=64,
-            action_noise=0.0,  # deviation of pushes while recording; recorded actions stay clean
         )
     )
     return c

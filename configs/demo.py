@@ -2,9 +2,18 @@
 
     make demo
 
-records demonstrations of a scripted expert in a small MuJoCo scene, fits a PCA codec on them
-(no pretrained weights are needed or downloaded), trains a tiny Light-WAM from scratch, backbone
-included, and evaluates it closed-loop on 50 unseen seeds.
+does
+
+    python -m lightwam_jax.evaluation.record --suite demo --episodes 700 --starts 2500 \
+        --start_steps 5 --noise 0.5 --images png --out data/demo/episodes
+    python -m lightwam_jax.precompute --config configs/demo.py --what all
+    python train.py --config configs/demo.py --workdir runs/demo
+    python evaluate.py --workdir runs/demo --mode demo
+
+It records demonstrations of a scripted expert in a small MuJoCo scene (starts are cheap: new scenes
+teach which object is meant), fits a PCA codec on them (no pretrained weights are needed or
+downloaded), trains a tiny Light-WAM from scratch, backbone included, and evaluates it closed-loop
+on 50 unseen seeds.
 """
 
 from configs import base
@@ -40,7 +49,7 @@ def get_config():
     )
     c.name = "demo"
 
-    c.data.source = "demo"
+    c.data.source = "lerobot"
     c.data.path = "data/demo/episodes"
     c.data.cache = "data/demo/cache"
     c.data.cameras = ("scene", "wrist")
@@ -53,10 +62,6 @@ def get_config():
     c.data.frame_stride = 1
     c.data.action_horizon = 8
     c.data.val_fraction = 0.05
-
-    c.demo.episodes = 700
-    c.demo.starts = 2500  # cheap to record: new scenes teach which object is meant
-    c.demo.action_noise = 0.5
 
     c.loss.downsample = 2
     c.loss.lambda_video = 0.25  # from scratch, the actions must not wait for the video
@@ -78,6 +83,8 @@ def get_config():
     c.train.eval_batches = 4
     c.train.checkpoint_every = 1500
 
+    c.evaluation.suite = "demo"
+    c.evaluation.env = dict(image_size=64)  # as recorded
     c.evaluation.replan = 4
     c.evaluation.max_steps = 60
     return c

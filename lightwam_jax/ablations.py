@@ -93,7 +93,7 @@ def run(config, directory):
 
 
 def _closed_loop(policy, directory):
-    config, suite = policy.config, config_lib.suite(policy.config)
+    config, suite = policy.config, policy.config.evaluation.suite
     if not suite:
         return None, closed_loop.manifest_of(policy)
     setup = setup_lib.of_config(config, suite)

@@ -193,17 +193,6 @@ class EvaluationConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class DemoConfig:
-    episodes: int
-    starts: int
-    start_steps: int
-    first_seed: int
-    workers: int
-    image_size: int
-    action_noise: float
-
-
-@dataclasses.dataclass(frozen=True)
 class Config:
     """A whole run. Fields are the sections of `configs/base.py`."""
 
@@ -216,7 +205,6 @@ class Config:
     train: TrainConfig
     mesh: MeshConfig
     evaluation: EvaluationConfig
-    demo: DemoConfig
 
 
 def from_config_dict(tree):
@@ -323,11 +311,6 @@ _SHARED = frozenset(
 def state_width(config):
     """Returns the width of the state in the data, before it is padded to the model's."""
     return config.data.state_dim or config.model.proprio_dim
-
-
-def suite(config):
-    """Returns the name of the simulated suite a policy belongs to, "" where there is none."""
-    return "demo" if config.data.source == "demo" else config.evaluation.suite
 
 
 def action_width(config):

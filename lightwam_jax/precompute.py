@@ -2,12 +2,11 @@
 
   python -m lightwam_jax.precompute --config configs/X.py --what all
 
-  demo      records demonstrations into config.data.path (only for config.data.source "demo")
   stats     examines the data (CACHE/doctor/report.html); normalisation statistics, printed as a
             table -> CACHE/assets/dataset_stats.json
   text      embeddings of every prompt -> CACHE/assets/text
   latents   the latent codec -> CACHE/assets/codec; the windows -> CACHE/latents
-  all       the four, in this order
+  all       the three, in this order
 
 CACHE is config.data.cache. What is there already and still right is kept: running it twice costs
 seconds. Killed at any moment, or stopped by a full disk, the same command continues.
@@ -36,7 +35,7 @@ from lightwam_jax.data import codec as codec_lib
 from lightwam_jax.data import episodes as episodes_lib
 from lightwam_jax.data import text as text_lib
 
-STEPS = ("demo", "stats", "text", "latents")
+STEPS = ("stats", "text", "latents")
 _FIT_EPISODES = 64  # more of them show more colours and places; the fit then takes 2 seconds
 _FIT_CLIPS = 384
 _SHARED = (
@@ -69,22 +68,10 @@ def precompute(config, what=("all",), process_index=0, process_count=1):
             f"--process_index={process_index} of --process_count={process_count}; "
             "expected 0 to process_count - 1"
         )
-    source = config.data.source
-    if source == "fake":
+    if config.data.source == "fake":
         print("config.data.source='fake' makes its batches on the fly: nothing to precompute")
         return
     steps = [step for step in STEPS if step in what or "all" in what]
-    if "demo" in steps:
-        if source == "demo":
-            _record(config, process_count)
-        elif "demo" in what:
-            raise ValueError(
-                f"--what=demo records the embedded demo, config.data.source is {source!r}; use a "
-                "config with data.source='demo', e.g. configs/demo.py"
-            )
-        steps.remove("demo")
-    if not steps:
-        return
     if not config.data.cache:
         raise ValueError(
             "config.data.cache is empty; give the directory to write to: --config.data.cache=DIR"
@@ -97,17 +84,6 @@ def precompute(config, what=("all",), process_index=0, process_count=1):
             with partial.explaining_full_disk(config.data.cache):
                 note = {"stats": _statistics, "text": _text, "latents": _latents}[step](data)
             print(f"{step}: {note} ({time.monotonic() - started:.1f} s)", flush=True)
-
-
-def _record(config, process_count):
-    if process_count > 1:
-        raise ValueError(
-            "one process records the demo: run --what demo without --process_count, "
-            "then --what stats,text,latents with it"
-        )
-    from lightwam_jax.data import demo  # imports the simulator; only this step needs it
-
-    demo.record(config)
 
 
 class DataSet:

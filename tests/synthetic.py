@@ -14,7 +14,7 @@ def make_config(directory="", **overrides):
     c = base.get_config("tiny")
     c.loss.downsample = 1
     c.data.update(
-        source="demo",
+        source="lerobot",
         path=f"{directory}/episodes",
         cache=f"{directory}/cache",
         cameras=("scene", "wrist"),

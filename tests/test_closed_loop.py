@@ -14,12 +14,18 @@ from tests.test_policy import make_config, make_policy
 @pytest.fixture(scope="module")
 def policy():
     """A `Policy` for the demo with random parameters, and an evaluation of two short episodes."""
-    c = make_config({"source": "demo"})
+    c = make_config()
     evaluation = dataclasses.replace(
-        c.evaluation, episodes=2, max_steps=6, batch=2, workers=1, videos=1
+        c.evaluation,
+        suite="demo",
+        env={"image_size": 32},
+        episodes=2,
+        max_steps=6,
+        batch=2,
+        workers=1,
+        videos=1,
     )
-    demo = dataclasses.replace(c.demo, image_size=32)
-    return make_policy(dataclasses.replace(c, evaluation=evaluation, demo=demo))
+    return make_policy(dataclasses.replace(c, evaluation=evaluation))
 
 
 def write_metrics(workdir):

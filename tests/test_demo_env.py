@@ -1,8 +1,6 @@
-"""The embedded demo: its physics, pictures, expert, recording and adapter."""
+"""The embedded demo: its physics, pictures, expert and adapter."""
 
-import dataclasses
 import hashlib
-import json
 import os
 import pathlib
 import subprocess
@@ -12,18 +10,9 @@ import mujoco
 import numpy as np
 import pytest
 
-from lightwam_jax.data import (
-    demo,
-    demo_env,
-    demo_expert,
-    demo_record,
-    demo_render,
-    demo_scene,
-    episodes,
-)
+from lightwam_jax.data import demo_env, demo_expert, demo_render, demo_scene
 from lightwam_jax.evaluation import worker
 from lightwam_jax.evaluation.envs import demo as demo_adapter
-from tests import synthetic
 
 _ROOT = str(pathlib.Path(__file__).parents[1])
 
@@ -214,115 +203,6 @@ def test_renderer_refuses_what_it_cannot_draw():
     )
     with pytest.raises(ValueError, match=r"geoms \[1\]"):
         demo_render.Renderer(model)
-
-
-def test_noise_disturbs_the_motion_and_not_the_labels():
-    env = demo_env.TabletopEnv(16)
-    seed = 1  # pushes are rare: this episode has one
-    success, clean = demo_record.demonstrate(env, seed, 0.0)
-    noisy_success, noisy = demo_record.demonstrate(env, seed, 0.3)
-    assert success and noisy_success
-    np.testing.assert_array_equal(clean["action"][0], noisy["action"][0])
-    shared = min(len(clean["state"]), len(noisy["state"]))
-    assert not np.array_equal(clean["state"][:shared], noisy["state"][:shared])
-    for arrays in (clean, noisy):
-        assert {len(a) for a in arrays.values()} == {len(arrays["action"])}
-        assert np.abs(arrays["action"]).max() <= 1
-    _, again = demo_record.demonstrate(env, seed, 0.3)
-    for name in noisy:
-        np.testing.assert_array_equal(noisy[name], again[name])
-
-
-def _config(path, **changes):
-    changes = {"episodes": 4, "workers": 2, "image_size": 16, "action_noise": 0.3, **changes}
-    overrides = {f"demo.{key}": value for key, value in changes.items()}
-    overrides |= {"model.action_dim": 4, "model.proprio_dim": 5}
-    return synthetic.make_config(path, **overrides)
-
-
-@pytest.fixture(scope="module")
-def recording(tmp_path_factory):
-    """(config, metadata) of four recorded episodes and the starts of two more."""
-    config = _config(tmp_path_factory.mktemp("demo"), starts=2, start_steps=3)
-    return config, demo.record(config)
-
-
-def test_recorded_episodes_follow_the_protocol(recording):
-    config, meta = recording
-    found = demo.episodes(config.data.path)
-    assert not [problem for episode in found for problem in episodes.check(episode, config)]
-    assert meta["seeds"] == [0, 1, 2, 3, 500_000, 500_001] and meta["expert_success_rate"] == 1
-    assert len(found) == 6 and [episode.length for episode in found[4:]] == [3, 3]
-    for episode in found:
-        assert episode.fps == demo_env.FPS and episode.task in meta["tasks"]
-        assert episode.state.shape == (episode.length, demo_env.PROPRIO_DIM)
-        assert episode.action.shape == (episode.length, demo_env.ACTION_DIM)
-        frames = episode.frames("wrist", [0, episode.length - 1])
-        assert frames.shape == (2, 16, 16, 3) and frames.dtype == np.uint8
-    with pytest.raises(KeyError, match="scene, wrist"):
-        found[0].frames("ceiling", [0])
-    _, direct = demo_record.demonstrate(demo_env.TabletopEnv(16), 2, 0.3)
-    np.testing.assert_array_equal(direct["action"], found[2].action)
-    np.testing.assert_array_equal(direct["scene"][3:5], found[2].frames("scene", [3, 4]))
-    _, whole = demo_record.demonstrate(demo_env.TabletopEnv(16), 500_001, 0.3)
-    np.testing.assert_array_equal(whole["action"][:3], found[5].action)
-    np.testing.assert_array_equal(whole["wrist"][:3], found[5].frames("wrist", [0, 1, 2]))
-
-
-def test_recording_continues_and_keeps_what_is_there(recording, tmp_path):
-    config, meta = recording
-    path = pathlib.Path(config.data.path)
-    kept = demo_record.episode_file(path, 1)
-    stamp = kept.stat().st_mtime_ns
-    demo_record.episode_file(path, 3).unlink()
-    (path / "metadata.json").unlink()
-    with pytest.raises(FileNotFoundError, match="--what demo"):
-        demo.episodes(path)
-    again = demo.record(config)
-    assert again["seeds"] == meta["seeds"] and kept.stat().st_mtime_ns == stamp
-    assert len(demo.episodes(path)) == 6
-
-
-def test_recording_with_other_settings_is_refused(recording):
-    config, _ = recording
-    other = dataclasses.replace(config, demo=dataclasses.replace(config.demo, image_size=32))
-    with pytest.raises(ValueError, match=r"image_size=16 \(now 32\)"):
-        demo.record(other)
-
-
-def test_failed_seeds_are_replaced(tmp_path, monkeypatch):
-    """With half of the seeds failing, the next ones are tried until enough succeed."""
-
-    def outcome(path, seeds, settings, bar, most_steps=None):
-        for seed in seeds:
-            if seed % 2:
-                arrays = {"state": np.zeros((3, 5)), "action": np.zeros((3, 4))}
-                np.savez(demo_record.episode_file(path, seed), task=np.array("put"), **arrays)
-        return {seed: bool(seed % 2) for seed in seeds}
-
-    monkeypatch.setattr(demo, "_round", outcome)
-    config = _config(tmp_path, episodes=5)
-    meta = demo.record(config)
-    assert meta["seeds"] == [1, 3, 5, 7, 9] and 0.4 < meta["expert_success_rate"] <= 0.5
-    stored = json.loads((pathlib.Path(config.data.path) / "metadata.json").read_text())
-    assert stored == meta and stored["failed_seeds"][:2] == [0, 2]
-
-
-def test_a_dead_worker_is_an_error_with_its_last_words(tmp_path):
-    with pytest.raises(RuntimeError, match=r"(?s)code 1.*last words.*Error"):
-        demo.record(_config(tmp_path, episodes=2, workers=1, image_size=-1))
-
-
-def test_workers_do_not_import_jax():
-    code = (
-        "import sys; from lightwam_jax.data import demo_record; "
-        "from lightwam_jax.evaluation.envs import demo; "
-        "print(sorted({m.split('.')[0] for m in sys.modules} & {'jax', 'flax', 'ml_collections'}))"
-    )
-    out = subprocess.run(
-        [sys.executable, "-c", code], cwd=_ROOT, check=True, capture_output=True, text=True
-    )
-    assert out.stdout.strip() == "[]"
 
 
 def test_adapter_follows_the_rollout_protocol():

@@ -10,8 +10,6 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 SMALL = {
-    "demo.episodes": 6,
-    "demo.starts": 4,
     "data.val_fraction": 0.2,
     "train.steps": 4,
     "train.batch_size": 8,
@@ -52,6 +50,9 @@ def test_demo_pipeline(tmp_path):
     ]
     config += [f"--config.{key}={value}" for key, value in SMALL.items()]
     workdir = tmp_path / "run"
+    record = ["-m", "lightwam_jax.evaluation.record", "--suite", "demo", "--episodes", "6"]
+    record += ["--starts", "4", "--noise", "0.5", "--images", "png"]
+    run(*record, "--out", str(tmp_path / "episodes"))
     run("-m", "lightwam_jax.precompute", *config, "--what", "all")
     run("train.py", *config, "--workdir", str(workdir))
     out = run("evaluate.py", "--workdir", str(workdir), "--mode", "demo")

@@ -59,9 +59,12 @@ def test_split_that_leaves_nothing_to_train_on():
 
 
 def test_load_episodes_says_what_to_do(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"make it with: .*--what demo"):
+    simulated = {"evaluation.suite": "demo"}
+    with pytest.raises(FileNotFoundError, match=r"record some with: .*record --suite demo --out "):
+        episodes.load_episodes(synthetic.make_config(tmp_path, **simulated))
+    with pytest.raises(FileNotFoundError, match=r"is not a directory of episodes$"):
         episodes.load_episodes(synthetic.make_config(tmp_path))
-    with pytest.raises(ValueError, match="'lerbot'; known sources: demo, "):
+    with pytest.raises(ValueError, match="'lerbot'; known sources: lerobot, "):
         episodes.load_episodes(synthetic.make_config(tmp_path, **{"data.source": "lerbot"}))
     with pytest.raises(ValueError, match=r"nothing to precompute, run train.py"):
         episodes.load_episodes(synthetic.make_config(tmp_path, **{"data.source": "fake"}))

@@ -10,7 +10,9 @@ import writers
 from configs import demo as demo_config
 from lightwam_jax import checkpoint
 from lightwam_jax import config as config_lib
-from lightwam_jax.data import cache, demo_env, demo_record, episodes, lerobot_write, transforms
+from lightwam_jax.data import cache, episodes, lerobot_write, transforms
+from lightwam_jax.evaluation import record, worker
+from lightwam_jax.evaluation.envs import demo
 
 CAMERAS = ("scene", "wrist")
 LAYOUTS = ("lerobot21", "lerobot30", "rlds", "robomimic", "robotwin")
@@ -19,18 +21,14 @@ LAYOUTS = ("lerobot21", "lerobot30", "rlds", "robomimic", "robotwin")
 @pytest.fixture(scope="module")
 def demonstrations():
     """Four recordings of the demo environment, the last ones cut short."""
-    env, found = demo_env.TabletopEnv(64), []
-    for seed, most in enumerate((None, None, 12, 5)):
-        _, arrays = demo_record.demonstrate(env, seed, 0.5, most)
+    env, found = demo.make(), []
+    for seed, most in enumerate((60, 60, 12, 5)):
+        episode = worker.Episode("tabletop", 0, seed)
+        _, prompt, arrays = record.demonstrate(demo, env, episode, 0.5, most)
         images = {camera: arrays[camera] for camera in CAMERAS}
         found.append(
             episodes.ArrayEpisode(
-                f"seed_{seed}",
-                demo_env.FPS,
-                env.scene.prompt,
-                arrays["state"],
-                arrays["action"],
-                images,
+                f"seed_{seed}", demo.FPS, prompt, arrays["state"], arrays["action"], images
             )
         )
     return found

@@ -98,7 +98,6 @@ def test_no_file_is_long_and_none_is_a_drawer():
         "precompute.py": 413,
         "checks_data.py": 421,
         "doctor_report.py": 439,
-        "lerobot_write.py": 454,
         "doctor.py": 531,
         "test_cache.py": 401,
         "test_hdf5.py": 411,

@@ -16,7 +16,7 @@ TASKS = {
     "pick_up_the_black_bowl_from_table_center_and_place_it_on_the_plate": 2,
 }
 STANDINS = {"assets": "tests/libero_standins", "rendering": "fast", "image_size": 32}
-TINY = {key: value for key, value in SMALL.items() if not key.startswith("demo.")} | {
+TINY = SMALL | {
     "data.canvas": "(32,64)",
     "data.camera_size": "(32,32)",
     "data.num_frames": 9,

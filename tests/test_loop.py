@@ -265,7 +265,7 @@ def test_step_that_is_not_finite_stops_the_run_with_the_last_good_state(whole, t
 
 
 def test_samples_of_a_mixture_are_named_with_their_data_set():
-    mixed = change(data={"source": "demo", "mixture": {"arm": {}, "hand": {}}})
+    mixed = change(data={"source": "lerobot", "mixture": {"arm": {}, "hand": {}}})
     batch = {"index": np.array([3, 3, 0]), "member": np.array([1, 0, 1], np.int32)}
     assert loop._sample_names(mixed, batch).tolist() == ["hand 3", "arm 3", "hand 0"]
 

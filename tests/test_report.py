@@ -214,17 +214,26 @@ def test_shown_episodes_cover_instructions_and_do_not_hide_failures():
     assert [r.episode.seed for r in closed_loop.choose([records[2], records[5]], 2)] == [2, 5]
 
 
-def test_demonstrated_seeds_are_refused():
+def test_demonstrated_seeds_are_refused(tmp_path):
     config = types.SimpleNamespace(
-        evaluation=types.SimpleNamespace(first_seed=190, episodes=20, suite="", tasks=()),
-        data=types.SimpleNamespace(source="demo"),
-        demo=types.SimpleNamespace(first_seed=0, episodes=100, image_size=32),
+        evaluation=types.SimpleNamespace(
+            first_seed=190, episodes=20, suite="demo", tasks=(), env={"image_size": 32}
+        ),
+        data=types.SimpleNamespace(path=str(tmp_path)),
     )
+    about = {"seeds": {"tabletop": [[0, 200], [500_000, 50]]}}
+    (tmp_path / "meta").mkdir()
+    (tmp_path / "meta" / "recording.json").write_text(json.dumps(about))
     with pytest.raises(ValueError, match=r"seeds 190\.\.209 are not held out"):
+        setup.of_config(config, "demo")
+    config.evaluation.first_seed = 500_049
+    with pytest.raises(ValueError, match=r"demonstrations of tabletop may have 500000\.\.500049"):
         setup.of_config(config, "demo")
     config.evaluation.first_seed = 200
     found = setup.of_config(config, "demo")
     assert [episode.seed for episode in found.episodes] == list(range(200, 220))
+    assert found.demonstrated == {"tabletop": [(0, 200), (500_000, 50)]}
+    assert found.env.kwargs == {"image_size": 32}
     with pytest.raises(ValueError, match="use --mode demo"):
         setup.of_config(config, "metaworld")
 
@@ -237,7 +246,7 @@ def test_recorded_seeds_are_refused(tmp_path):
         evaluation=types.SimpleNamespace(
             first_seed=11, episodes=2, suite="metaworld", env={}, tasks=("push-v3",)
         ),
-        data=types.SimpleNamespace(source="lerobot", path=str(tmp_path)),
+        data=types.SimpleNamespace(path=str(tmp_path)),
     )
     assert setup.of_config(config, "metaworld").tasks == ["push-v3"]
     config.evaluation.tasks = ("MT10",)

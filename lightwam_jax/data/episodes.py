@@ -14,9 +14,8 @@ import numpy as np
 
 from lightwam_jax import config as config_lib
 
-SOURCES = ("demo", "lerobot", "rlds", "hdf5", "fake")
+SOURCES = ("lerobot", "rlds", "hdf5", "fake")
 _SHOWN = 20  # errors listed in full
-RECORD = "python -m lightwam_jax.precompute --config CONFIG --what demo"
 
 
 class Episode(typing.Protocol):
@@ -229,9 +228,8 @@ def read(config):
     paths = directories(path)
     for directory in paths or [path]:
         if not os.path.isdir(directory):
-            make = f"; make it with: {RECORD}" if source == "demo" else ""
             raise FileNotFoundError(
-                f"config.data.path={directory!r} is not a directory of episodes{make}"
+                f"config.data.path={directory!r} is not a directory of episodes{_recorded(config)}"
             )
     # Imported here: each source needs packages that the others do not.
     reader = importlib.import_module(f"lightwam_jax.data.{source}")
@@ -249,11 +247,19 @@ def read(config):
     found = [e for e in found if e.id not in config.data.exclude]
     problems = [p for p in problems if p.episode not in config.data.exclude]
     if not found and not problems:
-        raise ValueError(
-            f"config.data.path={path!r} holds no episode"
-            + (f"; record some with: {RECORD}" if source == "demo" else "")
-        )
+        raise ValueError(f"config.data.path={path!r} holds no episode{_recorded(config)}")
     return found, problems + [p for e in found for p in check(e, config)] + _duplicates(found)
+
+
+def _recorded(config):
+    """Returns the end of a message: how the episodes of a simulated suite are made."""
+    suite = config.evaluation.suite
+    if not suite:
+        return ""
+    return (
+        ": correct it, or record some with: python -m lightwam_jax.evaluation.record --suite "
+        f"{suite} --out {config.data.path} (with which flags, the config's file says)"
+    )
 
 
 def directories(path):

@@ -27,6 +27,7 @@ class Images(typing.NamedTuple):
 
     file: pathlib.Path
     key: str
+    keys: tuple  # what is read at once: the columns of all cameras that the config names
     first: int
     stop: int
     root: pathlib.Path  # where a picture that is a file of its own is looked up
@@ -83,7 +84,7 @@ class LeRobotEpisode(episodes_lib.Episode):
 
 def _pictures(place, indices):
     """Returns the frames of an `Images` at `indices` [k] as uint8 [k, H, W, 3]."""
-    cells = _encoded(place)
+    cells = _encoded(place.file, place.keys, place.first, place.stop)[place.key]
     wanted, order = np.unique(indices, return_inverse=True)
     found = [_decoded(place, frame, cells[frame]) for frame in wanted.tolist()]
     for frame, pixels in zip(wanted.tolist(), found):
@@ -100,24 +101,18 @@ def _pictures(place, indices):
 
 
 @functools.lru_cache(maxsize=8)
-def _encoded(place):
-    """Returns the cells of an `Images`: whole episodes, since parquet has no smaller unit."""
+def _encoded(path, keys, first, stop):
+    """Returns {column: its cells} of rows: whole episodes, since parquet has no smaller unit."""
     try:
-        with pq.ParquetFile(place.file) as file:
+        with pq.ParquetFile(path) as file:
             counts = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
             starts = np.cumsum([0, *counts])
-            groups = [
-                i
-                for i in range(len(counts))
-                if starts[i] < place.stop and starts[i + 1] > place.first
-            ]
-            table = file.read_row_groups(groups, columns=[place.key], use_threads=False)
-        column = table.column(place.key).slice(
-            place.first - starts[groups[0]], place.stop - place.first
-        )
-        return column.to_pylist()
+            groups = [i for i in range(len(counts)) if starts[i] < stop and starts[i + 1] > first]
+            table = file.read_row_groups(groups, columns=list(keys), use_threads=False)
+        rows = table.slice(first - starts[groups[0]], stop - first)
+        return {key: rows.column(key).to_pylist() for key in keys}
     except (pa.ArrowException, OSError) as error:
-        raise episodes_lib.FrameError(place.file, None, f"unreadable: {error}") from error
+        raise episodes_lib.FrameError(path, None, f"unreadable: {error}") from error
 
 
 def _decoded(place, frame, cell):
@@ -275,8 +270,10 @@ def _episode(data, entry, tables, spans):
     ]
     if faults:
         return None, faults
+    together = tuple(key for key in data.needed if key not in entry.videos)
     pictures = {
-        camera: entry.videos.get(key) or Images(file, key, first, stop, data.root)
+        camera: entry.videos.get(key)
+        or Images(file, key, together if key in together else (key,), first, stop, data.root)
         for camera, key in data.cameras.items()
     }
     return LeRobotEpisode(

@@ -252,7 +252,7 @@ class Writer:
         """Opens `path`; `options` go to the encoder ("libx264", "libsvtav1", "mpeg4", ...)."""
         self.path, self.frames, self.bytes = path, 0, 0
         self._rate = fractions.Fraction(fps).limit_denominator(100_000)
-        self._container = av.open(os.fspath(path), "w")
+        self._container = av.open(os.fspath(path), "w", format="mp4")
         self._stream = self._container.add_stream(
             codec, rate=self._rate, options=_OPTIONS.get(codec, {}) | options
         )

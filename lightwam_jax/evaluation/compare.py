@@ -3,7 +3,7 @@
 import json
 import pathlib
 
-from lightwam_jax.evaluation import episode_log, report
+from lightwam_jax.evaluation import journal, report
 
 # The policies may differ, that is what is compared, and so may what cannot change a result.
 FREE = ("config", "model", "step", "weights", "commit", "workers", "demonstrated_seeds")
@@ -23,7 +23,7 @@ def compare(one, other, may_differ=()):
     files = [pathlib.Path(path) for path in (one, other)]
     files = [path / "summary.json" if path.is_dir() else path for path in files]
     summaries = [json.loads(path.read_text()) for path in files]
-    unlike = episode_log.differences(*(summary["manifest"] for summary in summaries))
+    unlike = journal.differences(*(summary["manifest"] for summary in summaries))
     allowed = (*FREE, *may_differ)
     told = {
         key: values

@@ -37,7 +37,7 @@ class Gripper(NamedTuple):
 
 def dims(config):
     """Returns the dimensions that are grippers: config.data.gripper_dims, else its suite's."""
-    return config.data.gripper_dims or OF_SUITE.get(config_lib.suite(config), ())
+    return config.data.gripper_dims or OF_SUITE.get(config.evaluation.suite, ())
 
 
 def of_data(config, statistics, normalizer, name="", member=None):

@@ -1,5 +1,6 @@
 """The embedded table-top demo behind the protocol of `evaluation/worker.py`."""
 
+import dataclasses
 import importlib.metadata
 
 from lightwam_jax.data import demo_env, demo_expert
@@ -12,6 +13,11 @@ ACTION = ("vx", "vy", "vz", "gripper")
 FPS = demo_env.FPS
 ROBOT = "demo"
 MOST_STEPS = demo_env.MAX_STEPS
+FUMBLES = (0.004, 2)
+SETTINGS = {
+    "task_version": demo_env.TASK_VERSION,
+    "difficulty": dataclasses.asdict(demo_env.Difficulty()),
+}
 
 
 def make(image_size=64, **difficulty):
@@ -29,6 +35,11 @@ def episodes(tasks, count, first_seed):
     if unknown := sorted({*tasks} - {*TASKS}):
         raise ValueError(f"the demo has no task {', '.join(unknown)}; it has {', '.join(TASKS)}")
     return [worker.Episode(TASKS[0], 0, first_seed + i) for i in range(count)]
+
+
+def disturbed_by(episode):
+    """Returns the seed of the disturbances of a recorded episode."""
+    return [demo_env.TASK_VERSION, episode.seed, 1]
 
 
 class DemoEnv:
