@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import synthetic
 
-from lightwam_jax.data import demo, episodes
+from lightwam_jax.data import episodes, lerobot
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "h_data"
 
@@ -149,7 +149,7 @@ def test_every_error_is_reported_and_only_what_is_listed_left_out(monkeypatch, t
     good = synthetic.make_episodes(3)
     good[1].action[2, 0] = np.inf
     lost = episodes.Problem("error", "missing video", "episode_009", "nine.mp4", None, "gone")
-    monkeypatch.setattr(demo, "read", lambda config: ([*good, good[0]], [lost]))
+    monkeypatch.setattr(lerobot, "read", lambda config: ([*good, good[0]], [lost]))
     with pytest.raises(ValueError, match="3 errors") as error:
         episodes.load_episodes(make(tmp_path))
     assert all(
@@ -161,15 +161,15 @@ def test_every_error_is_reported_and_only_what_is_listed_left_out(monkeypatch, t
             "config.data.exclude",
         )
     )
-    monkeypatch.setattr(demo, "read", lambda config: (good, [lost]))
+    monkeypatch.setattr(lerobot, "read", lambda config: (good, [lost]))
     exclude = ("episode_001", "episode_009")
     left = episodes.load_episodes(make(tmp_path, **{"data.exclude": exclude}))
     assert [episode.id for episode in left] == ["episode_000", "episode_002"]
     with pytest.raises(ValueError, match="exclude lists episode_010, and"):
         episodes.load_episodes(make(tmp_path, **{"data.exclude": ("episode_010",)}))
-    monkeypatch.setattr(demo, "read", lambda config: ([], []))
-    with pytest.raises(ValueError, match="holds no episode; record some with"):
-        episodes.load_episodes(make(tmp_path))
+    monkeypatch.setattr(lerobot, "read", lambda config: ([], []))
+    with pytest.raises(ValueError, match="holds no episode: correct it, or record some"):
+        episodes.load_episodes(make(tmp_path, **{"evaluation.suite": "demo"}))
 
 
 def test_several_directories_are_one_data_set(monkeypatch, tmp_path):
@@ -185,7 +185,7 @@ def test_several_directories_are_one_data_set(monkeypatch, tmp_path):
             return synthetic.make_episodes(2), []
         return synthetic.make_episodes(1), [lost]
 
-    monkeypatch.setattr(demo, "read", read)
+    monkeypatch.setattr(lerobot, "read", read)
     both = {"data.path": ", ".join(map(str, paths))}
     found = episodes.load_episodes(
         make(tmp_path, **both, **{"data.exclude": ("spatial/episode_001", "goal/episode_009")})

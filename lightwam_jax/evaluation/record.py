@@ -139,18 +139,9 @@ def record(
     module = envs.suite(suite)
     tasks = module.TASKS if tuple(tasks) == ("all",) else tasks
     listed = getattr(module, "demonstrations", module.episodes)(tasks, 1, first_seed)
-    settings = {
-        "suite": suite,
-        "tasks": [first.task for first in listed],
-        "episodes": count,
-        "starts": starts,
-        "start_steps": start_steps,
-        "first_seed": first_seed,
-        "noise": noise,
-        "images": images,
-        "env": env,
-        **getattr(module, "SETTINGS", {}),
-    }
+    settings = dict(suite=suite, tasks=[first.task for first in listed], episodes=count)
+    settings |= dict(starts=starts, start_steps=start_steps, first_seed=first_seed, noise=noise)
+    settings |= dict(images=images, env=env) | getattr(module, "SETTINGS", {})
     settings = json.loads(json.dumps(settings))  # tuples become lists, as they will when read back
     if (tried := _finished(out, settings)) is not None:
         print(f"{out} is up to date", flush=True)
@@ -325,7 +316,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("suite", None, f"One of {', '.join(envs.SUITES)}.")
     flags.DEFINE_list("tasks", ["all"], "Names of tasks, comma separated, or all.")
     flags.DEFINE_integer("episodes", 50, "Solved episodes of each task.", lower_bound=1)
-    flags.DEFINE_integer("starts", 0, "Episodes of each task to begin only.", lower_bound=0)
+    flags.DEFINE_integer("starts", 0, "More episodes of each task, only begun.", lower_bound=0)
     flags.DEFINE_integer("start_steps", 5, "Steps kept of each of --starts.", lower_bound=1)
     flags.DEFINE_string("out", None, "Directory of the new dataset.")
     flags.DEFINE_integer("first_seed", 0, "Of each task; evaluation begins at 1,000,000.")

@@ -9,11 +9,11 @@ A module has
   TASKS                               names of the tasks that `--tasks all` means
   CAMERAS, STATE, ACTION              names: of the cameras, and of the dimensions
   FPS, MOST_STEPS, ROBOT              control steps per second, limit of an episode, robot type
-and, for recordings (`evaluation/record.py`), where they differ from what is usual there,
-  disturbed_by(episode)               seed of the disturbances of an episode
-  FUMBLES                             chance per step that the gripper does the opposite, and for
-                                      how many steps; none
-  SETTINGS                            {name: value} that decide the data besides the flags; none
+and, if `evaluation/record.py` is to do otherwise than usual,
+  disturbed_by(episode)               seed of the disturbances of an episode, not of its key
+  FUMBLES                             (chance per step that the gripper does the opposite, and for
+                                      how many steps)
+  SETTINGS                            {name: value} that decide the data besides the flags
 and can be imported where its simulator is not installed.
 """
 
