@@ -41,7 +41,7 @@ $(VENV)/.sim: $(VENV)/.core $(SIM:%=requirements-%.txt)
 	@touch $@
 
 demo: setup
-	$(PY) -m lightwam_jax.evaluation.record $(RECORD) --out data/demo/episodes
+	$(PY) -m lightwam_jax.envs.record $(RECORD) --out data/demo/episodes
 	$(PY) -m lightwam_jax.precompute --config $(CONFIG) --what all $(DEMO_FLAGS)
 	$(PY) train.py --config $(CONFIG) --workdir $(WORKDIR) $(DEMO_FLAGS)
 	$(PY) evaluate.py --workdir $(WORKDIR) --mode demo --started $(START)

@@ -118,15 +118,15 @@ def open_loop(policy, workdir, out, began):
 def visualize(policy, workdir, out, began):
     """Attention and imagined video on episodes of the validation split."""
     del workdir, began
-    from lightwam_jax import visualize as draw
     from lightwam_jax.data import episodes
-    from lightwam_jax.evaluation import closed_loop
+    from lightwam_jax.evaluation import closed_loop as closed_loop_lib
+    from lightwam_jax.evaluation import draw
 
     recorded = {episode.id: episode for episode in episodes.load_episodes(policy.config)}
     _, held_out = episodes.split(list(recorded.values()), policy.config.data.val_fraction)
     if not held_out:
         raise ValueError(
-            "config.data.val_fraction holds no episode out: every picture would show training data"
+            "config.data.val_fraction holds no episode out: every image would show training data"
         )
     chosen = [recorded[name] for name in held_out[:6]]
     directory = out / "visualize"
@@ -142,8 +142,8 @@ def visualize(policy, workdir, out, began):
     if policy.config.model.pooling != "learned_query":
         print("no attention.png: only config.model.pooling='learned_query' attends")
     else:
-        draw.save_png(directory / "attention.png", draw.attention_sheet(policy, seen))
-    closed_loop.draw_future(policy, directory, chosen)
+        draw.save_png(directory / "attention.png", draw.attention_grid(policy, seen))
+    closed_loop_lib.draw_future(policy, directory, chosen)
     print(f"written to {directory}")
 
 

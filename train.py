@@ -10,7 +10,8 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from lightwam_jax import config as config_lib
-from lightwam_jax import distributed, storage
+from lightwam_jax import distributed
+from lightwam_jax.checkpoint import storage
 from lightwam_jax.training import loop
 
 _CONFIG = config_flags.DEFINE_config_file(

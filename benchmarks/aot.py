@@ -32,12 +32,13 @@ from ml_collections import config_flags
 from benchmarks import aot_tables, collectives, results
 from lightwam_jax import build, sharding
 from lightwam_jax import config as config_lib
-from lightwam_jax.chips import CHIPS
-from lightwam_jax.data import spec, wan
+from lightwam_jax.data import spec
+from lightwam_jax.encoders import wan
 from lightwam_jax.inference import deploy
 from lightwam_jax.training import flops, memory
 from lightwam_jax.training import optimizer as optimizer_lib
 from lightwam_jax.training import step as step_lib
+from lightwam_jax.training.chips import CHIPS
 
 GIB = 2**30
 POLICY_BATCHES = (1, 8)

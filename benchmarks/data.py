@@ -6,7 +6,7 @@ Everything is made on the fly: 20 episodes of 100 steps, two cameras of 256x256 
 data set, and a cache of their 2,000 windows, random latents of LIBERO's shapes (three latent frames
 of 28x56 cells, 150 KB; chunks of 32 actions; text of 128 rows of width 4,096). One process reads
 batches of 64 from the cache and of 8 from video, with several numbers of threads and of worker
-processes; the median round counts. Last, 2,500 episodes of 150 steps without pictures are examined
+processes; the median round counts. Last, 2,500 episodes of 150 steps without images are examined
 and their statistics computed. Takes three to four minutes on two cores, when nothing else runs.
 """
 
@@ -26,9 +26,11 @@ from benchmarks import results
 from configs import base
 from lightwam_jax import config as config_lib
 from lightwam_jax import precompute
-from lightwam_jax.data import cache_build, lerobot_write, loader, spec
-from lightwam_jax.data import codec as codec_lib
 from lightwam_jax.data import episodes as episodes_lib
+from lightwam_jax.data import loader, spec
+from lightwam_jax.data.caches import build_latents
+from lightwam_jax.data.formats import lerobot_write
+from lightwam_jax.encoders import pca as pca_lib
 
 EPISODES, STEPS, SIZE = 20, 100, 256
 TARGET = 1500  # samples per second from the cache
@@ -88,10 +90,10 @@ def make_data(config):
     lerobot_write.write(episodes(), config.data.path, cameras=config.data.cameras)
     precompute.precompute(config, ("stats", "text"))
     noise = np.random.default_rng(0).integers(0, 256, (8, 5, 32, 32, 3), np.uint8)
-    codec = codec_lib.PcaCodec.fit(noise, config.model.latent_channels)
+    codec = pca_lib.PcaCodec.fit(noise, config.model.latent_channels)
     codec.save(f"{config.data.cache}/assets/codec")
     found = episodes_lib.load_episodes(config)
-    cache_build.build(
+    build_latents.build(
         config,
         {"train": found, "val": []},
         codec,
@@ -100,7 +102,7 @@ def make_data(config):
 
 
 def columns(folder, count=2500, steps=150):
-    """Seconds of `precompute --what stats` on a LeRobot v2.1 data set without pictures."""
+    """Seconds of `precompute --what stats` on a LeRobot v2.1 data set without images."""
     rng = np.random.default_rng(1)
     made = (
         episodes_lib.ArrayEpisode(
@@ -196,7 +198,7 @@ def main():
         found |= {"cache_best": best, "cache_target": TARGET, "cache_ok": best >= TARGET}
         found["memory"] = memory(config, args.samples)
         print("memory", json.dumps(found["memory"]), flush=True)
-        pixels = make_config(folder, pixels=True, prefetch=16)
+        pixels = make_config(folder, encode_online=True, prefetch=16)
         found["video"] = measure("video", pixels, args.rounds, [(2, 0), (4, 0), (1, 2)], 8, 8)
         found["statistics"] = columns(folder)
         print("statistics", json.dumps(found["statistics"]), flush=True)

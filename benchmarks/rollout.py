@@ -32,10 +32,13 @@ import numpy as np
 
 from benchmarks import results
 from configs import demo, metaworld
-from lightwam_jax import build
+from lightwam_jax import build, envs
 from lightwam_jax import config as config_lib
-from lightwam_jax.data import assets, codec, normalize, text
-from lightwam_jax.evaluation import envs, rollout, worker
+from lightwam_jax.data import assets, normalize
+from lightwam_jax.encoders import pca
+from lightwam_jax.encoders import text as text_lib
+from lightwam_jax.envs import base as envs_base
+from lightwam_jax.evaluation import rollout
 from lightwam_jax.inference import policy as policy_lib
 
 SUITES = {"demo": (demo, "tabletop"), "metaworld": (metaworld, "reach-v3")}
@@ -46,13 +49,13 @@ class Timed:
     """An environment that writes when it was at work to `<directory>/<process id>`."""
 
     def __init__(self, directory, factory, kwargs):
-        self._env = worker.EnvSpec(factory, kwargs).make()
+        self._env = envs_base.EnvSpec(factory, kwargs).make()
         self._file = os.open(
             pathlib.Path(directory, str(os.getpid())), os.O_WRONLY | os.O_CREAT | os.O_APPEND
         )
 
     def reset(self, episode):
-        """See `worker.py`; so are the others."""
+        """See `evaluation/worker.py`; so are the others."""
         return self._timed(self._env.reset, episode)
 
     def observe(self):
@@ -88,8 +91,8 @@ def make_policy(config):
         assets.Assets(
             state=state,
             action=action,
-            codec=codec.PcaCodec.fit(clips, config.model.latent_channels),
-            text_encoder=text.HashedTextEncoder(config.model.text_dim),
+            codec=pca.PcaCodec.fit(clips, config.model.latent_channels),
+            text_encoder=text_lib.HashedTextEncoder(config.model.text_dim),
             statistics={},
         ),
     )
@@ -141,7 +144,7 @@ def measure(policy, spec, episodes, evaluation):
         return actions
 
     with tempfile.TemporaryDirectory() as directory:
-        timed = worker.EnvSpec(
+        timed = envs_base.EnvSpec(
             "benchmarks.rollout:Timed",
             {"directory": directory, "factory": spec.factory, "kwargs": spec.kwargs},
         )
@@ -220,7 +223,7 @@ def main():
             "task": task,
             "episodes": given.episodes,
             "workers": given.workers,
-            "replan": config.evaluation.replan,
+            "replan_steps": config.evaluation.replan_steps,
             "batch_1": one,
             "batch_8": eight,
             "policy_time_batch_8_of_batch_1": round(

@@ -2,16 +2,17 @@
 
     make demo    # records the demonstrations; configs/demo.py has the command for that alone
     python -m lightwam_jax.precompute --config configs/ablations.py --what all
-    python -m lightwam_jax.ablations --config configs/ablations.py --out runs/ablations
+    python -m lightwam_jax.evaluation.ablations --config configs/ablations.py --out runs/ablations
 
 asks it of the embedded demo at two thirds of its training. Any other config can be asked too; its
 cells are made of its own values:
 
-    python -m lightwam_jax.ablations --config configs/libero.py:object --out runs/ablations_object
+    python -m lightwam_jax.evaluation.ablations --config configs/libero.py:object \\
+        --out runs/ablations_object
 """
 
 from configs import demo
-from lightwam_jax.data import codec
+from lightwam_jax.encoders import base as encoders_base
 
 CELLS = {
     "base": "as configured",
@@ -89,6 +90,6 @@ def _taps(last, count):
 
 def _groups(data):
     """As many groups as the canvas has tokens, or at most 32 of them, of equal size."""
-    side = 2 * codec.STRIDES[data.codec]
+    side = 2 * encoders_base.STRIDES[data.codec]
     tokens = data.canvas[0] // side * (data.canvas[1] // side)
     return max(n for n in range(1, 33) if tokens % n == 0)

@@ -48,11 +48,11 @@ def get_config(model="wan21_1_3b", **model_overrides):
                 image="",  # with {camera}, e.g. "observation.images.{camera}"
                 task="",
                 fps=0.0,  # where the data do not say
-                colour="rgb",  # "bgr": pictures with red and blue swapped (RoboTwin's HDF5)
+                channel_order="rgb",  # "bgr": images with red and blue swapped (RoboTwin's HDF5)
             ),
             state_dim=0,  # width in the data where it is less than the model's; 0: equal
             action_dim=0,
-            # Pictures to canvas.
+            # Images to canvas.
             cameras=("",),  # camera names, in layout order
             # Per camera: "" | "rotate_90|180|270" (counter-clockwise) | "flip_vertical|horizontal".
             orientation=(),
@@ -86,9 +86,9 @@ def get_config(model="wan21_1_3b", **model_overrides):
             # Several data sets: {name: {"weight": 1.0, "embodiment": "", and keys that differ}}.
             # Those of one embodiment (default: its name) share statistics.
             mixture=dict(),
-            member="",  # set by the program for each of them
+            dataset="",  # set by the program for each of them
             embodiment="",  # names the statistics where there are several
-            pixels=False,  # frames are read and encoded during training; no latent cache
+            encode_online=False,  # frames are read and encoded during training; no latent cache
             augment=dict(  # only with pixels
                 crop=1.0,  # smallest side of a random crop, as a share; 1: none
                 brightness=0.0,  # largest relative change
@@ -153,10 +153,10 @@ def get_config(model="wan21_1_3b", **model_overrides):
         dict(
             suite="",  # simulated suite, of evaluation/envs/__init__.py; "": none
             tasks=(),  # names of its tasks; (): all
-            env=dict(),  # arguments of the suite's make(): picture size, protocol, ...
+            env=dict(),  # arguments of the suite's make(): image size, protocol, ...
             episodes=50,  # of each task
             first_seed=1_000_000,  # held-out seeds: first_seed, first_seed + 1, ...
-            replan=10,  # executed steps per predicted chunk
+            replan_steps=10,  # executed steps per predicted chunk
             max_steps=400,
             workers=2,  # simulator processes
             batch=8,  # episodes at once = rows of the policy's batch, for any number of workers

@@ -1,10 +1,10 @@
-"""The embedded demo: put the named object in the tray, learned from pictures and words.
+"""The embedded demo: put the named object in the tray, learned from images and words.
 
     make demo
 
 does
 
-    python -m lightwam_jax.evaluation.record --suite demo --episodes 700 --starts 2500 \
+    python -m lightwam_jax.envs.record --suite demo --episodes 700 --starts 2500 \
         --start_steps 5 --noise 0.5 --images png --out data/demo/episodes
     python -m lightwam_jax.precompute --config configs/demo.py --what all
     python train.py --config configs/demo.py --workdir runs/demo
@@ -85,6 +85,6 @@ def get_config():
 
     c.evaluation.suite = "demo"
     c.evaluation.env = dict(image_size=64)  # as recorded
-    c.evaluation.replan = 4
+    c.evaluation.replan_steps = 4
     c.evaluation.max_steps = 60
     return c

@@ -10,7 +10,7 @@ of `configs/libero.py`: so are the hardware and the time per step. There is no n
 before you have measured your robot.
 
 Layouts to start from, as :NAME behind the file or by copying the function:
-  own              one file per episode, pictures as arrays or encoded: what is edited below
+  own              one file per episode, images as arrays or encoded: what is edited below
   libero           LIBERO's original download (robomimic's layout)
   libero_replayed  LIBERO replayed without idle steps, as for OpenVLA: written like the original,
                    but for the order of action and frame and the missing instructions
@@ -37,7 +37,7 @@ def _own():
     c = base.get_config("wan21_1_3b", action_dim=7, proprio_dim=7)
     # (2) Where the recordings lie, at any depth.
     c.data.path = "data/own"
-    # (3) Where an episode keeps what (lightwam_jax/data/hdf5.py and fields.py explain how),
+    # (3) Where an episode keeps what (lightwam_jax/data/formats/hdf5.py and fields.py explain how),
     #     and how many steps a second has.
     c.data.fields.update(
         state=("observations/qpos",),
@@ -68,7 +68,7 @@ def _libero(action="actions[1:]", rows="[:-1]", task="/data@problem_info#/langua
         state=(f"obs/ee_states{rows}", f"obs/gripper_states{rows}"),
         image=f"obs/{{camera}}_rgb{rows}",
     )
-    # OpenGL's pictures are upside down; turning them is the convention of every other LIBERO set.
+    # OpenGL's images are upside down; turning them is the convention of every other LIBERO set.
     c.data.update(
         cameras=("agentview", "eye_in_hand"),
         orientation=("rotate_180",) * 2,
@@ -95,13 +95,13 @@ def _libero_replayed():
 def _robotwin():
     c = base.get_config("wan21_1_3b", action_dim=14, proprio_dim=14)
     c.data.path = "data/robotwin2.0/beat_block_hammer/demo_clean/data"
-    # As RoboTwin's own conversions: the action is the joint vector of the next row. Its pictures
+    # As RoboTwin's own conversions: the action is the joint vector of the next row. Its images
     # were RGB when OpenCV, which takes BGR, encoded them. 250 simulation steps a second, 15 a row.
     c.data.fields.update(
         state=("joint_action/vector[:-1]",),
         action=("joint_action/vector[1:]",),
         image="observation/{camera}/rgb[:-1]",
-        colour="bgr",
+        channel_order="bgr",
         fps=250 / 15,
         task="file:../instructions/{name}.json#/seen/0",
     )
@@ -113,14 +113,14 @@ def _robotwin():
     )
     c.data.update(gripper_dims=(6, 13), gripper_closed_open=(0.0, 1.0), normalization="z_score")
     c.loss.prefix_steps = 24
-    c.evaluation.replan = 24
+    c.evaluation.replan_steps = 24
     return c
 
 
 def _aloha():
     c = base.get_config("wan21_1_3b", action_dim=14, proprio_dim=14)
     c.data.path = "data/aloha"
-    # colour: look at the report. Compressed pictures come in both orders, whoever encoded them.
+    # channel_order: look at the report. Compressed images come in both orders.
     c.data.fields.update(
         state=("observations/qpos",),
         action=("action",),

@@ -39,6 +39,6 @@ def get_config(suite="all"):
     c.evaluation.suite = "libero"
     c.evaluation.tasks = suites
     c.evaluation.env = dict(protocol="lightwam")  # docs/libero.md; assets="DIR" for the meshes
-    c.evaluation.replan = 10
+    c.evaluation.replan_steps = 10
     c.evaluation.max_steps = 700 if suite in ("10", "all") else 400
     return c

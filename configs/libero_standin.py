@@ -1,6 +1,6 @@
 """Ten LIBERO tasks on stand-in assets, learned from scratch: `configs/libero_standin.py:object`.
 
-    python -m lightwam_jax.evaluation.record --suite libero --tasks object --episodes 20 \
+    python -m lightwam_jax.envs.record --suite libero --tasks object --episodes 20 \
         --env '{"assets": "tests/libero_standins", "rendering": "fast", "image_size": 128}' \
         --out data/libero_standin/object/episodes
     python -m lightwam_jax.precompute --config configs/libero_standin.py:object --what all
@@ -42,6 +42,6 @@ def get_config(suite="object"):
         protocol="lightwam", assets="tests/libero_standins", rendering="fast", image_size=128
     )
     c.evaluation.episodes = 5
-    c.evaluation.replan = 10
+    c.evaluation.replan_steps = 10
     c.evaluation.max_steps = 400
     return c

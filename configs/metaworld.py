@@ -1,7 +1,7 @@
 """One policy for four Meta-World tasks, told apart by their instructions; trained from scratch.
 
     make setup-sim
-    python -m lightwam_jax.evaluation.record --suite metaworld --noise 0.5 --episodes 150 \
+    python -m lightwam_jax.envs.record --suite metaworld --noise 0.5 --episodes 150 \
         --tasks reach-v3,push-v3,drawer-open-v3,button-press-topdown-v3 \
         --out data/metaworld/episodes
     python -m lightwam_jax.precompute --config configs/metaworld.py --what all

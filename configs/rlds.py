@@ -8,8 +8,8 @@ The recipe of `configs/libero.py` (the paper: 4 H100, 2.08 steps/s, 20 hours) on
 demonstrations, replayed and converted by others: its numbers are not promised here.
 
 For another RLDS data set copy this file and change path, cameras, widths and keys; keys that fit
-nothing are an error that lists the features there are (lightwam_jax/data/rlds.py has the syntax and
-the defaults). TensorFlow is not needed.
+nothing are an error that lists the features there are (the syntax and the defaults:
+lightwam_jax/data/formats/rlds.py). TensorFlow is not needed.
 """
 
 from configs import libero
@@ -35,5 +35,5 @@ def get_config(suite="spatial"):
     c.data.gripper_closed_open = (1.0, -1.0)  # as the simulator's command
     c.data.gripper_snap = True
     c.evaluation.env = dict(protocol="openpi")  # whose gripper is the simulator's, as in these data
-    c.evaluation.replan = 5
+    c.evaluation.replan_steps = 5
     return c

@@ -28,6 +28,6 @@ def get_config():
     c.train.steps = 500_000
     c.train.batch_size = 128  # 16 on each of 4 GPUs, twice
     c.optimizer.accum_steps = 2
-    c.evaluation.replan = 24
+    c.evaluation.replan_steps = 24
     c.evaluation.max_steps = 1000
     return c

@@ -52,7 +52,7 @@ def main(argv=None):
 
 
 def _verify(args):
-    from converters.verify import verify
+    from converters.parity.verify import verify
 
     return 0 if verify(args.directory) else 1
 
@@ -90,9 +90,9 @@ def _export(args):
 
 
 def _policy(args):
-    from converters import policy
+    from converters import policy as policy_lib
 
-    policy.assemble(
+    policy_lib.assemble(
         args.weights, args.config, args.vae, args.text, args.out, args.stats, args.prompts
     )
     return 0
@@ -102,26 +102,26 @@ def _import(args):
     from absl import flags
     from ml_collections import config_flags
 
-    from converters import cache_import
-    from lightwam_jax import config
+    from converters import import_caches
+    from lightwam_jax import config as config_lib
 
     argv = ["converters", f"--config={args.config}", *args.overrides]
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
     values(argv)
-    made, place = config.from_config_dict(values.config), getattr(args, "in")
+    made, place = config_lib.from_config_dict(values.config), getattr(args, "in")
     if args.command == "latents":
-        cache_import.import_latents(place, made, args.val_in, args.trust)
+        import_caches.import_latents(place, made, args.val_in, args.trust)
     else:
-        cache_import.import_texts(place, made, args.trust)
+        import_caches.import_texts(place, made, args.trust)
     return 0
 
 
 def _inspect(args):
-    from converters import inspect
+    from converters import inspect as inspect_lib
 
     told = {"head_dim": args.head_dim, "pool_heads": args.pool_heads}
-    inspect.inspect(args.path, {key: value for key, value in told.items() if value})
+    inspect_lib.inspect(args.path, {key: value for key, value in told.items() if value})
     return 0
 
 

@@ -10,7 +10,9 @@ import numpy as np
 import tqdm
 
 from converters import files, layouts, locate, rules, umt5
-from lightwam_jax import checkpoint, params, storage, streams
+from lightwam_jax import params
+from lightwam_jax.checkpoint import run as checkpoint
+from lightwam_jax.checkpoint import storage, streamed
 from lightwam_jax.data import normalize
 
 FLOATS = ("float32", "bfloat16", "float16")  # what weights may be stored in
@@ -178,7 +180,7 @@ def _drop_tied(source):
     first, second = (source.entries.get(key) for key in umt5.TIED)
     if not (first and second):
         return
-    rows = streams.rows_per_part(*first)
+    rows = streamed.rows_per_part(*first)
     copies = first == second and all(
         np.array_equal(*(source.read(key, i, min(i + rows, first.shape[0])) for key in umt5.TIED))
         for i in range(0, first.shape[0], rows)

@@ -5,7 +5,9 @@ import math
 from pathlib import Path
 
 from converters import convert, files, layouts, locate
-from lightwam_jax import checkpoint, params, storage
+from lightwam_jax import params
+from lightwam_jax.checkpoint import run as checkpoint
+from lightwam_jax.checkpoint import storage
 
 
 def inspect(place, told, say=print):

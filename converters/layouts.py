@@ -10,8 +10,8 @@ import jax.numpy as jnp
 
 from converters import lightwam, rules, umt5, wan_dit, wan_vae
 from lightwam_jax import build, params
-from lightwam_jax import config as configs
-from lightwam_jax.data import wan
+from lightwam_jax import config as config_lib
+from lightwam_jax.encoders import wan
 from lightwam_jax.models import t5, variants
 
 BACKBONE_SIZES = (
@@ -219,7 +219,7 @@ def _lightwam_shapes(fields):
         adapters = fields["adapter_layers"]
         none = {} if adapters else {"adapter_layers": (0,), "adapter_dim": 1}
         fields = variants.variant("tiny", **{**fields, **none})
-    config = configs.ModelConfig(**fields)
+    config = config_lib.ModelConfig(**fields)
     model = build.build_model(config)
     flat = params.flatten(
         jax.eval_shape(

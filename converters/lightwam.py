@@ -4,7 +4,7 @@ import re
 
 from converters import wan_dit
 from converters.rules import KERNEL, Rule, linear_rows, norm_rows, some_of
-from lightwam_jax import config as configs
+from lightwam_jax import config as config_lib
 from lightwam_jax.models import variants
 from lightwam_jax.models.action import SOURCES
 
@@ -155,7 +155,7 @@ def model_config(
         )
     ]
     fields["variant"] = same[0] if same else "custom"
-    return configs.ModelConfig(**fields)
+    return config_lib.ModelConfig(**fields)
 
 
 def expert_fields(expert, dim, pool_heads=None, sources=()):

@@ -12,11 +12,13 @@ import tempfile
 from pathlib import Path
 
 from converters import files
-from lightwam_jax import checkpoint
-from lightwam_jax import config as configs
+from lightwam_jax import config as config_lib
+from lightwam_jax import encoders as encoders_lib
+from lightwam_jax.checkpoint import run as checkpoint
 from lightwam_jax.data import assets as assets_lib
-from lightwam_jax.data import text as text_lib
-from lightwam_jax.data import wan
+from lightwam_jax.data.caches import text as text_cache
+from lightwam_jax.encoders import text as text_lib
+from lightwam_jax.encoders import wan
 
 
 def assemble(weights, config, vae, text, out, stats=None, prompts=None, say=print):
@@ -76,7 +78,7 @@ def _config(place, fields, vae, text):
     variant = {"dtype": tree["model"]["dtype"]}
     tree["model"] = {**json.loads(json.dumps(fields)), **variant}
     tree["data"].update(codec_weights=vae, text_weights=text)
-    return configs.from_config_dict(tree)
+    return config_lib.from_config_dict(tree)
 
 
 def _write_texts(directory, config, prompts):
@@ -85,7 +87,9 @@ def _write_texts(directory, config, prompts):
         tasks = [line.strip() for line in files.existing(prompts).read_text().splitlines()]
     prompts = [text_lib.prompt(task, config.data.prompt_template) for task in tasks if task]
     data = config.data
-    encoder = text_lib.make_encoder(data.text_encoder, config.model.text_dim, data.text_weights)
-    text_lib.write_cache(
+    encoder = encoders_lib.make_text_encoder(
+        data.text_encoder, config.model.text_dim, data.text_weights
+    )
+    text_cache.write_cache(
         directory, encoder, prompts, data.text_len, data.text_encoder, data.prompt_template
     )

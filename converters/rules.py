@@ -14,7 +14,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from lightwam_jax.streams import StreamedArray, rows_per_part
+from lightwam_jax.checkpoint.streamed import StreamedArray, rows_per_part
 
 NUMBERS = ("block", "lora", "layer", "i", "j")  # fields that stand for digits only
 _FIELD = re.compile(r"\{(\w+)\}")

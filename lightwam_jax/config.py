@@ -71,14 +71,14 @@ class LossConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class FieldsConfig:
+class KeysConfig:
     episodes: str
     state: tuple
     action: tuple
     image: str
     task: str
     fps: float
-    colour: str
+    channel_order: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +96,7 @@ class DataConfig:
     cache: str
     exclude: tuple
     check_frames: str
-    fields: FieldsConfig
+    fields: KeysConfig
     state_dim: int
     action_dim: int
     cameras: tuple
@@ -123,9 +123,9 @@ class DataConfig:
     delta_mask: tuple
     val_fraction: float
     mixture: dict
-    member: str
+    dataset: str
     embodiment: str
-    pixels: bool
+    encode_online: bool
     augment: AugmentConfig
     workers: int
     threads: int
@@ -185,7 +185,7 @@ class EvaluationConfig:
     env: dict
     episodes: int
     first_seed: int
-    replan: int
+    replan_steps: int
     max_steps: int
     workers: int
     batch: int
@@ -217,11 +217,11 @@ def from_config_dict(tree):
     tree = tree.to_dict() if hasattr(tree, "to_dict") else tree
     config = _section(Config, tree, "config")
     config_checks.check(config)
-    members(config)
+    datasets(config)
     return config
 
 
-class Member(typing.NamedTuple):
+class Dataset(typing.NamedTuple):
     """One data set of a run: its share of the samples, and the `Config` that describes it alone."""
 
     name: str
@@ -229,18 +229,18 @@ class Member(typing.NamedTuple):
     config: Config
 
 
-def members(config):
-    """Returns the `Member`s of config.data.mixture; without one, the run's data set alone.
+def datasets(config):
+    """Returns the `Dataset`s of config.data.mixture; without one, the run's data set alone.
 
-    A member's config has the keys of its entry in place of the run's, no mixture, its name as
-    config.data.member, which is where its latents lie, and its embodiment (default: its name).
+    A dataset's config has the keys of its entry in place of the run's, no mixture, its name as
+    config.data.dataset, which is where its latents lie, and its embodiment (default: its name).
 
     Raises:
-      ValueError: an entry with an unknown key or a weight that is not positive, or a member whose
+      ValueError: an entry with an unknown key or a weight that is not positive, or a dataset whose
         batches would have other shapes than the run's.
     """
     if not config.data.mixture:
-        return [Member("", 1.0, config)]
+        return [Dataset("", 1.0, config)]
     found = []
     for name, entry in config.data.mixture.items():
         path = f"config.data.mixture.{name}"
@@ -251,27 +251,27 @@ def members(config):
         fixed = sorted(_SHARED & set(changes))
         if fixed:
             raise ValueError(
-                f"{path} sets {', '.join(fixed)}, which all members of a mixture "
+                f"{path} sets {', '.join(fixed)}, which all datasets of a mixture "
                 "share: set it in config.data"
             )
-        keys = dataclasses.asdict(config.data) | {"member": name, "embodiment": name}
+        keys = dataclasses.asdict(config.data) | {"dataset": name, "embodiment": name}
         keys["fields"] |= changes.pop("fields", {})
         data = _section(DataConfig, keys | changes | {"mixture": {}}, path)
-        member = dataclasses.replace(config, data=data)
-        config_checks.check(member)
-        found.append(Member(name, weight, member))
+        dataset = dataclasses.replace(config, data=data)
+        config_checks.check(dataset)
+        found.append(Dataset(name, weight, dataset))
     return found
 
 
 def of_embodiment(config, embodiment=""):
-    """Returns the `Config` of the (first) member of a mixture with an embodiment.
+    """Returns the `Config` of the (first) dataset of a mixture with an embodiment.
 
     Without a mixture that is the run's own.
 
     Raises:
       ValueError: no such embodiment, or several and none given.
     """
-    configs = [member.config for member in members(config)]
+    configs = [dataset.config for dataset in datasets(config)]
     known = list(dict.fromkeys(c.data.embodiment for c in configs))
     if not embodiment and len(known) == 1:
         return configs[0]
@@ -286,7 +286,7 @@ def of_embodiment(config, embodiment=""):
 # What decides the shapes of a batch, or is there once for the whole run.
 _SHARED = frozenset(
     (
-        "member",
+        "dataset",
         "cache",
         "canvas",
         "codec",
@@ -299,7 +299,7 @@ _SHARED = frozenset(
         "frame_stride",
         "action_horizon",
         "mixture",
-        "pixels",
+        "encode_online",
         "augment",
         "workers",
         "threads",

@@ -40,9 +40,9 @@ def check(c):
             f"config.train.keep_every={c.train.keep_every} must be a multiple of "
             f"config.train.checkpoint_every={every}, the steps that are saved"
         )
-    if c.evaluation.replan > c.data.action_horizon:
+    if c.evaluation.replan_steps > c.data.action_horizon:
         raise ValueError(
-            f"config.evaluation.replan={c.evaluation.replan} executes more steps than "
+            f"config.evaluation.replan_steps={c.evaluation.replan_steps} executes more steps than "
             f"the chunk of config.data.action_horizon={c.data.action_horizon} has"
         )
 
@@ -55,7 +55,7 @@ def _check_data(c):
     )
     _one_of("config.data.layout", c.data.layout, ("single", "horizontal", "vertical", "robotwin"))
     _one_of("config.data.check_frames", c.data.check_frames, ("none", "ends", "all"))
-    _one_of("config.data.fields.colour", c.data.fields.colour, ("rgb", "bgr"))
+    _one_of("config.data.fields.channel_order", c.data.fields.channel_order, ("rgb", "bgr"))
     for value in c.data.orientation:
         _one_of(
             "config.data.orientation",

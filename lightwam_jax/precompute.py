@@ -30,10 +30,17 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from lightwam_jax import config as config_lib
-from lightwam_jax.data import actions, assets, cache, cache_build, normalize, partial, transforms
-from lightwam_jax.data import codec as codec_lib
+from lightwam_jax import encoders as encoders_lib
+from lightwam_jax.data import actions, normalize
+from lightwam_jax.data import assets as assets_lib
 from lightwam_jax.data import episodes as episodes_lib
-from lightwam_jax.data import text as text_lib
+from lightwam_jax.data import windows as windows_lib
+from lightwam_jax.data.caches import build_latents, resumable
+from lightwam_jax.data.caches import latents as latent_cache
+from lightwam_jax.data.caches import text as text_cache
+from lightwam_jax.encoders import base as encoders_base
+from lightwam_jax.encoders import pca as pca_lib
+from lightwam_jax.encoders import text as text_lib
 
 STEPS = ("stats", "text", "latents")
 _FIT_EPISODES = 64  # more of them show more colours and places; the fit then takes 2 seconds
@@ -53,8 +60,8 @@ def precompute(config, what=("all",), process_index=0, process_count=1):
     Raises:
       ValueError: unknown step or source, data that contradict the config.
       FileNotFoundError: no data.
-      partial.FullDisk: what is finished is kept.
-      partial.InUse: the same command runs already.
+      resumable.FullDisk: what is finished is kept.
+      resumable.InUse: the same command runs already.
       TimeoutError: process 0 did not begin what this one was to share.
     """
     unknown = sorted(set(what) - {*STEPS, "all"})
@@ -78,19 +85,19 @@ def precompute(config, what=("all",), process_index=0, process_count=1):
         )
     data = Data(config, process_index, process_count)
     os.makedirs(config.data.cache, exist_ok=True)
-    with contextlib.nullcontext() if process_index else partial.alone_in(config.data.cache):
+    with contextlib.nullcontext() if process_index else resumable.alone_in(config.data.cache):
         for step in steps:
             started = time.monotonic()
-            with partial.explaining_full_disk(config.data.cache):
+            with resumable.explaining_full_disk(config.data.cache):
                 note = {"stats": _statistics, "text": _text, "latents": _latents}[step](data)
             print(f"{step}: {note} ({time.monotonic() - started:.1f} s)", flush=True)
 
 
-class DataSet:
+class SourceEpisodes:
     """The episodes of one data set. What is asked of it raises ValueError if they have errors.
 
     Attributes:
-      config: of a `config.Member`. found, problems: see `episodes.read`.
+      config: of a `config.Dataset`. found, problems: see `episodes.read`.
       splits: {"train": [Episode], "val": [Episode]}.
       everything, training: fingerprints of all episodes, and of those to train on.
     """
@@ -108,11 +115,11 @@ class DataSet:
 
     @functools.cached_property
     def everything(self):
-        return cache.fingerprint(self.splits["train"] + self.splits["val"], self.config)
+        return latent_cache.fingerprint(self.splits["train"] + self.splits["val"], self.config)
 
     @functools.cached_property
     def training(self):
-        return cache.fingerprint(self.splits["train"], self.config)
+        return latent_cache.fingerprint(self.splits["train"], self.config)
 
 
 class Data:
@@ -120,7 +127,7 @@ class Data:
 
     def __init__(self, config, process_index=0, process_count=1):
         self.config, self.index, self.count = config, process_index, process_count
-        self.sets = [DataSet(member.config) for member in config_lib.members(config)]
+        self.sets = [SourceEpisodes(dataset.config) for dataset in config_lib.datasets(config)]
 
     def assets(self, *path):
         """Returns a path in the assets of the run, whose directory exists."""
@@ -139,13 +146,16 @@ def _statistics(data):
         _examine(one)
     files = {}
     for one in data.sets:
-        files.setdefault(assets.statistics_file(one.config), []).append(one)
+        files.setdefault(assets_lib.statistics_file(one.config), []).append(one)
     return "; ".join(_fit(data.assets(name), sets) for name, sets in files.items())
 
 
 def _examine(one):
     """Has the dataset doctor look at data, or at questions about them, that are new."""
-    from lightwam_jax.data import doctor, doctor_report  # draws figures; only this step does
+    from lightwam_jax.data.doctor import examine
+    from lightwam_jax.data.doctor import (
+        report as doctor_report,  # draws figures; only this step does
+    )
 
     directory = doctor_report.directory(one.config)
     done = os.path.join(directory, "examined.json")
@@ -157,26 +167,26 @@ def _examine(one):
             if key not in ("cache", "workers", "threads", "prefetch")
         }
         asked = json.loads(json.dumps({"data": one.everything, "config": keys}))
-        if partial.read_json(done) == asked:
+        if resumable.read_json(done) == asked:
             return
-    report = doctor.examine(one.config, (one.found, one.problems))
+    report = examine.examine(one.config, (one.found, one.problems))
     print(doctor_report.text(report), flush=True)
     print(f"report: {doctor_report.write(report, directory)[0]}", flush=True)
     episodes_lib.refuse_errors(report.problems, one.config)
     os.makedirs(directory, exist_ok=True)
-    partial.write_json(done, asked)
+    resumable.write_json(done, asked)
 
 
 def _fit(path, sets):
     """Statistics of the data sets of one embodiment together."""
-    wanted, *others = (assets.statistics_keys(one.config) for one in sets)
+    wanted, *others = (assets_lib.statistics_keys(one.config) for one in sets)
     if any(other != wanted for other in others):
         raise ValueError(
             f"data sets of config.data.embodiment={sets[0].config.data.embodiment!r} "
             f"differ in {', '.join(wanted)}; give them embodiments of their own"
         )
     made_from = {"data": "+".join(one.training for one in sets), "config": wanted}
-    have = partial.read_json(path)
+    have = resumable.read_json(path)
     if have is not None:
         if have.get("made_from") == made_from:
             return f"up to date in {path}"
@@ -213,9 +223,9 @@ def _fit(path, sets):
 def _text(data):
     config, directory = data.config, data.assets("text")
     if not data.index:
-        partial.recover(directory)
+        resumable.recover(directory)
     prompts = data_prompts(data)
-    have = text_lib.TextCache(directory) if os.path.exists(directory) else None
+    have = text_cache.TextCache(directory) if os.path.exists(directory) else None
     wanted = (config.data.text_encoder, config.model.text_dim)
     complete = (
         have is not None
@@ -225,12 +235,14 @@ def _text(data):
         and all(prompt in have for prompt in prompts)
     )
     # Where every prompt is cached, the encoder's weights may be elsewhere.
-    encoder = text_lib.make_encoder(*wanted, config.data.text_weights, have if complete else None)
+    encoder = encoders_lib.make_text_encoder(
+        *wanted, config.data.text_weights, have if complete else None
+    )
     if complete and have.encoder_id == encoder.id:
         if not data.index:
-            partial.put_away(directory)
+            resumable.put_away(directory)
         return f"up to date, {len(have.prompts)} prompts in {directory}"
-    if not text_lib.write_cache(
+    if not text_cache.write_cache(
         directory,
         encoder,
         prompts,
@@ -259,28 +271,30 @@ def data_prompts(data):
 
 def _latents(data):
     codec, how = make_codec(data)
-    if data.config.data.pixels:
-        return f"codec {codec.id} {how}; config.data.pixels encodes during training: no latents"
+    if data.config.data.encode_online:
+        return (
+            f"codec {codec.id} {how}; config.data.encode_online encodes during training: no latents"
+        )
     return "; ".join(_windows(one, data, codec, how) for one in data.sets)
 
 
 def _windows(one, data, codec, how):
-    meta = cache.read_meta(one.config)
+    meta = latent_cache.read_meta(one.config)
     if meta is not None and (meta["data"], meta["codec"]) == (one.everything, codec.id):
-        wanted, count = cache.wanted(one.config), sum(meta["records"].values())
+        wanted, count = latent_cache.wanted(one.config), sum(meta["records"].values())
         differing = {key for key, value in wanted.items() if meta["config"].get(key) != value}
-        if differing <= set(cache.WHEREABOUTS):
-            directory = cache.latents_directory(one.config)
+        if differing <= set(latent_cache.WHEREABOUTS):
+            directory = latent_cache.latents_directory(one.config)
             if not data.index:
-                partial.recover(directory)
+                resumable.recover(directory)
             if not differing:
                 return f"up to date, {count} windows"
             if not data.index:
-                partial.write_json(
+                resumable.write_json(
                     os.path.join(directory, "cache.json"), {**meta, "config": wanted}
                 )
             return f"up to date, {count} windows of the same episodes in {one.config.data.path}"
-    meta = cache_build.build(one.config, one.splits, codec, data.index, data.count)
+    meta = build_latents.build(one.config, one.splits, codec, data.index, data.count)
     if meta is None:
         return _SHARED
     psnr = meta["psnr"]
@@ -294,25 +308,27 @@ def _windows(one, data, codec, how):
 def make_codec(data):
     """Returns (the codec of a `Data`, in the assets, and "fitted now", "copied" or "kept")."""
     config, directory = data.config, data.assets("codec")
-    if config.data.codec not in codec_lib.STRIDES:
+    if config.data.codec not in encoders_base.STRIDES:
         raise ValueError(
             f"config.data.codec is {config.data.codec!r}; known codecs: "
-            f"{', '.join(map(repr, codec_lib.STRIDES))}"
+            f"{', '.join(map(repr, encoders_base.STRIDES))}"
         )
     made = _pca_codec if config.data.codec == "pca" else _wan_codec
     about = data if config.data.codec == "pca" else config
     if not data.index:
-        partial.recover(directory)
+        resumable.recover(directory)
         return made(about, directory)
-    partial.wait(lambda: made(about, directory, only_kept=True), f"process 0 to write {directory}")
+    resumable.wait(
+        lambda: made(about, directory, only_kept=True), f"process 0 to write {directory}"
+    )
     return made(about, directory, only_kept=True)
 
 
 def _wan_codec(config, directory, only_kept=False):
     """The pretrained VAE, put into the assets (hard-linked where possible)."""
-    from lightwam_jax.data import wan  # imports the models, which the PCA codec does not need
+    from lightwam_jax.encoders import wan  # imports the models, which the PCA codec does not need
 
-    kept = codec_lib.load(directory) if os.path.exists(directory) else None
+    kept = encoders_lib.load_codec(directory) if os.path.exists(directory) else None
     fits = kept is not None and kept.kind == config.data.codec and kept.dtype == config.model.dtype
     if fits and not config.data.codec_weights:
         return kept, "kept"
@@ -327,17 +343,17 @@ def _wan_codec(config, directory, only_kept=False):
     if only_kept:
         return None
     _save_codec(codec, directory)
-    return codec_lib.load(directory), "copied"
+    return encoders_lib.load_codec(directory), "copied"
 
 
 def _pca_codec(data, directory, only_kept=False):
     """The codec fitted on the training episodes."""
-    fitted_on = [{**cache.wanted(one.config), "data": one.training} for one in data.sets]
-    for key in cache.WHEREABOUTS:  # the same episodes may lie elsewhere
+    fitted_on = [{**latent_cache.wanted(one.config), "data": one.training} for one in data.sets]
+    for key in latent_cache.WHEREABOUTS:  # the same episodes may lie elsewhere
         for entry in fitted_on:
             del entry[key]
-    if partial.read_json(os.path.join(directory, "fitted_on.json")) == fitted_on:
-        return codec_lib.load(directory), "kept"
+    if resumable.read_json(os.path.join(directory, "fitted_on.json")) == fitted_on:
+        return encoders_lib.load_codec(directory), "kept"
     if only_kept:
         return None
     clips = []
@@ -345,9 +361,9 @@ def _pca_codec(data, directory, only_kept=False):
         train = one.splits["train"]
         per_episode = -(-_FIT_CLIPS // min(_FIT_EPISODES, len(train)))
         clips.append(
-            transforms.to_uint8(cache.clips(train, one.config, _FIT_EPISODES, per_episode))
+            encoders_base.to_uint8(windows_lib.clips(train, one.config, _FIT_EPISODES, per_episode))
         )
-    codec = codec_lib.PcaCodec.fit(np.concatenate(clips), data.config.model.latent_channels)
+    codec = pca_lib.PcaCodec.fit(np.concatenate(clips), data.config.model.latent_channels)
     _save_codec(codec, directory, fitted_on)
     return codec, "fitted now"
 
@@ -357,8 +373,8 @@ def _save_codec(codec, directory, fitted_on=None):
     shutil.rmtree(new, ignore_errors=True)
     codec.save(new)
     if fitted_on is not None:
-        partial.write_json(os.path.join(new, "fitted_on.json"), fitted_on)
-    partial.replace(new, directory)
+        resumable.write_json(os.path.join(new, "fitted_on.json"), fitted_on)
+    resumable.replace(new, directory)
 
 
 def main(argv):
@@ -374,7 +390,7 @@ def main(argv):
             given.process_count,
         )
     # A missing file, a full disk and a timeout are OSErrors.
-    except (ValueError, OSError, partial.InUse) as error:
+    except (ValueError, OSError, resumable.InUse) as error:
         logging.debug("Where it was found:", exc_info=True)  # shown by --verbosity=1
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -18,12 +18,14 @@ import time
 
 import numpy as np
 import pytest
-import synthetic
 
 from lightwam_jax import precompute
-from lightwam_jax.data import cache_build, doctor_report, text
-from lightwam_jax.data import codec as codec_lib
 from lightwam_jax.data import episodes as episodes_lib
+from lightwam_jax.data.caches import build_latents
+from lightwam_jax.data.caches import text as text_cache
+from lightwam_jax.data.doctor import report as doctor_report
+from lightwam_jax.encoders import pca as pca_lib
+from tests import synthetic
 
 STEPS = ("stats", "text", "latents")
 _LONGEST = 1.5  # seconds that a run is let live
@@ -44,11 +46,11 @@ def small(count=12):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(episodes_lib, "read", lambda config: (list(found), []))
         patch.setattr(doctor_report, "write", lambda report, directory: [directory])  # slow
-        patch.setattr(cache_build, "SHARD_BYTES", 64 << 10)
-        patch.setattr(cache_build, "_ENCODE_VALUES", 200_000)
-        patch.setattr(text, "_BATCH", 2)
+        patch.setattr(build_latents, "SHARD_BYTES", 64 << 10)
+        patch.setattr(build_latents, "_ENCODE_VALUES", 200_000)
+        patch.setattr(text_cache, "_BATCH", 2)
         patch.setattr(os, "fsync", lambda file: None)  # slow; what is written survives a SIGKILL
-        patch.setattr(codec_lib.PcaCodec, "fit", lambda clips, channels: _codec())  # 0.5 s each
+        patch.setattr(pca_lib.PcaCodec, "fit", lambda clips, channels: _codec())  # 0.5 s each
         yield patch
 
 
@@ -60,7 +62,7 @@ def _codec():
     )
 
 
-_fit = codec_lib.PcaCodec.fit
+_fit = pca_lib.PcaCodec.fit
 
 
 def contents(directory):
@@ -119,9 +121,9 @@ def main(directory, seed, kills, processes):
         if kills:
             # Long enough for every kill to find work left.
             patch.setattr(
-                codec_lib.PcaCodec, "encode", _slowly(codec_lib.PcaCodec.encode, 0.1 * processes)
+                pca_lib.PcaCodec, "encode", _slowly(pca_lib.PcaCodec.encode, 0.1 * processes)
             )
-            patch.setattr(text, "_write_parts", _slowly(text._write_parts, 0.02))
+            patch.setattr(text_cache, "_write_parts", _slowly(text_cache._write_parts, 0.02))
         _codec()  # once, before forking
         config = make_config(directory)
         for delay in _kill_and_restart(config, random.Random(seed), kills, processes):

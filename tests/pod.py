@@ -18,12 +18,13 @@ import traceback
 
 import jax
 import ml_collections
-import synthetic
 
 import train
-from lightwam_jax import checkpoint, storage
 from lightwam_jax import config as config_lib
+from lightwam_jax.checkpoint import run as checkpoint
+from lightwam_jax.checkpoint import storage
 from lightwam_jax.training import metrics
+from tests import synthetic
 
 HERE = pathlib.Path(__file__).parent
 # The server must find this module; before Python 3.12 it is not told sys.path.
@@ -68,7 +69,7 @@ def rows(workdir):
 
 
 def arrays(workdir):
-    """Returns (step, {item: {path: [shape, dtype, digest]}}) of the newest checkpoint."""
+    """Returns (step, {item: {path: [shape, dtype, checksum]}}) of the newest checkpoint."""
     meta = storage.read_meta(checkpoint.find_checkpoint(workdir))
     return meta["step"], meta["arrays"]
 

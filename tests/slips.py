@@ -63,7 +63,11 @@ def is_stale(slip):
 
 def files_of(tests):
     """Returns the test files of a slip's `tests`, relative to the tree."""
-    return [f"tests/test_{name}.py" for name in tests.split()]
+    return [
+        str(path.relative_to(ROOT))
+        for name in tests.split()
+        for path in sorted((ROOT / "tests").rglob(f"test_{name}.py")) or [ROOT / f"test_{name}.py"]
+    ]
 
 
 def copy_tree(target):

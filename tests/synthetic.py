@@ -30,7 +30,7 @@ def make_config(directory="", **overrides):
         prefetch=8,
     )
     c.train.update(batch_size=4, eval_batches=4)
-    c.evaluation.replan = 4
+    c.evaluation.replan_steps = 4
     with c.unlocked():
         c.update_from_flattened_dict(overrides)
     return config_lib.from_config_dict(c)

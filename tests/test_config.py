@@ -18,7 +18,7 @@ from configs import (
     wan22_5b,
 )
 from lightwam_jax import build, params
-from lightwam_jax import config as configs
+from lightwam_jax import config as config_lib
 from lightwam_jax.data import spec
 from lightwam_jax.models import variants
 
@@ -43,13 +43,13 @@ from lightwam_jax.models import variants
     ],
 )
 def test_configs_resolve_and_survive_json(make):
-    config = configs.from_config_dict(make())
-    assert configs.from_json(configs.to_json(config)) == config
+    config = config_lib.from_config_dict(make())
+    assert config_lib.from_json(config_lib.to_json(config)) == config
 
 
 def test_the_released_recipe():
     """SPEC sections 0 and 6, value by value."""
-    c = configs.from_config_dict(libero.get_config("spatial"))
+    c = config_lib.from_config_dict(libero.get_config("spatial"))
     o = c.optimizer
     assert (o.lr, o.warmup_steps, o.final_lr_ratio) == (1e-4, 1000, 0.01)
     assert (o.b1, o.b2, o.eps, o.weight_decay, o.clip_norm) == (0.9, 0.95, 1e-8, 1e-2, 0.0)
@@ -75,7 +75,7 @@ def test_the_released_recipe():
         256,
     )
     assert c.data.delta_mask == (True,) * 6 + (False,) and c.data.normalization == "min_max"
-    r = configs.from_config_dict(robotwin.get_config())
+    r = config_lib.from_config_dict(robotwin.get_config())
     assert (r.train.steps, r.optimizer.accum_steps, r.loss.prefix_steps, r.data.normalization) == (
         500_000,
         2,
@@ -84,7 +84,7 @@ def test_the_released_recipe():
     )
     assert (r.model.action_dim, r.model.proprio_dim, r.data.canvas) == (14, 14, (384, 320))
     assert [
-        configs.from_config_dict(libero.get_config(s)).evaluation.max_steps
+        config_lib.from_config_dict(libero.get_config(s)).evaluation.max_steps
         for s in ("spatial", "object", "goal", "10")
     ] == [400, 400, 400, 700]
     with pytest.raises(ValueError, match="spatial, object"):
@@ -93,7 +93,7 @@ def test_the_released_recipe():
 
 def test_the_wan22_backbone():
     """Its published size, latents of 48 channels at a 16th of the canvas, and canvas checks."""
-    c = configs.from_config_dict(wan22_5b.get_config("spatial"))
+    c = config_lib.from_config_dict(wan22_5b.get_config("spatial"))
     model = build.build_model(c.model)
     shapes = jax.eval_shape(lambda: build.init_params(model, jax.random.key(0), c.model))
     table = {name: total for name, total, _ in params.count_table(shapes, c.train.trainable)}
@@ -117,7 +117,7 @@ def test_the_wan22_backbone():
 
 
 def _broken(section, key, value):
-    tree = json.loads(configs.to_json(configs.from_config_dict(base.get_config("tiny"))))
+    tree = json.loads(config_lib.to_json(config_lib.from_config_dict(base.get_config("tiny"))))
     tree[section][key] = value
     return tree
 
@@ -135,24 +135,24 @@ def _broken(section, key, value):
         ("data", "action_horizon", 30, "multiple of the 8 future video frames"),
         ("data", "delta_mask", [True], "delta_mask has 1 entries"),
         ("optimizer", "accum_steps", 3, "must be a multiple"),
-        ("evaluation", "replan", 99, "executes more steps than the chunk"),
+        ("evaluation", "replan_steps", 99, "executes more steps than the chunk"),
         ("loss", "downsample", 3, "expected one of 1, 2, 4"),
     ],
 )
 def test_mistakes_are_named(section, key, value, words):
     with pytest.raises(ValueError, match=words):
-        configs.from_config_dict(_broken(section, key, value))
+        config_lib.from_config_dict(_broken(section, key, value))
 
 
 def test_missing_keys_are_named():
     tree = _broken("mesh", "data", 1)
     del tree["mesh"]["fsdp"]
     with pytest.raises(ValueError, match=r"config\.mesh lacks fsdp"):
-        configs.from_config_dict(tree)
+        config_lib.from_config_dict(tree)
 
 
 def test_variants_fill_every_field_and_refuse_others():
-    fields = {f.name for f in dataclasses.fields(configs.ModelConfig)} - {"variant"}
+    fields = {f.name for f in dataclasses.fields(config_lib.ModelConfig)} - {"variant"}
     for name, table in variants.VARIANTS.items():
         assert set(table) == fields, name
     with pytest.raises(KeyError, match="expected one of"):

@@ -50,7 +50,7 @@ def test_demo_pipeline(tmp_path):
     ]
     config += [f"--config.{key}={value}" for key, value in SMALL.items()]
     workdir = tmp_path / "run"
-    record = ["-m", "lightwam_jax.evaluation.record", "--suite", "demo", "--episodes", "6"]
+    record = ["-m", "lightwam_jax.envs.record", "--suite", "demo", "--episodes", "6"]
     record += ["--starts", "4", "--noise", "0.5", "--images", "png"]
     run(*record, "--out", str(tmp_path / "episodes"))
     run("-m", "lightwam_jax.precompute", *config, "--what", "all")

@@ -9,14 +9,14 @@ import pytest
 
 from configs import base
 from lightwam_jax import build
-from lightwam_jax import config as configs
+from lightwam_jax import config as config_lib
 from lightwam_jax.models import adapters, dit, layers, lora
 
 ONE = dict(num_layers=1, adapter_layers=(0,), lora_layers=(0,))  # traces of one block are quick
 
 
 def make(**overrides):
-    config = configs.from_config_dict(base.get_config("tiny", **overrides)).model
+    config = config_lib.from_config_dict(base.get_config("tiny", **overrides)).model
     model = build.build_model(config)
     tree = jax.eval_shape(lambda key: build.init_params(model, key, config), jax.random.key(0))
     return config, model, tree

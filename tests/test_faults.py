@@ -12,11 +12,11 @@ import time
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-import pod
 import pytest
 
-from lightwam_jax import checkpoint
+from lightwam_jax.checkpoint import run as checkpoint
 from lightwam_jax.data import loader
+from tests import pod
 
 pytestmark = pytest.mark.slow
 HEARTBEAT_S = 10

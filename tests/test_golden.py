@@ -6,13 +6,15 @@ import json
 import numpy as np
 import pytest
 
-from converters import checks, umt5, verify
+from converters import umt5
 from converters.__main__ import main
+from converters.parity import fixtures as fixtures_lib
+from converters.parity import verify
 
 
 @pytest.fixture(scope="module")
 def fixtures(golden):
-    return checks.Fixtures(golden, suffixes=(".safetensors",))  # without PyTorch
+    return fixtures_lib.Fixtures(golden, suffixes=(".safetensors",))  # without PyTorch
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +26,7 @@ def run(fixtures):
 @pytest.mark.parametrize("group", list(verify.GROUPS))
 def test_parity(run, group):
     results = run(group)
-    done = [check for check in results if isinstance(check, checks.Check)]
+    done = [check for check in results if isinstance(check, fixtures_lib.Check)]
     failed = [check.row() for check in done if not check.ok]
     assert len(done) > 3
     assert not failed, "\n".join(failed)
@@ -54,10 +56,10 @@ def test_every_recorded_tensor_is_compared(fixtures, run):
 
 
 def test_a_wrong_number_fails():
-    check = checks.compare("g", "c", "t", [1.0, 2.0 + 1e-4], [1.0, 2.0])
+    check = fixtures_lib.compare("g", "c", "t", [1.0, 2.0 + 1e-4], [1.0, 2.0])
     assert not check.ok and check.error == pytest.approx(1e-4)
-    assert not checks.compare("g", "c", "t", [float("nan")], [1.0]).ok
-    assert not checks.compare("g", "c", "t", [1.0], [1.0, 2.0]).ok
+    assert not fixtures_lib.compare("g", "c", "t", [float("nan")], [1.0]).ok
+    assert not fixtures_lib.compare("g", "c", "t", [1.0], [1.0, 2.0]).ok
 
 
 def test_verify_lists_what_it_cannot_check(golden, tmp_path, capsys):
@@ -71,8 +73,8 @@ def test_without_weights_of_the_vae_decoding_is_not_covered(fixtures, golden, tm
     """What cannot be checked is listed, and the rest is checked all the same."""
     (tmp_path / "f_vae").mkdir()
     (tmp_path / "f_vae" / "vae22.npz").symlink_to(golden / "f_vae" / "vae22.npz")
-    results = list(verify.run_group(checks.Fixtures(tmp_path), "f_vae"))
-    assert results == [checks.NotCovered("f_vae/vae22.npz, whose weights are not there")]
+    results = list(verify.run_group(fixtures_lib.Fixtures(tmp_path), "f_vae"))
+    assert results == [fixtures_lib.NotCovered("f_vae/vae22.npz, whose weights are not there")]
 
 
 def test_verify_fails_on_a_missing_file_and_a_missing_directory(tmp_path, capsys):
@@ -91,9 +93,9 @@ def data(golden, tmp_path):
         (tmp_path / "h_data" / path.name).symlink_to(path)
 
     def run():
-        results = list(verify.run_group(checks.Fixtures(tmp_path), "h_data"))
-        uncovered = {each.group for each in results if isinstance(each, checks.NotCovered)}
-        return uncovered, [each for each in results if isinstance(each, checks.Check)]
+        results = list(verify.run_group(fixtures_lib.Fixtures(tmp_path), "h_data"))
+        uncovered = {each.group for each in results if isinstance(each, fixtures_lib.NotCovered)}
+        return uncovered, [each for each in results if isinstance(each, fixtures_lib.Check)]
 
     return tmp_path / "h_data", run
 

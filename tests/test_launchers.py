@@ -8,13 +8,13 @@ import shlex
 import subprocess
 import sys
 
-import pod
 import pytest
 import yaml
 from absl import flags
 
 import train
 from lightwam_jax import config as config_lib
+from tests import pod
 
 ROOT = pathlib.Path(__file__).parent.parent
 LAUNCH = ROOT / "docs" / "launch"

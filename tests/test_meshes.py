@@ -2,11 +2,11 @@
 
 import jax
 import numpy as np
-import pod
 import pytest
 
 from lightwam_jax import sharding
 from lightwam_jax.training import loop
+from tests import pod
 
 pytestmark = pytest.mark.slow
 MAKE_MESH = sharding.make_mesh

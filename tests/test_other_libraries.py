@@ -12,8 +12,9 @@ import pytest
 
 from converters import layouts
 from converters.__main__ import main
-from lightwam_jax import checkpoint, params
-from lightwam_jax import config as configs
+from lightwam_jax import config as config_lib
+from lightwam_jax import params
+from lightwam_jax.checkpoint import run as checkpoint
 from lightwam_jax.models import dit, t5, variants
 
 torch = pytest.importorskip("torch")
@@ -94,7 +95,7 @@ def test_transformer_of_diffusers(transformer, tmp_path):
     stored = checkpoint.load_params(out)
     fields = dict(stored.meta["config"]["model"], attention_mask="bidirectional", dtype="float32")
     fields = {key: tuple(x) if isinstance(x, list) else x for key, x in fields.items()}
-    config = configs.ModelConfig(**variants.variant("tiny", **fields))
+    config = config_lib.ModelConfig(**variants.variant("tiny", **fields))
     module = dit.WanDiT(
         **{
             name: getattr(config, name)

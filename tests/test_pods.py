@@ -6,11 +6,12 @@ import time
 
 import jax
 import numpy as np
-import pod
 import pytest
 
-from lightwam_jax import sharding, storage
+from lightwam_jax import sharding
+from lightwam_jax.checkpoint import storage
 from lightwam_jax.data import loader
+from tests import pod
 
 pytestmark = pytest.mark.slow
 MESHES = {"data": (4, 1), "fsdp": (1, 4), "mixed": (2, 2)}

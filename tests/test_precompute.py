@@ -11,11 +11,15 @@ import sys
 import ml_dtypes
 import numpy as np
 import pytest
-import synthetic
 
 from lightwam_jax import precompute
-from lightwam_jax.data import assets, cache, doctor_report, normalize, text
+from lightwam_jax.data import assets, normalize
 from lightwam_jax.data import episodes as episodes_lib
+from lightwam_jax.data import windows as windows_lib
+from lightwam_jax.data.caches import latents as latent_cache
+from lightwam_jax.data.doctor import report as doctor_report
+from lightwam_jax.encoders import text as text_lib
+from tests import synthetic
 
 STEPS = ("stats", "text", "latents")
 
@@ -57,7 +61,7 @@ def changed(config, section, **values):
 
 
 def test_records_are_the_raw_windows(config, members):
-    opened = cache.open_cache(config)
+    opened = latent_cache.open_cache(config)
     by_id = {e.id: e for e in members}
     codec = assets.load_assets(assets.assets_directory(config), config).codec
     train, val = episodes_lib.split(members, config.data.val_fraction)
@@ -68,14 +72,14 @@ def test_records_are_the_raw_windows(config, members):
         for row in (0, len(places) // 2, len(places) - 1):
             record, (name, start) = source[row], places[row]
             episode = by_id[name]
-            window = episodes_lib.window(episode.length, start, 9, 2, 8)
+            window = windows_lib.window_at(episode.length, start, 9, 2, 8)
             assert (record["episode"].decode(), record["start"]) == (name, start)
             assert opened.meta["tasks"][record["task"]] == episode.task
             np.testing.assert_array_equal(record["proprio"], episode.state[start])
             np.testing.assert_array_equal(record["actions"], episode.action[window.actions])
             np.testing.assert_array_equal(record["action_is_pad"], window.action_is_pad)
             np.testing.assert_array_equal(record["image_is_pad"], window.image_is_pad)
-            video = cache.canvases(episode, window.frames, config)[None]
+            video = windows_lib.canvases(episode, window.frames, config)[None]
             assert record["latents"].dtype == ml_dtypes.bfloat16
             np.testing.assert_allclose(
                 record["latents"].astype(np.float32), codec.encode(video)[0], atol=1e-3, rtol=1e-2
@@ -83,7 +87,7 @@ def test_records_are_the_raw_windows(config, members):
 
 
 def test_tensorflow_is_not_needed(config):
-    cache.open_cache(config).source("train")[0]
+    latent_cache.open_cache(config).source("train")[0]
     assert "tensorflow" not in sys.modules
 
 
@@ -133,10 +137,10 @@ def test_the_data_are_examined_first_and_again_when_asked_more(config, members, 
 
 
 def test_with_pixels_only_the_codec_is_made(config, capsys):
-    shutil.rmtree(cache.latents_directory(config))
-    precompute.precompute(changed(config, "data", pixels=True), ("latents",))
-    assert "config.data.pixels encodes during training" in capsys.readouterr().out
-    assert not os.path.exists(cache.latents_directory(config))
+    shutil.rmtree(latent_cache.latents_directory(config))
+    precompute.precompute(changed(config, "data", encode_online=True), ("latents",))
+    assert "config.data.encode_online encodes during training" in capsys.readouterr().out
+    assert not os.path.exists(latent_cache.latents_directory(config))
 
 
 def test_given_statistics_are_kept(config, capsys):
@@ -150,7 +154,7 @@ def test_given_statistics_are_kept(config, capsys):
     precompute.precompute(config, ("stats",))
     assert "kept as given" in capsys.readouterr().out
     assert pathlib.Path(path).read_bytes() == given
-    cache.open_cache(config)
+    latent_cache.open_cache(config)
     _, _, action = assets.load_normalizers(assets.assets_directory(config), config)
     np.testing.assert_allclose(action.inverse(np.ones(7))[2], 8.5)
     statistics["action"]["default"]["global_max"][2] = None
@@ -169,7 +173,7 @@ def test_z_score_of_a_constant_dimension_warns(config, members, capsys):
 
 
 def test_a_stale_cache_lists_every_difference(config):
-    fields = dataclasses.replace(config.data.fields, colour="bgr")
+    fields = dataclasses.replace(config.data.fields, channel_order="bgr")
     other = changed(
         changed(
             config,
@@ -184,25 +188,25 @@ def test_a_stale_cache_lists_every_difference(config):
         action_dim=6,
     )
     with pytest.raises(ValueError) as error:
-        cache.open_cache(other)
+        latent_cache.open_cache(other)
     message = str(error.value)
     assert "config.data.canvas: cache [32, 64], config [32, 32]" in message
     assert "config.data.frame_stride: cache 2, config 4" in message
     assert "config.data.action_dim, or else model.action_dim: cache 7, config 6" in message
-    assert "config.data.fields.colour: cache 'rgb', config 'bgr'" in message
+    assert "config.data.fields.channel_order: cache 'rgb', config 'bgr'" in message
     assert "config.data.orientation: cache [], config ['', 'rotate_180']" in message
     assert "config.data.camera_size: cache [], config [32, 16]" in message
     assert "--what stats,text,latents" in message
 
 
 def test_other_data_makes_the_cache_stale_and_rebuilds_it(config, members):
-    before = cache.open_cache(config).meta
+    before = latent_cache.open_cache(config).meta
     members.append(dataclasses.replace(members[0], id="new"))
     precompute.precompute(config, ("stats",))
     with pytest.raises(ValueError, match=r"training data: cache \w+, statistics \w+"):
-        cache.open_cache(config)
+        latent_cache.open_cache(config)
     precompute.precompute(config, STEPS)
-    after = cache.open_cache(config).meta
+    after = latent_cache.open_cache(config).meta
     assert after["data"] != before["data"] and after["codec"] != before["codec"]
     assert sum(after["records"].values()) == sum(e.length for e in members)
 
@@ -210,43 +214,45 @@ def test_other_data_makes_the_cache_stale_and_rebuilds_it(config, members):
 def test_moved_data_keep_their_latents(config, capsys):
     moved = changed(config, "data", path="elsewhere")
     with pytest.raises(ValueError, match=r"config.data.path: cache .*, config 'elsewhere'"):
-        cache.open_cache(moved)
+        latent_cache.open_cache(moved)
     precompute.precompute(moved, ("latents",))
     assert "up to date" in capsys.readouterr().out
-    cache.open_cache(moved)
+    latent_cache.open_cache(moved)
 
 
 def test_keys_that_only_normalise_or_pad_need_no_new_cache(config):
     wider = changed(
         changed(config, "data", action_dim=7, normalization="quantile"), "model", action_dim=14
     )
-    cache.open_cache(wider)
+    latent_cache.open_cache(wider)
 
 
 def test_an_interrupted_build_leaves_the_old_cache(config, members):
-    before = cache.open_cache(config).meta
+    before = latent_cache.open_cache(config).meta
     members[0].action[0] += 1
     members[5].images["scene"] = members[5].images["scene"].astype(np.float32)
     with pytest.raises(ValueError, match=r"episode episode_005: camera 'scene' gives float32"):
         precompute.precompute(config, ("latents",))
-    assert cache.read_meta(config) == before
-    assert len(cache.Cache(before, cache.latents_directory(config)).source("train")) > 0
+    assert latent_cache.read_meta(config) == before
+    assert (
+        len(latent_cache.Cache(before, latent_cache.latents_directory(config)).source("train")) > 0
+    )
 
 
-def test_other_pictures_of_the_same_motion_are_noticed(config, members):
+def test_other_images_of_the_same_motion_are_noticed(config, members):
     train, _ = episodes_lib.split(members, config.data.val_fraction)
     first = next(e for e in members if e.id == train[0])
     first.images["wrist"] = first.images["wrist"] // 2
-    before = cache.read_meta(config)["data"]
+    before = latent_cache.read_meta(config)["data"]
     precompute.precompute(config, ("latents",))
-    assert cache.read_meta(config)["data"] != before
+    assert latent_cache.read_meta(config)["data"] != before
 
 
 def test_no_validation_split(tmp_path, members):
     config = synthetic.make_config(tmp_path / "other", **{"data.val_fraction": 0.0})
     precompute.precompute(config, STEPS)
-    assert cache.open_cache(config).size("val") == 0
-    assert cache.open_cache(config).meta["psnr"]["frames"] == "training"
+    assert latent_cache.open_cache(config).size("val") == 0
+    assert latent_cache.open_cache(config).meta["psnr"]["frames"] == "training"
 
 
 def test_assets_are_all_a_policy_needs(config, tmp_path):
@@ -256,7 +262,7 @@ def test_assets_are_all_a_policy_needs(config, tmp_path):
     assert loaded.codec.latent_channels == config.model.latent_channels
     assert loaded.state.scale.shape == (8,) and loaded.action.scale.shape == (7,)
     prompts = [
-        text.prompt(task, config.data.prompt_template)
+        text_lib.prompt(task, config.data.prompt_template)
         for task in (synthetic.TASKS[0], "put the green cube in the bowl")
     ]
     context, mask = loaded.text_encoder.encode(prompts, 24)
@@ -322,4 +328,4 @@ def test_command_line():
 
 def test_missing_cache_says_how_to_make_it(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no finished latent cache; make it with: .*all"):
-        cache.open_cache(synthetic.make_config(tmp_path))
+        latent_cache.open_cache(synthetic.make_config(tmp_path))

@@ -5,13 +5,18 @@ import types
 
 import numpy as np
 import pytest
-import synthetic
 
+from lightwam_jax import encoders as encoders_lib
 from lightwam_jax import precompute
-from lightwam_jax.data import actions, assets, cache, partial, text
-from lightwam_jax.data import codec as codec_lib
+from lightwam_jax.data import actions, assets
 from lightwam_jax.data import episodes as episodes_lib
-from tests.test_fingerprint import recorded
+from lightwam_jax.data import windows as windows_lib
+from lightwam_jax.data.caches import latents as latent_cache
+from lightwam_jax.data.caches import resumable
+from lightwam_jax.encoders import pca as pca_lib
+from lightwam_jax.encoders import text as text_lib
+from tests import synthetic
+from tests.data.caches.test_fingerprint import recorded
 
 
 @pytest.fixture
@@ -35,15 +40,12 @@ def changed(config, section, **values):
         (("latents", "stats"), ["stats", "latents"]),
         (("text",), ["text"]),
         (("text", "text"), ["text"]),
-        (("all",), ["demo", "stats", "text", "latents"]),
-        (("latents", "all"), ["demo", "stats", "text", "latents"]),
-        (("latents", "demo"), ["demo", "latents"]),
-        (("demo",), ["demo"]),
+        (("all",), ["stats", "text", "latents"]),
+        (("latents", "all"), ["stats", "text", "latents"]),
     ],
 )
 def test_steps_run_once_in_their_own_order(config, monkeypatch, capsys, what, ran):
     done = []
-    monkeypatch.setattr(precompute, "_record", lambda config, count: done.append("demo"))
     for name in ("statistics", "text", "latents"):
         step = name.replace("statistics", "stats")
         work = lambda data, step=step: done.append(step) or f"note of {step}"
@@ -51,23 +53,10 @@ def test_steps_run_once_in_their_own_order(config, monkeypatch, capsys, what, ra
     precompute.precompute(config, what)
     assert done == ran
     said = capsys.readouterr().out.splitlines()
-    assert [line.split(" (")[0] for line in said] == [
-        f"{step}: note of {step}" for step in ran if step != "demo"
-    ]
-    done.clear()
-    real = changed(config, "data", source="lerobot")
-    if "demo" in what:
-        with pytest.raises(ValueError, match="--what=demo records the embedded demo"):
-            precompute.precompute(real, what)
-        assert not done
-    else:
-        precompute.precompute(real, what)
-        assert done == [step for step in ran if step != "demo"]
+    assert [line.split(" (")[0] for line in said] == [f"{step}: note of {step}" for step in ran]
 
 
-def test_the_demo_is_recorded_by_one_process(config):
-    with pytest.raises(ValueError, match="one process records the demo"):
-        precompute.precompute(config, ("demo",), 0, 2)
+def test_unknown_steps_and_processes_are_refused(config):
     for index, count in ((-1, 2), (2, 2), (1, 1), (0, 0)):
         with pytest.raises(ValueError, match="expected 0 to process_count - 1"):
             precompute.precompute(config, ("stats",), index, count)
@@ -77,14 +66,16 @@ def test_the_demo_is_recorded_by_one_process(config):
 
 
 def test_validation_episodes_are_in_no_fingerprint_of_the_training(config):
-    one = precompute.DataSet(config)
+    one = precompute.SourceEpisodes(config)
     assert {name: len(found) for name, found in one.splits.items()} == {"train": 4, "val": 2}
     train, val = episodes_lib.split(one.found, config.data.val_fraction)
     assert [e.id for e in one.splits["train"]] == train
     assert [e.id for e in one.splits["val"]] == val
-    assert one.training == cache.fingerprint(one.splits["train"], config)
-    assert one.everything == cache.fingerprint(one.splits["train"] + one.splits["val"], config)
-    other = precompute.DataSet(config)
+    assert one.training == latent_cache.fingerprint(one.splits["train"], config)
+    assert one.everything == latent_cache.fingerprint(
+        one.splits["train"] + one.splits["val"], config
+    )
+    other = precompute.SourceEpisodes(config)
     held = other.splits["val"][-1]
     other.splits["val"][-1] = dataclasses.replace(held, state=held.state + 1)
     assert other.training == one.training and other.everything != one.everything
@@ -97,7 +88,7 @@ def test_every_instruction_of_every_episode_is_encoded(config):
     first = ids[0].task
     (other,) = {*synthetic.TASKS} - {first}
     template = config.data.prompt_template
-    want = [text.prompt(task, template) for task in (first, "go home", other, "stop")]
+    want = [text_lib.prompt(task, template) for task in (first, "go home", other, "stop")]
     assert precompute.data_prompts(data) == want
 
 
@@ -107,7 +98,7 @@ class Codec:
     id, latent_channels = "stand-in", 16
 
     def save(self, directory):
-        partial.os.makedirs(directory)
+        resumable.os.makedirs(directory)
 
 
 @pytest.mark.parametrize("train, clips", [(None, 96), (64, 6), (65, 6), (50, 8), (1, 384)])
@@ -122,9 +113,9 @@ def test_the_codec_is_fitted_on_training_episodes_only(config, monkeypatch, trai
         fitted.append((len(videos), channels))
         return Codec()
 
-    monkeypatch.setattr(cache, "clips", take)
-    monkeypatch.setattr(codec_lib.PcaCodec, "fit", fit)
-    monkeypatch.setattr(codec_lib, "load", lambda directory: "there")
+    monkeypatch.setattr(windows_lib, "clips", take)
+    monkeypatch.setattr(pca_lib.PcaCodec, "fit", fit)
+    monkeypatch.setattr(encoders_lib, "load_codec", lambda directory: "there")
     data = precompute.Data(config)
     if train:
         many = [types.SimpleNamespace(id=str(k)) for k in range(train)]
@@ -155,12 +146,12 @@ def test_statistics_are_fitted_on_the_training_episodes_of_one_embodiment(
     monkeypatch.setattr(precompute.normalize, "describe", lambda statistics: "table")
     monkeypatch.setattr(precompute.normalize, "unsafe_dimensions", lambda *arguments: [])
     config = changed(config, "data", gripper_dims=(6,), gripper_closed_open=(1.0, -1.0))
-    one, two = precompute.DataSet(config), precompute.DataSet(config)
+    one, two = precompute.SourceEpisodes(config), precompute.SourceEpisodes(config)
     path = str(tmp_path / "dataset_stats.json")
     assert precompute._fit(path, [one, two]) == f"wrote {path}"
     ids = [e.id for e in one.splits["train"]]
     assert asked == [(ids + ids, config.data.action_horizon, actions.from_config(config))]
-    written = partial.read_json(path)
+    written = resumable.read_json(path)
     assert written["number"] == 1 and written["made_from"]["data"] == "+".join([one.training] * 2)
     assert written["made_from"]["config"] == assets.statistics_keys(config)
     assert precompute._fit(path, [one, two]) == f"up to date in {path}"

@@ -15,15 +15,15 @@ import PIL.Image
 import tensorflow_datasets as tfds
 
 
-def encoded(pixels, picture="jpeg"):
+def encoded(pixels, image="jpeg"):
     """Returns uint8 [H, W, 3] as the bytes of a JPEG (quality 95, like OpenCV's) or PNG file."""
     out = io.BytesIO()
-    PIL.Image.fromarray(pixels).save(out, picture, **({"quality": 95} if picture == "jpeg" else {}))
+    PIL.Image.fromarray(pixels).save(out, image, **({"quality": 95} if image == "jpeg" else {}))
     return out.getvalue()
 
 
 def robomimic(directory, episodes, cameras=("scene", "wrist")):
-    """All episodes as groups of one file, in robomimic's layout: raw pictures, JSON attributes.
+    """All episodes as groups of one file, in robomimic's layout: raw images, JSON attributes.
 
     The last dimension of the state is a dataset of its own, [n].
     """
@@ -67,8 +67,8 @@ def robotwin(directory, episodes, cameras=("scene", "wrist")):
             vector[1:, episode.state.shape[1] :] = episode.action
             file["joint_action/vector"] = vector.astype(np.float64)
             for camera in cameras:
-                pictures = [encoded(p[..., ::-1]) for p in episode.frames(camera, last)]
-                file[f"observation/{camera}/rgb"] = np.array(pictures)  # dtype S: zero-padded
+                images = [encoded(p[..., ::-1]) for p in episode.frames(camera, last)]
+                file[f"observation/{camera}/rgb"] = np.array(images)  # dtype S: zero-padded
         (path / f"instructions/episode{number}.json").write_text(
             json.dumps({"seen": [episode.task], "unseen": ["something else"]})
         )
@@ -82,12 +82,12 @@ def robotwin(directory, episodes, cameras=("scene", "wrist")):
         "data.fields.image": "observation/{camera}/rgb[:-1]",
         "data.fields.task": "file:../instructions/{name}.json#/seen/0",
         "data.fields.fps": episodes[0].fps,
-        "data.fields.colour": "bgr",
+        "data.fields.channel_order": "bgr",
     }
 
 
 def rlds(
-    directory, episodes, cameras=("scene", "wrist"), picture="jpeg", shard=3, file_format="tfrecord"
+    directory, episodes, cameras=("scene", "wrist"), image="jpeg", shard=3, file_format="tfrecord"
 ):
     """A TFDS data set of nested steps in shards of `shard` episodes, as OpenX data lie."""
     path = Path(directory) / "rlds" / "1.0.0"
@@ -102,8 +102,7 @@ def rlds(
                             shape=first.state.shape[1:], dtype=np.float32
                         ),
                         **{
-                            camera: tfds.features.Image(encoding_format=picture)
-                            for camera in cameras
+                            camera: tfds.features.Image(encoding_format=image) for camera in cameras
                         },
                     },
                     "action": tfds.features.Tensor(shape=first.action.shape[1:], dtype=np.float32),
@@ -114,7 +113,7 @@ def rlds(
             "episode_metadata": {"file_path": tfds.features.Text()},
         }
     )
-    records = [features.serialize_example(_rlds_example(e, cameras, picture)) for e in episodes]
+    records = [features.serialize_example(_rlds_example(e, cameras, image)) for e in episodes]
     shards = [records[i : i + shard] for i in range(0, len(records), shard)]
     identity = tfds.core.dataset_info.DatasetIdentity(
         name="robot", version="1.0.0", data_dir=str(path), module_name=__name__
@@ -166,7 +165,7 @@ def _masked(data):
     return struct.pack("<I", ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF)
 
 
-def _rlds_example(episode, cameras, picture):
+def _rlds_example(episode, cameras, image):
     frames = {c: episode.frames(c, np.arange(episode.length)) for c in cameras}
     return {
         "episode_metadata": {"file_path": "somewhere.hdf5"},
@@ -174,7 +173,7 @@ def _rlds_example(episode, cameras, picture):
             {
                 "observation": {
                     "state": episode.state[i],
-                    **{c: encoded(frames[c][i], picture) for c in cameras},
+                    **{c: encoded(frames[c][i], image) for c in cameras},
                 },
                 "action": episode.action[i],
                 "is_last": i == episode.length - 1,

@@ -1,4 +1,4 @@
-"""What turns pictures and physical units into model inputs and back: the assets of a policy.
+"""What turns images and physical units into model inputs and back: the assets of a policy.
 
 The directory travels inside every checkpoint, so that a checkpoint is a policy by itself:
 
@@ -11,9 +11,11 @@ import dataclasses
 import os
 
 from lightwam_jax import config as config_lib
-from lightwam_jax.data import codec as codec_lib
+from lightwam_jax import encoders as encoders_lib
 from lightwam_jax.data import normalize
-from lightwam_jax.data import text as text_lib
+from lightwam_jax.data.caches import text as text_cache
+from lightwam_jax.encoders import base as encoders_base
+from lightwam_jax.encoders import text as text_lib
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -30,7 +32,7 @@ class Assets:
 
     state: normalize.Normalizer
     action: normalize.Normalizer
-    codec: codec_lib.Codec
+    codec: encoders_base.Codec
     text_encoder: text_lib.CachedTextEncoder
     statistics: dict
 
@@ -48,7 +50,7 @@ def load_assets(directory, config):
       ValueError: widths, codec channels or text encoder are not the config's.
     """
     statistics, state, action = load_normalizers(directory, config)
-    codec = codec_lib.load(os.path.join(directory, "codec"))
+    codec = encoders_lib.load_codec(os.path.join(directory, "codec"))
     if codec.latent_channels != config.model.latent_channels:
         raise ValueError(
             f"the codec in {directory}/codec has {codec.latent_channels} channels, "
@@ -56,7 +58,7 @@ def load_assets(directory, config):
             "lightwam_jax.precompute --config CONFIG --what latents, or change the config"
         )
     cache = load_text(directory, config)
-    encoder = text_lib.make_encoder(
+    encoder = encoders_lib.make_text_encoder(
         config.data.text_encoder, config.model.text_dim, config.data.text_weights, cache
     )
     cached = text_lib.CachedTextEncoder(encoder, cache)
@@ -121,7 +123,7 @@ def load_text(directory, config):
     Raises:
       ValueError: made with another encoder, width or template; every difference is listed.
     """
-    cache = text_lib.TextCache(os.path.join(directory, "text"))
+    cache = text_cache.TextCache(os.path.join(directory, "text"))
     pairs = {
         "data.text_encoder": (cache.kind, config.data.text_encoder),
         "data.prompt_template": (cache.template, config.data.prompt_template),

@@ -21,7 +21,7 @@ _SHOWN = 20  # errors listed in full
 class Episode(typing.Protocol):
     """One demonstration of n steps: the robot saw frame i and state i when it chose action i.
 
-    Sources subclass it. They read columns when they are opened and pictures when asked.
+    Sources subclass it. They read columns when they are opened and images when asked.
 
     Attributes:
       id: name, unique in its data set.
@@ -63,7 +63,7 @@ class Episode(typing.Protocol):
 
 
 class FrameError(ValueError):
-    """A picture that is missing or cannot be decoded.
+    """An image that is missing or cannot be decoded.
 
     Attributes: file, frame (of the episode; None: all of them), reason.
     """
@@ -120,41 +120,6 @@ class ArrayEpisode(Episode):
                 f"{', '.join(sorted(self.images))}: correct config.data.cameras"
             )
         return self.images[camera][np.asarray(indices)]
-
-
-class Window(typing.NamedTuple):
-    """Indices into an episode, clamped to its end, and where they were clamped.
-
-    frames [k] int, actions [T] int, image_is_pad [k] bool, action_is_pad [T] bool.
-    """
-
-    frames: np.ndarray
-    actions: np.ndarray
-    image_is_pad: np.ndarray
-    action_is_pad: np.ndarray
-
-
-def window(length, start, num_frames, stride, horizon):
-    """Returns the `Window` of the sample that starts at step `start` (every step starts one).
-
-    Args:
-      length: steps of the episode.
-      start: first step.
-      num_frames: raw frames the window spans; every `stride`-th one is a video frame.
-      stride: raw frames between two video frames.
-      horizon: T, actions of the chunk.
-    """
-    if not 0 <= start < length:
-        raise IndexError(
-            f"window starts at step {start} of an episode of {length} steps; "
-            "expected 0 <= start < length"
-        )
-    frames = start + np.arange(0, num_frames, stride)
-    actions = start + np.arange(horizon)
-    last = length - 1
-    return Window(
-        np.minimum(frames, last), np.minimum(actions, last), frames > last, actions > last
-    )
 
 
 def split(episodes, val_fraction):
@@ -232,7 +197,7 @@ def read(config):
                 f"config.data.path={directory!r} is not a directory of episodes{_recorded(config)}"
             )
     # Imported here: each source needs packages that the others do not.
-    reader = importlib.import_module(f"lightwam_jax.data.{source}")
+    reader = importlib.import_module(f"lightwam_jax.data.formats.{source}")
     if len(paths) == 1:
         found, problems = reader.read(config)
     else:
@@ -257,7 +222,7 @@ def _recorded(config):
     if not suite:
         return ""
     return (
-        ": correct it, or record some with: python -m lightwam_jax.evaluation.record --suite "
+        ": correct it, or record some with: python -m lightwam_jax.envs.record --suite "
         f"{suite} --out {config.data.path} (with which flags, the config's file says)"
     )
 
@@ -297,7 +262,7 @@ def tasks(episodes):
 
 
 def check(episode, config):
-    """Returns the `Problem`s of an episode's columns; no picture is read.
+    """Returns the `Problem`s of an episode's columns; no image is read.
 
     Errors: no step at all, state or action of another length or width than the config says,
     numbers that are not finite.

@@ -4,7 +4,7 @@ Global batch k of a run is a function of config.seed and k alone, whatever the t
 restarts. Each process reads its own rows of it: rows p * b ... (p + 1) * b - 1 for process p and b
 rows per process.
 
-The members of a mixture are shuffled each by itself, anew in every epoch of its own, and turned
+The datasets of a mixture are shuffled each by itself, anew in every epoch of its own, and turned
 into finished samples with their own statistics and transforms; then they are interleaved.
 """
 
@@ -23,9 +23,10 @@ from tensorflow_datasets.proto import tf_example_pb2
 
 from lightwam_jax import config as config_lib
 from lightwam_jax.data import actions as actions_lib
-from lightwam_jax.data import assets, normalize, pixels, spec
-from lightwam_jax.data import cache as cache_lib
-from lightwam_jax.data import text as text_lib
+from lightwam_jax.data import assets, normalize, spec
+from lightwam_jax.data import windows as windows_lib
+from lightwam_jax.data.caches import latents as latent_cache
+from lightwam_jax.encoders import text as text_lib
 
 _FAKE_RECORDS = {"train": 1024, "val": 64}
 _AS_READ = ("latents", "video", "action_is_pad", "image_is_pad")
@@ -44,7 +45,7 @@ def train_loader(config, process_index=0, process_count=1, start_step=0):
       Iterator of dicts as `spec.batch_spec` describes; `close()` stops its threads and workers.
     """
     rows = _rows_per_process(config, process_count)
-    weights, sets = zip(*_members(config, "train"))
+    weights, sets = zip(*_datasets(config, "train"))
     shuffled = [
         grain.MapDataset.source(samples).seed(config.seed + number).shuffle().repeat(None)
         for number, samples in enumerate(sets)
@@ -73,12 +74,12 @@ def train_loader(config, process_index=0, process_count=1, start_step=0):
 def val_batches(config, process_index=0, process_count=1):
     """Returns the validation batches (this process's rows): a sequence with len() and [k].
 
-    At most config.train.eval_batches batches, spread evenly over the held-out windows; the members
+    At most config.train.eval_batches batches, spread evenly over the held-out windows; the datasets
     of a mixture that hold windows out share them equally. The last batch is filled up with
     repeated rows; "valid" [B] bool is false on those. Empty when nothing is held out.
     """
     rows = _rows_per_process(config, process_count)
-    sets = [samples for _, samples in _members(config, "val")]
+    sets = [samples for _, samples in _datasets(config, "val")]
     if not sets or not config.train.eval_batches:
         return []
     most = max(1, config.train.eval_batches * config.train.batch_size // len(sets))
@@ -130,7 +131,7 @@ def _stack(samples):
 
 
 class _Shares(grain.transforms.DatasetSelectionMap):
-    """Sample i of a mixture -> (member, number of its sample): evenly interleaved, exact shares.
+    """Sample i of a mixture -> (dataset, number of its sample): evenly interleaved, exact shares.
 
     `grain.MapDataset.mix` does the same with weights cut to hundredths of the smallest.
     """
@@ -145,13 +146,13 @@ class _Shares(grain.transforms.DatasetSelectionMap):
 
     def __getitem__(self, index):
         left = sum(self._shares)
-        for member, share in enumerate(self._shares):
-            # Of the first `index` samples that are left, `later` go to the members behind.
+        for dataset, share in enumerate(self._shares):
+            # Of the first `index` samples that are left, `later` go to the datasets behind.
             later, and_next = (i * (left - share) // left for i in (index, index + 1))
             if later == and_next:
-                return member, index - later
+                return dataset, index - later
             index, left = later, left - share
-        raise AssertionError("the last member takes what is left")
+        raise AssertionError("the last dataset takes what is left")
 
 
 # ---- samples -------------------------------------------------------------------------------------
@@ -161,7 +162,7 @@ class _Shares(grain.transforms.DatasetSelectionMap):
 class _Samples:
     """One split of one data set as finished samples: len(), [row] -> {name: array of one row}."""
 
-    records: object  # len(), [row] -> raw record; see `pixels.Windows`
+    records: object  # len(), [row] -> raw record; see `windows.Windows`
     context: np.ndarray  # per task [n, L, dim]
     mask: np.ndarray
     state: normalize.Normalizer
@@ -188,25 +189,27 @@ class _Samples:
         }
 
 
-def _members(config, split):
+def _datasets(config, split):
     """[(weight, `_Samples`)] of the data sets of a run that have samples in a split."""
     if config.data.source == "fake":
         return [(1.0, _fake_samples(config, split))]
     found = []
-    for number, member in enumerate(config_lib.members(config)):
-        records, tasks = _records(member.config, split)
+    for number, dataset in enumerate(config_lib.datasets(config)):
+        records, tasks = _records(dataset.config, split)
         if len(records):
-            keys = {"member": np.int32(number)} if config.data.mixture else {}
-            samples = _samples(member.config, assets.assets_directory(config), records, tasks, keys)
-            found.append((member.weight, samples))
+            keys = {"dataset": np.int32(number)} if config.data.mixture else {}
+            samples = _samples(
+                dataset.config, assets.assets_directory(config), records, tasks, keys
+            )
+            found.append((dataset.weight, samples))
     return found
 
 
 def _records(config, split):
     """The raw records of a split of one data set, and the tasks of all of its splits."""
-    if config.data.pixels:
-        return pixels.open_windows(config, split)
-    cache = cache_lib.open_cache(config)
+    if config.data.encode_online:
+        return windows_lib.open_windows(config, split)
+    cache = latent_cache.open_cache(config)
     return _CacheRecords(cache.source(split)) if cache.size(split) else (), cache.meta["tasks"]
 
 

@@ -1,7 +1,7 @@
 """The contract between data and training: what a batch is.
 
   latents        [B, F, H, W, C]  bfloat16  normalised video latents, channels last
-  video   [B, frames, H, W, 3]    uint8     the canvases; with config.data.pixels, for latents
+  video   [B, frames, H, W, 3]    uint8     the canvases; with data.encode_online, for latents
   context        [B, L, text_dim] bfloat16  text rows; rows past the text are zero
   context_mask   [B, L]           bool      true on text rows
   proprio        [B, P]           float32   normalised, of the window's first step
@@ -9,7 +9,7 @@
   action_is_pad  [B, T]           bool      step lies past the end of the episode
   image_is_pad   [B, frames]      bool      video frame lies past the end of the episode
   index          [B]              int64     sample id: row of the split
-  member         [B]              int32     only in a mixture: number of the data set, in its order
+  dataset         [B]              int32     only in a mixture: number of the data set, in its order
 
 Validation batches have one key more: valid [B] bool, false on rows repeated to fill the last batch.
 """
@@ -18,7 +18,7 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from lightwam_jax.data import codec
+from lightwam_jax.encoders import base as encoders_base
 
 FAKE_TASKS = 4
 
@@ -41,11 +41,11 @@ def batch_spec(config, batch):
         "action_is_pad": ((data.action_horizon,), np.bool_),
         "image_is_pad": ((data.video_frames,), np.bool_),
         "index": ((), np.int64),
-        "member": ((), np.int32),
+        "dataset": ((), np.int32),
     }
-    del shapes["latents" if data.pixels else "video"]
+    del shapes["latents" if data.encode_online else "video"]
     if not data.mixture or data.source == "fake":
-        del shapes["member"]
+        del shapes["dataset"]
     return {name: _struct((batch, *shape), dtype) for name, (shape, dtype) in shapes.items()}
 
 
@@ -54,7 +54,7 @@ def model_batch_spec(config, rows):
     batch = {
         name: x
         for name, x in batch_spec(config, rows).items()
-        if name not in ("index", "member", "video")
+        if name not in ("index", "dataset", "video")
     }
     return batch | {"latents": _struct((rows, *latents_shape(config)), ml_dtypes.bfloat16)}
 
@@ -66,7 +66,7 @@ def latents_shape(config):
       ValueError: the canvas does not divide into latent cells, pooled cells and 2x2 patches.
     """
     data = config.data
-    stride = codec.STRIDES[data.codec]
+    stride = encoders_base.STRIDES[data.codec]
     unit = stride * config.loss.downsample * 2
     if any(side <= 0 or side % unit for side in data.canvas) or len(data.canvas) != 2:
         raise ValueError(
@@ -103,14 +103,14 @@ def fake_record(config, seed):
     """Returns one random record, as a cache or the episodes give them; a function of `seed`."""
     rng = np.random.default_rng(seed)
     shape = {name: struct.shape[1:] for name, struct in batch_spec(config, 1).items()}
-    if config.data.pixels:
-        pictures = {"video": rng.integers(0, 256, shape["video"], np.uint8)}
+    if config.data.encode_online:
+        images = {"video": rng.integers(0, 256, shape["video"], np.uint8)}
     else:
         latents = rng.standard_normal(shape["latents"], np.float32)
-        pictures = {"latents": latents.astype(ml_dtypes.bfloat16)}
+        images = {"latents": latents.astype(ml_dtypes.bfloat16)}
     past = rng.integers(1, config.data.action_horizon + 1)  # padding occurs in real data too
     return {
-        **pictures,
+        **images,
         "proprio": rng.standard_normal(shape["proprio"], np.float32),
         "actions": rng.uniform(-1, 1, shape["actions"]).astype(np.float32),
         "action_is_pad": np.arange(config.data.action_horizon) >= past,
@@ -140,7 +140,7 @@ def fake_batch(config, batch, seed=0):
         "context": context[task],
         "context_mask": mask[task],
         "index": np.arange(batch),
-        "member": np.zeros(batch, np.int32),
+        "dataset": np.zeros(batch, np.int32),
     }
     return {name: made[name] for name in batch_spec(config, batch)}
 

@@ -9,18 +9,18 @@ import time
 import jax
 import numpy as np
 
-from lightwam_jax import page, params, visualize
+from lightwam_jax import html_report, params
 from lightwam_jax.data import episodes as episodes_lib
-from lightwam_jax.evaluation import reference, report, rollout
-from lightwam_jax.evaluation import setup as setup_lib
+from lightwam_jax.evaluation import draw, libero_published, report, rollout
+from lightwam_jax.evaluation import suites as suites_lib
 
-FILM_SIZE = 192  # edge of a camera, pixels
-FILM_FPS = 20  # at most; films are in real time
+VIDEO_SIZE = 192  # edge of a camera, pixels
+VIDEO_FPS = 20  # at most; videos are in real time
 _WHOLE = 60  # tasks; a longer table scrolls
 
 
 def evaluate(policy, suite, workdir, out, began):
-    """Evaluates; writes `<out>/summary.json`, `report.html` and, in `report/`, logs and pictures.
+    """Evaluates; writes `<out>/summary.json`, `report.html` and, in `report/`, logs and images.
 
     For LIBERO also `summary_libero_*.json`, see `reference.py`.
 
@@ -43,7 +43,7 @@ def evaluate(policy, suite, workdir, out, began):
       RuntimeError: no episode could be run.
     """
     config = policy.config
-    e, setup, directory = config.evaluation, setup_lib.of_config(config, suite), out / "report"
+    e, setup, directory = config.evaluation, suites_lib.of_config(config, suite), out / "report"
     directory.mkdir(parents=True, exist_ok=True)
 
     # ---- episodes ------------------------------------------------------------------------------
@@ -74,8 +74,8 @@ def evaluate(policy, suite, workdir, out, began):
     by_group = {name: report.by_group(records, setup.groups) for name, records in runs.items()}
 
     # ---- numbers -------------------------------------------------------------------------------
-    published = reference.published(runs["trained"], manifest)
-    reference.write_summaries(out, runs["trained"], manifest, workdir)
+    published = libero_published.published(runs["trained"], manifest)
+    libero_published.write_summaries(out, runs["trained"], manifest, workdir)
 
     def summarize():
         return report.write_summary(
@@ -88,24 +88,24 @@ def evaluate(policy, suite, workdir, out, began):
             **{"expert": None, **rates},
         )
 
-    summarize()  # so that no picture can cost the numbers
+    summarize()  # so that no image can cost the numbers
 
-    # ---- pictures ------------------------------------------------------------------------------
+    # ---- images ------------------------------------------------------------------------------
     sections = _sections(policy, workdir, directory, setup, runs, rates)
     if published:
         sections.insert(
             1,
-            page.Section(
+            html_report.Section(
                 "Beside the published numbers",
                 "Those of the PyTorch Light-WAM, by its authors: a "
                 "checkpoint of its own for each suite.",
-                table=reference.table(published),
+                table=libero_published.table(published),
                 whole=True,
             ),
         )
-    summary = summarize()  # the seconds include the pictures
+    summary = summarize()  # the seconds include the images
     facts = _facts(policy, runs, rates, summary["seconds"])
-    page.write_html(
+    html_report.write_html(
         out / "report.html",
         f"Light-WAM JAX · {config.name}",
         _headline(rates["trained"], setup),
@@ -121,7 +121,7 @@ def evaluate(policy, suite, workdir, out, began):
 
 
 def manifest_of(policy, setup=None):
-    """Returns the `report.manifest` of a policy here and now, on a `setup.Setup` if there is one.
+    """Returns the `report.manifest` of a policy here and now, on a `suites.Setup` if there is one.
 
     With a setup it starts an environment, to have it described.
     """
@@ -154,10 +154,10 @@ def draw_future(policy, directory, episodes):
         for share in (0.2, 0.5, 0.8, 0.0, 1.0, 0.35, 0.65)
         for episode in episodes
     ][:32]
-    result = visualize.future(policy, windows)
+    result = draw.future(policy, windows)
     shown = sorted({min(k * (len(episodes) + 1), len(windows) - 1) for k in range(3)})
-    visualize.save_png(directory / "future.png", visualize.future_sheet(result, shown))
-    visualize.save_mp4(directory / "future.mp4", visualize.future_film(result, shown), fps=4)
+    draw.save_png(directory / "future.png", draw.future_grid(result, shown))
+    draw.save_mp4(directory / "future.mp4", draw.future_video(result, shown), fps=4)
     labels = {"codec": "codec limit", "predicted": "imagined", "still": "first frame repeated"}
     later = result["valid"].any(axis=0)  # the offsets that any window reaches ...
     later[0] = False  # ... of which frame 0 is given
@@ -199,35 +199,35 @@ def choose(records, count):
 def _sections(policy, workdir, directory, setup, runs, rates):
     """Draws everything and returns the report's sections."""
     config, env = policy.config, setup.env
-    replan, every = config.evaluation.replan, max(1, round(setup.fps / FILM_FPS))
+    replan_steps, every = config.evaluation.replan_steps, max(1, round(setup.fps / VIDEO_FPS))
 
     shown = choose(runs["trained"], config.evaluation.videos)
-    films = rollout.replay(env, shown, every, FILM_SIZE, replan)
+    videos = rollout.replay(env, shown, every, VIDEO_SIZE, replan_steps)
     fps = round(setup.fps / every)
-    videos = [_video(directory, config, fps, *each) for each in zip(shown, films)]
-    size = next(iter(films[0]["observations"][0]["images"].values())).shape[0]
+    videos = [_video(directory, config, fps, *each) for each in zip(shown, videos)]
+    size = next(iter(videos[0]["observations"][0]["images"].values())).shape[0]
     strip = f"{setup.suite}.png"
-    visualize.save_png(directory / strip, visualize.film_strip(policy, shown[0], films[0]))
+    draw.save_png(directory / strip, draw.episode_strip(policy, shown[0], videos[0]))
     labels = {
         "trained": "trained policy",
         "untrained": "untrained policy",
         "expert": "scripted expert",
     }
     report.success_chart(directory / "success.png", {labels[name]: rates[name] for name in rates})
-    looks = _attention_section(policy, directory, films[:3])
+    looks = _attention_section(policy, directory, videos[:3])
 
     imagined = [record for record in runs.get("expert", ()) if record.error is None][:6]
     acted = "the expert" if imagined else "the trained policy"
     imagined = imagined or choose(runs["trained"], 6)
     longest = max(record.steps for record in imagined)
-    replays = rollout.replay(env, imagined, longest, size, replan=1)
+    replays = rollout.replay(env, imagined, longest, size, replan_steps=1)
     draw_future(policy, directory, [_as_episode(*each) for each in zip(imagined, replays)])
 
     def wide(*names):
-        return tuple(page.Media(directory / name, wide=True) for name in names)
+        return tuple(html_report.Media(directory / name, wide=True) for name in names)
 
     return [
-        page.Section(
+        html_report.Section(
             "How often it succeeds",
             f"{_same_episodes(setup)} The untrained policy is the same network with fresh random "
             "parameters. In brackets: 95 % Wilson intervals.",
@@ -235,13 +235,13 @@ def _sections(policy, workdir, directory, setup, runs, rates):
             _task_table(runs, setup.groups) if len(setup.tasks) > 1 else (),
             whole=len(setup.tasks) <= _WHOLE,
         ),
-        page.Section(
+        html_report.Section(
             "Watch it",
             f"The cameras in real time, rendered again for this page; the policy sees "
-            f"{size} x {size} pixels of each and plans anew every {replan} steps.",
+            f"{size} x {size} pixels of each and plans anew every {replan_steps} steps.",
             tuple(videos),
         ),
-        page.Section(
+        html_report.Section(
             "One episode, and where the policy looked" if looks else "One episode",
             "Learned queries read the states of the video backbone. Bright is where those of the "
             "last adapter layer attended when the plan being executed was made."
@@ -250,7 +250,7 @@ def _sections(policy, workdir, directory, setup, runs, rates):
             wide(strip),
         ),
         *looks,
-        page.Section(
+        html_report.Section(
             "What it imagines",
             "From the first frame and the instruction the same backbone predicts video. Above it: "
             f"what happened when {acted} acted in these episodes, at the resolution of "
@@ -258,8 +258,8 @@ def _sections(policy, workdir, directory, setup, runs, rates):
             "PSNR and SSIM against what happened.",
             wide("future.png", "future.mp4", "psnr.png", "ssim.png"),
         ),
-        page.Section("How it learned", "", _curves(workdir, directory)),
-        page.Section("Every episode", "", table=_table(runs)),
+        html_report.Section("How it learned", "", _curves(workdir, directory)),
+        html_report.Section("Every episode", "", table=_table(runs)),
     ]
 
 
@@ -276,37 +276,37 @@ def _same_episodes(setup):
     return "The same episodes for all three."
 
 
-def _attention_section(policy, directory, films):
+def _attention_section(policy, directory, videos):
     """[the section], or [] for a policy that pools without queries."""
     if policy.config.model.pooling != "learned_query":
         return []
-    seen = [film["observations"][len(film["observations"]) // 3] for film in films]
-    visualize.save_png(directory / "attention.png", visualize.attention_sheet(policy, seen))
+    seen = [video["observations"][len(video["observations"]) // 3] for video in videos]
+    draw.save_png(directory / "attention.png", draw.attention_grid(policy, seen))
     return [
-        page.Section(
+        html_report.Section(
             "Query attention, layer by layer",
             "Attention of the learned queries, weighted by their importance. Each layer has one "
             "scale for both cameras, so that their brightness compares; what gets less than "
             "average turns grey.",
-            (page.Media(directory / "attention.png", wide=True),),
+            (html_report.Media(directory / "attention.png", wide=True),),
         )
     ]
 
 
-def _video(directory, config, fps, record, film):
+def _video(directory, config, fps, record, video):
     path = directory / f"episode_{record.episode.key.replace('/', '_')}.mp4"
-    frames = visualize.side_by_side(film["frames"], config.data.cameras)
-    visualize.save_mp4(path, frames, fps)
-    return page.Media(
+    frames = draw.side_by_side(video["frames"], config.data.cameras)
+    draw.save_mp4(path, frames, fps)
+    return html_report.Media(
         path,
         f"“{record.prompt}” · {record.steps} steps · {record.episode.key}",
         "solved" if record.success else "not solved",
     )
 
 
-def _as_episode(record, film):
+def _as_episode(record, video):
     """A replayed episode with an observation at every step, as data."""
-    seen = film["observations"]
+    seen = video["observations"]
     images = {c: np.stack([o["images"][c] for o in seen]) for c in seen[0]["images"]}
     return episodes_lib.ArrayEpisode(
         id=record.episode.key,
@@ -324,7 +324,7 @@ def _curves(workdir, directory):
     names = {"total": "loss", "video": "loss_video", "action": "loss_action"}
     losses = {label: series[f"train/{name}"] for label, name in names.items()}
     report.curve_chart(directory / "loss.png", losses, "training loss", log=True)
-    media = [page.Media(directory / "loss.png", "Mean of each log window.")]
+    media = [html_report.Media(directory / "loss.png", "Mean of each log window.")]
     errors = {
         f"dimension {name.rsplit('/', 1)[1]}": values
         for name, values in series.items()
@@ -333,7 +333,9 @@ def _curves(workdir, directory):
     if errors:
         report.curve_chart(directory / "validation.png", errors, "action L1, normalised")
         media.append(
-            page.Media(directory / "validation.png", "Open-loop error on held-out demonstrations.")
+            html_report.Media(
+                directory / "validation.png", "Open-loop error on held-out demonstrations."
+            )
         )
     return tuple(media)
 

@@ -3,7 +3,8 @@
 import json
 import pathlib
 
-from lightwam_jax.evaluation import journal, report
+from lightwam_jax.data.caches import journal
+from lightwam_jax.evaluation import report
 
 # The policies may differ, that is what is compared, and so may what cannot change a result.
 FREE = ("config", "model", "step", "weights", "commit", "workers", "demonstrated_seeds")

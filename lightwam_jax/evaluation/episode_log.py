@@ -1,16 +1,18 @@
-"""The journal of an evaluation's episodes: `worker.Record`s, actions included.
+"""The journal of an evaluation's episodes: `worker.EpisodeResult`s, actions included.
 
 So anyone can repeat the episodes without the policy.
 """
 
-from lightwam_jax.evaluation import journal, worker
+from lightwam_jax.data.caches import journal
+from lightwam_jax.evaluation import worker
 
 
 class EpisodeLog:
     """The log of one policy on one suite.
 
     Attributes:
-      records: {`Episode`: `Record`} of the episodes that ran, those that were there before too.
+      records: {`EpisodeSpec`: `EpisodeResult`} of the episodes that ran, those that were there
+      before too.
     """
 
     def __init__(self, path, manifest):
@@ -24,7 +26,7 @@ class EpisodeLog:
           ValueError: the log of another manifest, or damaged, or in use by another process.
         """
         self._journal = journal.Journal(
-            path, manifest, "evaluate into another directory", worker.Record.from_json
+            path, manifest, "evaluate into another directory", worker.EpisodeResult.from_json
         )
         # One that could not be run is tried again.
         self.records = {r.episode: r for r in self._journal.entries if r.error is None}

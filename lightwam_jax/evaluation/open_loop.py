@@ -7,9 +7,9 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from lightwam_jax import page
+from lightwam_jax import html_report
 from lightwam_jax.evaluation import report
-from lightwam_jax.training import grippers as grippers_lib
+from lightwam_jax.training import gripper_timing as gripper_timing_lib
 from lightwam_jax.training import losses
 
 
@@ -23,13 +23,13 @@ def evaluate(policy, batches):
     Returns:
       {"l1", "mse": [A], "l1_step": [T], "l1_step_dim": [T,A]} in normalised units over "steps"
       steps, with A of the robot, "l1_physical" [A], "samples" int, "grippers": of
-      `grippers.summary`, and the counts behind it, "gripper_...".
+      `gripper_timing.summary`, and the counts behind it, "gripper_...".
 
     Raises:
       ValueError: no batch, or nothing but padding in them.
     """
     assets = policy.assets
-    grippers = grippers_lib.of_data(policy.config, assets.statistics, assets.action)
+    grippers = gripper_timing_lib.of_data(policy.config, assets.statistics, assets.action)
     errors = jax.jit(
         lambda params, batch: losses.open_loop_errors(
             policy.model, params, batch, policy.config.loss, grippers
@@ -56,12 +56,12 @@ def evaluate(policy, batches):
         **means,
         "l1_physical": means["l1"] / np.abs(assets.action.scale),
         "samples": samples,
-        "grippers": grippers_lib.summary(means, grippers),
+        "grippers": gripper_timing_lib.summary(means, grippers),
     }
 
 
 def write(directory, errors):
-    """Writes open_loop.json and pictures into `directory`; returns the printable tables.
+    """Writes open_loop.json and images into `directory`; returns the printable tables.
 
     open_loop.png: error per step of the chunk; open_loop_dimensions.png: per dimension and step;
     open_loop_gripper.png, where there are grippers: how much later than recorded they move.
@@ -131,7 +131,7 @@ def _gripper_table(grippers):
 
 def _heatmap(path, l1, means):
     """Writes a PNG of the errors [T,A] with the mean of each dimension beside it."""
-    with page.chart(path, 9.4, 1.2 + 0.3 * len(means)) as axes:
+    with html_report.chart(path, 9.4, 1.2 + 0.3 * len(means)) as axes:
         image = axes.imshow(l1.T, aspect="auto", cmap="viridis", vmin=0, interpolation="nearest")
         labels = [f"{i}   (mean {mean:.3f})" for i, mean in enumerate(means)]
         axes.set_yticks(range(len(means)), labels)
@@ -142,7 +142,7 @@ def _heatmap(path, l1, means):
 
 def _offsets(path, offsets, grippers):
     """Writes a PNG with the distribution of offsets [G,2T-1] of each gripper."""
-    with page.chart(path, 9.4, 2.6 * len(grippers), rows=len(grippers)) as axes:
+    with html_report.chart(path, 9.4, 2.6 * len(grippers), rows=len(grippers)) as axes:
         for one, counts, (name, numbers) in zip(np.ravel(axes), offsets, grippers.items()):
             steps = np.arange(len(counts)) - len(counts) // 2
             one.bar(steps, counts, width=0.85, color=report.TRAINED)

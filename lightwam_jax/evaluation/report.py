@@ -15,8 +15,8 @@ import subprocess
 
 import numpy as np
 
-from lightwam_jax import page
-from lightwam_jax.page import INK
+from lightwam_jax import html_report
+from lightwam_jax.html_report import INK
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "mujoco")
 
@@ -164,7 +164,7 @@ def manifest(config, step, weights, device, setup=None, environment=None, driver
       step: of the checkpoint.
       weights: `weights_hash` of the parameters.
       device: description of the accelerator.
-      setup: `setup.Setup`. environment: of `rollout.describe`.
+      setup: `suites.Setup`. environment: of `rollout.describe`.
       driver: of `gpu_driver`.
     """
     e = config.evaluation
@@ -193,7 +193,7 @@ def manifest(config, step, weights, device, setup=None, environment=None, driver
         "step": step,
         "weights": weights,
         "seeds": [e.first_seed, e.first_seed + e.episodes - 1],
-        "replan": e.replan,
+        "replan_steps": e.replan_steps,
         "max_steps": e.max_steps,
         "batch": e.batch,
         "workers": e.workers,
@@ -211,7 +211,7 @@ DECISIVE = (
     "suite",
     "env",
     "environment",
-    "replan",
+    "replan_steps",
     "max_steps",
     "batch",
     "device",
@@ -305,7 +305,7 @@ def success_chart(path, rates):
       path: file to write.
       rates: {label: `Rate`}, in the order trained, untrained and, if there is one, expert.
     """
-    with page.chart(path, 9.4, 0.6 + 0.5 * len(rates)) as axes:
+    with html_report.chart(path, 9.4, 0.6 + 0.5 * len(rates)) as axes:
         for row, (r, colour) in enumerate(zip(rates.values(), (TRAINED, UNTRAINED, EXPERT))):
             low, high = (100 * bound for bound in r.interval)
             axes.barh(row, 100 * r.value, color=colour, height=0.56)
@@ -340,7 +340,7 @@ def curve_chart(path, series, ylabel, log=False, xlabel="training step", width=6
     """
     from matplotlib import ticker
 
-    with page.chart(path, width, 3.0) as axes:
+    with html_report.chart(path, width, 3.0) as axes:
         for (label, (x, values)), colour in zip(series.items(), itertools.cycle(COLOURS)):
             few = {"marker": "o", "ms": 3} if len(x) < 30 else {}
             axes.plot(x, values, label=label, color=colour, lw=1.5, **few)

@@ -7,8 +7,9 @@ are left. So the same compiled function makes every plan, and what happens in an
 neither on the number of workers nor on its neighbours.
 
 An episode that crashes its environment or its process is tried once more and then recorded as an
-error, never as a failure of the policy. What an environment has to provide: `worker.py`. With a log
-(`episode_log.py`) an evaluation that was killed continues where it was.
+error, never as a failure of the policy. What an environment has to provide:
+`evaluation/worker.py`. With a log (`episode_log.py`) an evaluation that was killed continues where
+it was.
 """
 
 import collections
@@ -22,6 +23,7 @@ import time
 import numpy as np
 import tqdm
 
+from lightwam_jax.envs import base as envs_base
 from lightwam_jax.evaluation import episode_log
 from lightwam_jax.evaluation import worker as worker_lib
 
@@ -41,14 +43,14 @@ def run(
     expert=False,
     timeout=120.0,
 ):
-    """Runs every episode once and returns the `worker.Record`s in the order of `episodes`.
+    """Runs every episode once and returns the `worker.EpisodeResult`s in the order of `episodes`.
 
     Args:
       policy_act: (images {camera: uint8 [B,H,W,3]}, state [B,P], prompts) -> actions [B,T,A], with
         B = config.batch at every call; None when `expert` is set.
-      env: `worker.EnvSpec`.
-      episodes: distinct `worker.Episode`s.
-      config: `EvaluationConfig` (replan, max_steps, workers, batch).
+      env: `base.EnvSpec`.
+      episodes: distinct `base.EpisodeSpec`s.
+      config: `EvaluationConfig` (replan_steps, max_steps, workers, batch).
       log_path: file that gets each record as it comes. Episodes that it has already are not run
         again, but for those that could not be run.
       manifest: what decides the results, JSON-able; a log with another one is refused.
@@ -99,12 +101,12 @@ def describe(env, episode):
         return pool.apply(worker_lib.describe, (env, episode))
 
 
-def replay(env, records, every, size, replan):
+def replay(env, records, every, size, replan_steps):
     """Returns `worker.replay` of each record, several processes at a time."""
     if not records:
         return []
     with _CONTEXT.Pool(min(len(records), multiprocessing.cpu_count())) as pool:
-        jobs = [(env, record, every, size, replan) for record in records]
+        jobs = [(env, record, every, size, replan_steps) for record in records]
         return pool.starmap(worker_lib.replay, jobs, chunksize=1)
 
 
@@ -114,7 +116,7 @@ class _Slot:
 
     worker: "_Worker"
     index: int
-    episode: worker_lib.Episode | None = None
+    episode: envs_base.EpisodeSpec | None = None
     attempt: int = 0
     observation: dict | None = None
 
@@ -160,7 +162,7 @@ class _Engine:
         self._queue = collections.deque((episode, 1) for episode in episodes)
         self._timeout = timeout
         slots = min(config.batch, len(episodes))
-        arguments = (env, config.replan, config.max_steps, expert)
+        arguments = (env, config.replan_steps, config.max_steps, expert)
         self._workers = [_Worker(arguments) for _ in range(max(1, min(config.workers, slots)))]
         self._slots = [_Slot(self._workers[i % len(self._workers)], i) for i in range(slots)]
 

@@ -1,96 +1,44 @@
 """What runs inside a simulator process: environments and the episodes in them. Never imports jax.
 
-What an environment provides (see `envs/demo.py`):
-  reset(episode)        starts an `Episode` and returns the first observation, as `observe`;
-                        everything random in it comes from the episode
-  observe()             {"images": {camera: uint8 [H,W,3]}, "state": f32 [P], "prompt": str}
-  step(action)          (None, success, done) for an action f32 [A]; renders nothing
-  expert_action()       f32 [A]; only for the expert's own episodes
-  picture(camera, size) uint8 [size,size,3]; only for `replay`
-  describe()            optional: plain values that decide physics and pixels, for the manifest:
-                        versions of the simulator, its renderer, cameras; after a `reset`
-  close()               optional
-One environment serves all tasks of its suite.
+What an environment provides: `envs/base.py`.
 """
 
 import base64
 import dataclasses
 import hashlib
-import importlib
 import time
 import traceback
 import zlib
 
 import numpy as np
 
+from lightwam_jax.envs import base as envs_base
 from lightwam_jax.inference import chunking
 
 
 @dataclasses.dataclass(frozen=True)
-class EnvSpec:
-    """Where a process finds its environments: "module:callable" and its keyword arguments."""
-
-    factory: str
-    kwargs: dict = dataclasses.field(default_factory=dict)
-
-    def make(self):
-        """Returns a new environment."""
-        module, _, name = self.factory.partition(":")
-        return getattr(importlib.import_module(module), name)(**self.kwargs)
-
-
-@dataclasses.dataclass(frozen=True, order=True)
-class Episode:
-    """What is run: everything random in an episode comes from these three.
-
-    Attributes:
-      task: name within its suite.
-      init: number of the initial state, where a suite comes with a list of them; else 0.
-      seed: of everything else.
-    """
-
-    task: str
-    init: int
-    seed: int
-
-    @property
-    def key(self):
-        """A name that is unique within a suite."""
-        return f"{self.task}/{self.init}/{self.seed}"
-
-    def to_json(self):
-        """Returns it as a plain dict."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_json(cls, content):
-        """Returns the episode of a dict that has (at least) its fields."""
-        return cls(content["task"], content["init"], content["seed"])
-
-
-@dataclasses.dataclass(frozen=True)
-class Record:
+class EpisodeResult:
     """What came of an episode.
 
     Attributes:
       success: None when the episode could not be run; then `error` says why.
       seconds: spent in the simulator, without waiting for plans.
-      digest: CRC-32 of the executed actions: equal digests, equal episodes.
+      checksum: CRC-32 of the executed actions: equal checksums, equal episodes.
       actions: f32 [steps, A], for `replay`.
     """
 
-    episode: Episode
+    episode: envs_base.EpisodeSpec
     success: bool | None
     steps: int
     prompt: str
     error: str | None
     seconds: float
-    digest: int
+    checksum: int
     actions: np.ndarray = dataclasses.field(repr=False, compare=False)
 
     def to_json(self):
         """Returns the record as a plain dict; the actions are base64 of little-endian float32."""
-        names = ("success", "steps", "prompt", "error", "seconds", "digest")
+        names = ("success", "steps", "prompt", "error", "seconds", "checksum")
         actions = base64.b64encode(self.actions.astype("<f4").tobytes()).decode()
         return {
             **self.episode.to_json(),
@@ -104,26 +52,26 @@ class Record:
         try:
             values = {f.name: content[f.name] for f in dataclasses.fields(cls)[1:]}
             raw = base64.b64decode(values["actions"])
-            episode, steps = Episode.from_json(content), values["steps"]
+            episode, steps = envs_base.EpisodeSpec.from_json(content), values["steps"]
         except (KeyError, TypeError) as error:
             raise ValueError(f"no record of an episode: {error}") from error
-        if zlib.crc32(raw) != values["digest"]:
-            raise ValueError(f"the actions of episode {episode.key} do not fit their digest")
+        if zlib.crc32(raw) != values["checksum"]:
+            raise ValueError(f"the actions of episode {episode.key} do not fit their checksum")
         actions = np.frombuffer(raw, "<f4").astype(np.float32)
         return cls(episode, **values | {"actions": actions.reshape(steps, -1 if steps else 0)})
 
 
 def failed_to_run(episode, error):
-    """Returns the `Record` of an episode that says nothing about the policy."""
-    return Record(episode, None, 0, "", error, 0.0, 0, np.zeros((0, 0), np.float32))
+    """Returns the `EpisodeResult` of an episode that says nothing about the policy."""
+    return EpisodeResult(episode, None, 0, "", error, 0.0, 0, np.zeros((0, 0), np.float32))
 
 
-def serve(pipe, spec, replan, max_steps, expert):
+def serve(pipe, spec, replan_steps, max_steps, expert):
     """Serves environments until the main process hangs up.
 
-    Says ("ready", None, None) first. Messages in: ("start", slot, `Episode`) and ("plan", slot,
+    Says ("ready", None, None) first. Messages in: ("start", slot, `EpisodeSpec`) and ("plan", slot,
     chunk [T,A]). Each is answered with ("observation", slot, observation) when the episode needs a
-    plan, ("record", slot, `Record`) when it is over, or ("error", slot, traceback).
+    plan, ("record", slot, `EpisodeResult`) when it is over, or ("error", slot, traceback).
     """
     envs, episodes = {}, {}
     pipe.send(("ready", None, None))
@@ -136,7 +84,7 @@ def serve(pipe, spec, replan, max_steps, expert):
             if kind == "start":
                 if slot not in envs:
                     envs[slot] = spec.make()
-                episodes[slot] = play(envs[slot], payload, replan, max_steps, expert)
+                episodes[slot] = play(envs[slot], payload, replan_steps, max_steps, expert)
                 payload = None
             reply = ("observation", slot, episodes[slot].send(payload))
         except StopIteration as end:
@@ -147,12 +95,12 @@ def serve(pipe, spec, replan, max_steps, expert):
         pipe.send(reply)
 
 
-def play(env, episode, replan, max_steps, expert=False):
-    """Generator: yields an observation, is sent a chunk [T,A], ..., returns a `Record`."""
+def play(env, episode, replan_steps, max_steps, expert=False):
+    """Generator: yields an observation, is sent a chunk [T,A], ..., returns a `EpisodeResult`."""
     began, waited = time.monotonic(), 0.0
     observation = env.reset(episode)
     prompt = observation["prompt"]
-    queue, executed, success, done = chunking.ChunkQueue(replan), [], False, False
+    queue, executed, success, done = chunking.ChunkQueue(replan_steps), [], False, False
     while not done and len(executed) < max_steps:
         if expert:
             action = env.expert_action()
@@ -166,7 +114,7 @@ def play(env, episode, replan, max_steps, expert=False):
         executed.append(np.asarray(action, np.float32))
         _, success, done = env.step(executed[-1])
     actions = np.stack(executed)
-    return Record(
+    return EpisodeResult(
         episode,
         bool(success),
         len(executed),
@@ -181,7 +129,7 @@ def play(env, episode, replan, max_steps, expert=False):
 def describe(spec, episode):
     """Returns what decides physics and pixels of an environment, for the manifest.
 
-    That is its own `describe()`, and "reset_frame": 16 hex digits over the first pictures and the
+    That is its own `describe()`, and "reset_frame": 16 hex digits over the first images and the
     state of `episode`. Machines that render alike agree in it.
     """
     env = spec.make()
@@ -193,13 +141,13 @@ def describe(spec, episode):
     return {**own, "reset_frame": {"episode": episode.key, "sha256": digest.hexdigest()[:16]}}
 
 
-def replay(spec, record, every, size, replan):
-    """Repeats a recorded episode and takes its pictures.
+def replay(spec, record, every, size, replan_steps):
+    """Repeats a recorded episode and takes its images.
 
     Args:
-      spec: `EnvSpec`. record: `Record` that ran.
-      every: steps between two pictures. size: their edge in pixels.
-      replan: steps between two observations.
+      spec: `EnvSpec`. record: `EpisodeResult` that ran.
+      every: steps between two images. size: their edge in pixels.
+      replan_steps: steps between two observations.
 
     Returns:
       {"frames": {camera: uint8 [n,size,size,3]}, "frame_steps": [n], "observations": [m], what the
@@ -211,12 +159,12 @@ def replay(spec, record, every, size, replan):
     env = spec.make()
     cameras = list(env.reset(record.episode)["images"])
     frame_steps = sorted({*range(0, record.steps, every), record.steps})
-    plan_steps = list(range(0, record.steps, replan))
+    plan_steps = list(range(0, record.steps, replan_steps))
     frames, observations, success = {camera: [] for camera in cameras}, [], False
     for step in range(record.steps + 1):
         if step in frame_steps:
             for camera in cameras:
-                frames[camera].append(env.picture(camera, size))
+                frames[camera].append(env.image(camera, size))
         if step in plan_steps:
             observations.append(env.observe())
         if step < record.steps:
@@ -228,7 +176,7 @@ def replay(spec, record, every, size, replan):
             "and actions"
         )
     return {
-        "frames": {camera: np.stack(pictures) for camera, pictures in frames.items()},
+        "frames": {camera: np.stack(images) for camera, images in frames.items()},
         "frame_steps": frame_steps,
         "observations": observations,
         "plan_steps": plan_steps,

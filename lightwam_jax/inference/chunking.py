@@ -15,11 +15,13 @@ class ChunkQueue:
     step(queue.pop())`.
     """
 
-    def __init__(self, replan):
-        """`replan`: steps executed of each chunk, at least 1."""
-        if replan < 1:
-            raise ValueError(f"replan={replan} executes no step of a chunk; expected at least 1")
-        self._replan = replan
+    def __init__(self, replan_steps):
+        """`replan_steps`: steps executed of each chunk, at least 1."""
+        if replan_steps < 1:
+            raise ValueError(
+                f"replan_steps={replan_steps} executes no step of a chunk; expected at least 1"
+            )
+        self._replan = replan_steps
         self._actions = collections.deque()
 
     @property
@@ -28,10 +30,10 @@ class ChunkQueue:
         return not self._actions
 
     def push(self, chunk):
-        """Queues the first `replan` actions of a chunk.
+        """Queues the first `replan_steps` actions of a chunk.
 
         Args:
-          chunk: float [T, A], physical units, with T >= replan.
+          chunk: float [T, A], physical units, with T >= replan_steps.
 
         Raises:
           ValueError: not a matrix, too short, or with values that are not finite.
@@ -40,7 +42,8 @@ class ChunkQueue:
         chunk = np.asarray(chunk)
         if chunk.ndim != 2 or len(chunk) < self._replan:
             raise ValueError(
-                f"expected a chunk [T, A] with T >= replan={self._replan}, got shape {chunk.shape}"
+                f"expected a chunk [T, A] with T >= replan_steps={self._replan}, got shape "
+                f"{chunk.shape}"
             )
         if not np.isfinite(chunk).all():
             raise ValueError(

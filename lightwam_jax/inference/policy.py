@@ -1,7 +1,7 @@
-"""One policy object for everything that acts: simulators, robots, benchmarks, pictures.
+"""One policy object for everything that acts: simulators, robots, benchmarks, images.
 
     policy = Policy.load("runs/demo")
-    actions = policy.act({"scene": pictures, "wrist": pictures}, state, ["put the red ..."] * B)
+    actions = policy.act({"scene": images, "wrist": images}, state, ["put the red ..."] * B)
 
 From canvas and state to actions is one pure jitted function with the weights as arguments. Around
 it: camera layout, a text cache per instruction, and padding of the batch to a few fixed sizes, so
@@ -17,12 +17,15 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from lightwam_jax import build, checkpoint
+from lightwam_jax import build
 from lightwam_jax import config as config_lib
 from lightwam_jax import params as params_lib
+from lightwam_jax.checkpoint import run as checkpoint
 from lightwam_jax.data import actions as actions_lib
 from lightwam_jax.data import assets as assets_lib
-from lightwam_jax.data import text, transforms
+from lightwam_jax.data import cameras as cameras_lib
+from lightwam_jax.encoders import base as encoders_base
+from lightwam_jax.encoders import text as text_lib
 from lightwam_jax.inference import deploy as deploy_lib
 from lightwam_jax.models import lightwam
 
@@ -103,7 +106,7 @@ class Policy:
 
     @property
     def traces(self):
-        """How often the action pass was compiled: once per bucket that was used."""
+        """How often the action pass was compiled: once per padded batch size that was used."""
         return len(self._traced)
 
     def act(self, images, state, prompts, return_taps=False):
@@ -111,7 +114,7 @@ class Policy:
 
         Args:
           images: {camera: uint8 [B,h,w,3]}: all of config.data.cameras, as the robot gives them;
-            turned, resized and laid out as the pictures of the training were.
+            turned, resized and laid out as the images of the training were.
           state: float [B,P], physical units.
           prompts: B instructions.
           return_taps: also return the attention of the learned queries.
@@ -128,7 +131,7 @@ class Policy:
         parts = []
         for start in range(0, len(canvas), BUCKETS[-1]):
             rows = slice(start, start + BUCKETS[-1])
-            parts.append(self._act_bucket(canvas[rows], state[rows], prompts[rows]))
+            parts.append(self._act_padded(canvas[rows], state[rows], prompts[rows]))
         actions = np.concatenate([part[0] for part in parts])
         if not return_taps:
             return actions
@@ -155,7 +158,7 @@ class Policy:
             raise ValueError(f"resolution is {resolution!r}; expected 'pooled' or 'full'")
         self._need_whole_model()
         canvas, state = self._check(images, state, prompts)
-        rows = _bucket(len(canvas))
+        rows = _padded_size(len(canvas))
         latents = self._imagine(
             self.params,
             self.assets.codec.arrays,
@@ -169,18 +172,18 @@ class Policy:
         return self.assets.codec.decode(np.asarray(latents)[: len(canvas)])
 
     def warm_up(self, batch_sizes=(1,)):
-        """Compiles the action pass for the buckets of `batch_sizes`, before anything waits.
+        """Compiles the action pass for the padded sizes of `batch_sizes`, before anything waits.
 
-        From the canvas on: it is the same whatever the size of the cameras' pictures.
+        From the canvas on: it is the same whatever the size of the cameras' images.
         """
-        for n in sorted({_bucket(size) for size in batch_sizes}):
+        for n in sorted({_padded_size(size) for size in batch_sizes}):
             canvas = np.zeros((n, *self.config.data.canvas, 3), np.float32)
             state = np.zeros((n, config_lib.state_width(self.config)), np.float32)
-            self._act_bucket(canvas, state, ["warm up"] * n)
+            self._act_padded(canvas, state, ["warm up"] * n)
 
     def canvas(self, images):
-        """Returns `transforms.canvas` [...,H,W,3] of {camera: uint8 [...,h,w,3]}."""
-        return transforms.canvas(images, self.config.data)
+        """Returns `cameras.canvas` [...,H,W,3] of {camera: uint8 [...,h,w,3]}."""
+        return cameras_lib.canvas(images, self.config.data)
 
     # ---- pure functions, jitted ----------------------------------------------------------------
 
@@ -232,8 +235,8 @@ class Policy:
 
     # ---- around them ---------------------------------------------------------------------------
 
-    def _act_bucket(self, canvas, state, prompts):
-        rows = _bucket(len(canvas))
+    def _act_padded(self, canvas, state, prompts):
+        rows = _padded_size(len(canvas))
         actions, taps = self._act(
             self.params,
             self.assets.codec.arrays,
@@ -248,7 +251,7 @@ class Policy:
         data, encoder = self.config.data, self.assets.text_encoder
         new = [task for task in dict.fromkeys(prompts) if task not in self._texts]
         if new:  # all at once: a large encoder is read from disk for them
-            filled = [text.prompt(task, data.prompt_template) for task in new]
+            filled = [text_lib.prompt(task, data.prompt_template) for task in new]
             contexts, masks = encoder.encode(filled, data.text_len)
             self._texts.update(zip(new, zip(contexts.astype(_CACHE_DTYPE), masks)))
         found = [self._texts[task] for task in prompts]
@@ -266,7 +269,7 @@ class Policy:
         """Returns (canvas float32 [B,H,W,3] in 0..1, state float32 [B,P])."""
         canvas = self.canvas({camera: np.asarray(image) for camera, image in images.items()})
         # One type, so that nothing is compiled twice: uint8 comes only where nothing is resampled.
-        canvas = transforms.to_float(canvas)
+        canvas = encoders_base.to_float(canvas)
         state, width = np.asarray(state, np.float32), config_lib.state_width(self.config)
         if canvas.ndim != 4 or not len(canvas):
             raise ValueError(
@@ -289,8 +292,8 @@ class Policy:
         return canvas, state
 
 
-def _bucket(rows):
-    """Returns the smallest bucket that holds `rows`."""
+def _padded_size(rows):
+    """Returns the smallest padded batch size that holds `rows`."""
     if rows > BUCKETS[-1]:
         raise ValueError(f"{rows} rows at once; expected at most {BUCKETS[-1]}")
     return next(size for size in BUCKETS if size >= rows)

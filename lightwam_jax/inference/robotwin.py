@@ -15,7 +15,7 @@ A message is its length, 4 bytes big-endian, and JSON: {"cmd": name, "obs": valu
 "dtype": name, "shape": [...]}.
 
 Actions are the absolute joint targets of both arms, 14 numbers: six joints and a gripper, left
-before right; pictures are as RoboTwin's cameras take them, and `config.data` makes the canvas.
+before right; images are as RoboTwin's cameras take them, and `config.data` makes the canvas.
 """
 
 import base64
@@ -47,8 +47,8 @@ def get_model(usr_args):
 
     Args:
       usr_args: dict of that file. `port` (and `host`, by default this machine) of a running
-        server; or `workdir` of a run, and optionally `step`, `embodiment` and `replan`, the
-        actions to execute of each plan (default: config.evaluation.replan).
+        server; or `workdir` of a run, and optionally `step`, `embodiment` and `replan_steps`, the
+        actions to execute of each plan (default: config.evaluation.replan_steps).
 
     Raises:
       ValueError: neither, or a policy of other cameras or joints than RoboTwin's.
@@ -69,13 +69,15 @@ def get_model(usr_args):
         deploy=True,
         embodiment=usr_args.get("embodiment") or "",
     )
-    model = Model(policy, int(usr_args.get("replan") or policy.config.evaluation.replan))
+    model = Model(
+        policy, int(usr_args.get("replan_steps") or policy.config.evaluation.replan_steps)
+    )
     policy.warm_up([1])
     return model
 
 
 def eval(TASK_ENV, model, observation):
-    """Executes one plan: `replan` actions, fewer if the episode ends first.
+    """Executes one plan: `replan_steps` actions, fewer if the episode ends first.
 
     RoboTwin renders an observation before each call and none during it, so that only what the
     policy sees is rendered.
@@ -113,7 +115,7 @@ def encode_observation(observation, instruction):
       {"images": {camera: uint8 [h,w,3]}, "state": f32 [14], "prompt": str}.
 
     Raises:
-      ValueError: a camera is missing or gives no colour pictures, or other joints.
+      ValueError: a camera is missing or gives no colour images, or other joints.
     """
     images = {}
     for ours, theirs in CAMERAS.items():
@@ -140,11 +142,11 @@ def encode_observation(observation, instruction):
 class Model:
     """A policy that plans for one robot."""
 
-    def __init__(self, policy, replan):
-        """Args: policy: see `inference/policy.py`. replan: actions executed of each plan.
+    def __init__(self, policy, replan_steps):
+        """Args: policy: see `inference/policy.py`. replan_steps: actions executed of each plan.
 
         Raises:
-          ValueError: a policy of other cameras or joints than RoboTwin's, or a replan that is
+          ValueError: a policy of other cameras or joints than RoboTwin's, or a replan_steps that is
             longer than its plans.
         """
         data = policy.config.data
@@ -153,12 +155,14 @@ class Model:
                 f"the policy sees {', '.join(data.cameras)}; RoboTwin has "
                 f"{', '.join(CAMERAS)}: train it with configs/robotwin.py"
             )
-        if not 1 <= replan <= data.action_horizon:
-            raise ValueError(f"replan is {replan}; the policy plans {data.action_horizon} actions")
-        self._policy, self._replan = policy, replan
+        if not 1 <= replan_steps <= data.action_horizon:
+            raise ValueError(
+                f"replan_steps is {replan_steps}; the policy plans {data.action_horizon} actions"
+            )
+        self._policy, self._replan = policy, replan_steps
 
     def get_action(self, request):
-        """Returns the next actions f32 [replan,14] for a request of `encode_observation`.
+        """Returns the next actions f32 [replan_steps,14] for a request of `encode_observation`.
 
         Raises:
           ValueError: what the policy plans is not that.
@@ -311,7 +315,7 @@ def main(argv):
         {
             "workdir": given.workdir,
             "step": given.step,
-            "replan": given.replan,
+            "replan_steps": given.replan_steps,
             "embodiment": given.embodiment,
         }
     )
@@ -325,7 +329,9 @@ if __name__ == "__main__":
 
     flags.DEFINE_string("workdir", None, "Run directory of train.py.")
     flags.DEFINE_integer("step", None, "Checkpoint to serve; default: the newest.")
-    flags.DEFINE_integer("replan", None, "Actions executed of each plan; default: the config's.")
+    flags.DEFINE_integer(
+        "replan_steps", None, "Actions executed of each plan; default: the config's."
+    )
     flags.DEFINE_string("embodiment", "", "Whose cameras and units, where a mixture had several.")
     flags.DEFINE_string("host", "localhost", "Address to listen at; 0.0.0.0: anyone may connect.")
     flags.DEFINE_integer("port", 9999, "Port; 0: any that is free.")

@@ -1,4 +1,4 @@
-"""Random crops and colours of the video a run with config.data.pixels trains on.
+"""Random crops and colours of the video a run with config.data.encode_online trains on.
 
 On the device and in training only. What is drawn is drawn once for a window, so that its frames
 still show one scene: a crop per camera, factors for the whole canvas.
@@ -31,7 +31,8 @@ def check(data):
     """Checks the `AugmentConfig` of a `DataConfig`.
 
     Raises:
-      ValueError: a crop that is no share, a change below 0, or any of them without data.pixels.
+      ValueError: a crop that is no share, a change below 0, or any of them without
+        data.encode_online.
     """
     config = data.augment
     if not 0 < config.crop <= 1:
@@ -46,10 +47,10 @@ def check(data):
                 f"config.data.augment.{name} is {value}; expected the largest relative change, 0 "
                 "(none) or more"
             )
-    if not data.pixels and (config.crop < 1 or any(changes.values())):
+    if not data.encode_online and (config.crop < 1 or any(changes.values())):
         raise ValueError(
             "config.data.augment changes pixels, and this run reads cached latents: set "
-            "config.data.pixels=True, or leave config.data.augment as it was"
+            "config.data.encode_online=True, or leave config.data.augment as it was"
         )
 
 
@@ -67,14 +68,14 @@ def draw(key, rows, regions, config):
     return Draws(crop, *factors)
 
 
-def apply(video, draws, layouts, member):
+def apply(video, draws, layouts, dataset):
     """Returns videos changed as drawn.
 
     Args:
       video: uint8 [B, T, H, W, 3].
       draws: `Draws` of the B windows.
       layouts: for each data set the regions of its cameras, ((top, left, height, width), ...).
-      member: int32 [B], the data set of each window.
+      dataset: int32 [B], the data set of each window.
 
     Returns:
       float32 [B, T, H, W, 3] in 0..1.
@@ -82,7 +83,7 @@ def apply(video, draws, layouts, member):
     x = original = jnp.asarray(video).astype(jnp.float32) / 255
     if draws.crop is not None:
         for regions in dict.fromkeys(layouts):
-            here = jnp.array([layout == regions for layout in layouts])[member]
+            here = jnp.array([layout == regions for layout in layouts])[dataset]
             cropped = _cropped(original, draws.crop, regions)
             x = jnp.where(here[:, None, None, None, None], cropped, x)
     # In torchvision's order and with its clipping.

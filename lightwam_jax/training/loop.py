@@ -13,13 +13,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lightwam_jax import build, checkpoint, chips, distributed, sharding, storage
+from lightwam_jax import build, distributed, sharding
 from lightwam_jax import config as config_lib
 from lightwam_jax import params as params_lib
+from lightwam_jax.checkpoint import run as checkpoint
+from lightwam_jax.checkpoint import storage
 from lightwam_jax.data import loader
-from lightwam_jax.training import encoder as encoder_lib
-from lightwam_jax.training import flops, losses, memory, watchdog
-from lightwam_jax.training import grippers as grippers_lib
+from lightwam_jax.training import chips, flops, losses, memory, watchdog
+from lightwam_jax.training import encode_video as encode_video_lib
+from lightwam_jax.training import gripper_timing as gripper_timing_lib
 from lightwam_jax.training import metrics as metrics_lib
 from lightwam_jax.training import optimizer as optimizer_lib
 from lightwam_jax.training import step as step_lib
@@ -40,7 +42,7 @@ class Run:
     state: step_lib.TrainState
     shardings: step_lib.TrainState
     checkpoints: checkpoint.Checkpoints
-    encoder: encoder_lib.Encoder | None  # where batches hold video
+    encoder: encode_video_lib.Encoder | None  # where batches hold video
     validation: list
     step: int
     window: list  # metrics of the steps since the last log row
@@ -88,7 +90,7 @@ def prepare(config, workdir, profile=None):
     # ---- run directory and data ----------------------------------------------------------------
     workdir_lib.check_same_run(config, workdir)
     validation = loader.val_batches(config, jax.process_index(), jax.process_count())
-    encoder = encoder_lib.make_encoder(config, mesh)
+    encoder = encode_video_lib.make_encoder(config, mesh)
 
     # ---- shapes and shardings ------------------------------------------------------------------
     model = build.build_model(config.model)
@@ -143,7 +145,7 @@ def run(r):
     batches = _loader(r.config, step)
     writer = metrics_lib.MetricsWriter(r.workdir, step, active=jax.process_index() == 0)
     bar = metrics_lib.progress_bar(step, total, active=jax.process_index() == 0)
-    window, timer = metrics_lib.Window(r.window), metrics_lib.StepTimer(step)
+    window, timer = metrics_lib.MetricBuffer(r.window), metrics_lib.StepTimer(step)
     state, r.state = r.state, None  # the step consumes it
     train_step, validate = None, _validator(r)
     logged, saved = step, r.checkpoints.latest_step()
@@ -212,7 +214,7 @@ def run(r):
 def jit_step(r):
     """Returns the jitted training step of a `Run`: (state, batch) -> (state, metrics).
 
-    With config.data.pixels: (state, batch, r.encoder.arrays) -> (state, metrics).
+    With config.data.encode_online: (state, batch, r.encoder.arrays) -> (state, metrics).
     """
     encode = r.encoder.train if r.encoder else None
     return step_lib.jit_train_step(
@@ -278,7 +280,7 @@ def _utilisation(r, ms_step):
 
 def _validator(r):
     """Returns validate(state) -> `losses.validation_row` over the validation batches."""
-    grippers = grippers_lib.of_run(r.config) if r.validation else []
+    grippers = gripper_timing_lib.of_run(r.config) if r.validation else []
 
     @jax.jit
     def errors(state, batch, *arrays):
@@ -358,10 +360,10 @@ def _not_finite(r, step, row):
 
 def _sample_names(config, batch):
     """Which samples a batch holds: their rows, in a mixture with the data set: "libero 3"."""
-    if "member" not in batch:
+    if "dataset" not in batch:
         return batch["index"]
-    names = [member.name for member in config_lib.members(config)]
-    return np.array([f"{names[m]} {row}" for m, row in zip(batch["member"], batch["index"])])
+    names = [dataset.name for dataset in config_lib.datasets(config)]
+    return np.array([f"{names[m]} {row}" for m, row in zip(batch["dataset"], batch["index"])])
 
 
 class _StopSignals:

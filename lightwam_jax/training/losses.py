@@ -11,7 +11,7 @@ import numpy as np
 
 from lightwam_jax import flow
 from lightwam_jax.models.lightwam import pool_latents
-from lightwam_jax.training import grippers as grippers_lib
+from lightwam_jax.training import gripper_timing as gripper_timing_lib
 
 FRAMES_PER_LATENT = 4  # video frames that the codec packs into each latent frame after the first
 
@@ -136,11 +136,11 @@ def open_loop_errors(model, params, batch, config, grippers=()):
     Args:
       model: `LightWAM`. params: its parameters, in-memory layout.
       batch: see `data/spec.py`. config: `LossConfig`.
-      grippers: `grippers.Gripper`s whose timing is measured.
+      grippers: `gripper_timing.Gripper`s whose timing is measured.
 
     Returns {"l1": [A], "mse": [A], "l1_step": [T], "l1_step_dim": [T,A], "count": [],
     "count_step": [T]} in normalised units over the steps that are not padded, and with grippers
-    what `grippers.timing` returns; rows with batch["valid"] False count for nothing.
+    what `gripper_timing.timing` returns; rows with batch["valid"] False count for nothing.
     """
     latents = batch["latents"][:, :1].astype(jnp.float32)
     actions, _ = model.apply(
@@ -163,7 +163,7 @@ def open_loop_errors(model, params, batch, config, grippers=()):
         "l1_step_dim": jnp.abs(error).sum(axis=0),
         "count": weight.sum(),
         "count_step": weight.sum(axis=0),
-        **grippers_lib.timing(actions, recorded, valid, grippers, batch.get("member")),
+        **gripper_timing_lib.timing(actions, recorded, valid, grippers, batch.get("dataset")),
     }
 
 
@@ -171,8 +171,8 @@ def mean_errors(sums):
     """Averages what `open_loop_errors` returned for one or more batches.
 
     Returns {"l1": [A], "mse": [A], "l1_step": [T], "l1_step_dim": [T,A], "steps": []}, numpy, and
-    the sums of `grippers.timing` as they are; `steps` is how many there were, and where there were
-    none the means are 0.
+    the sums of `gripper_timing.timing` as they are; `steps` is how many there were, and where
+    there were none the means are 0.
     """
     total = jax.tree.map(lambda *x: np.sum(x, axis=0, dtype=np.float64), *jax.device_get(sums))
     count, each = np.maximum(total["count"], 1), np.maximum(total["count_step"], 1)
@@ -189,11 +189,11 @@ def mean_errors(sums):
 def validation_row(means, grippers=()):
     """Returns what the training log keeps of `mean_errors`: {name: number, or list of numbers}.
 
-    "gripper/{its name}/{what}" are of `grippers.summary`.
+    "gripper/{its name}/{what}" are of `gripper_timing.summary`.
     """
     row = {name: means[name] for name in ("l1", "mse", "l1_step", "steps")}
     row |= {"l1_mean": means["l1"].mean(), "mse_mean": means["mse"].mean()}
-    timing = grippers_lib.summary(means, grippers)
+    timing = gripper_timing_lib.summary(means, grippers)
     return row | {
         f"gripper/{gripper}/{name}": value
         for gripper, numbers in timing.items()

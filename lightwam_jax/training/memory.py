@@ -1,5 +1,5 @@
 """What a training step holds on each device: a plan before anything is allocated, and the
-compiler's own account once there is a program.
+compiler's own report once there is a program.
 """
 
 import contextlib
@@ -134,29 +134,29 @@ def explained():
 
 
 def compiled_summary(program):
-    """Returns the compiler's account as one line for the log."""
+    """Returns the compiler's report as one line for the log."""
     sizes = compiled(program)
     limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
     there = f" of {limit / GIB:.1f}" if limit else ""
     return (
-        f"{sizes['peak']:.2f}{there} GiB per device by the compiler's account "
+        f"{sizes['peak']:.2f}{there} GiB per device by the compiler's report "
         f"({sizes['arguments']:.2f} held, {sizes['temporaries']:.2f} temporary)"
     )
 
 
 def compiled(program):
-    """Returns GiB per device: the compiler's account, and what the device saw where it tells.
+    """Returns GiB per device: the compiler's report, and what the device saw where it tells.
 
     {"arguments", "temporaries", "peak"}, and "peak_measured" (initialisation included).
     """
-    account = program.memory_analysis()
-    arguments, temporaries = account.argument_size_in_bytes, account.temp_size_in_bytes
-    fresh = account.output_size_in_bytes - account.alias_size_in_bytes  # not written in place
-    # The account's own peak leaves the temporaries out on some platforms.
+    report = program.memory_analysis()
+    arguments, temporaries = report.argument_size_in_bytes, report.temp_size_in_bytes
+    fresh = report.output_size_in_bytes - report.alias_size_in_bytes  # not written in place
+    # The report's own peak leaves the temporaries out on some platforms.
     sizes = {
         "arguments": arguments,
         "temporaries": temporaries,
-        "peak": max(account.peak_memory_in_bytes, arguments + fresh + temporaries),
+        "peak": max(report.peak_memory_in_bytes, arguments + fresh + temporaries),
     }
     seen = jax.local_devices()[0].memory_stats() or {}
     if "peak_bytes_in_use" in seen:

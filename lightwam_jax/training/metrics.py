@@ -189,7 +189,7 @@ class Profiler:
             jax.profiler.stop_trace()
 
 
-class Window:
+class MetricBuffer:
     """Metrics of the steps since the last log row, left on the device until they are needed.
 
     Attributes:

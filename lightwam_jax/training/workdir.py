@@ -19,8 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from lightwam_jax import checkpoint, storage
 from lightwam_jax import config as config_lib
+from lightwam_jax.checkpoint import run as checkpoint
+from lightwam_jax.checkpoint import storage
 
 # Config keys that may differ when a run is continued: they leave the next step what it was, up to
 # rounding. (`train.steps` also stretches the learning-rate schedule; the loop says so.)

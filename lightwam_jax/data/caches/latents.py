@@ -1,0 +1,187 @@
+"""The latent cache: one record per window, as a TFDS data set of ArrayRecord files.
+
+Layout of config.data.cache:
+  assets/    what a policy needs (see `assets.py`): dataset_stats.json, codec/, text/
+  latents/   the TFDS data set (splits train and val) and cache.json, which says what it was made of
+             (of a mixture: latents_MEMBER/ for each)
+
+Records hold raw windows; normalisation happens in the loader, so that other statistics or another
+mode need no new cache. `build_latents.py` makes it. TensorFlow is never imported, neither to write
+nor to read.
+"""
+
+import dataclasses
+import hashlib
+import os
+
+import ml_dtypes  # noqa: F401 (else TFDS imports TensorFlow to find bfloat16, when it reads)
+import numpy as np
+import tensorflow_datasets as tfds
+
+from lightwam_jax import config as config_lib
+from lightwam_jax.data import assets, spec
+from lightwam_jax.data.caches import resumable
+
+REBUILD = "python -m lightwam_jax.precompute --config CONFIG --what"
+
+# Config keys that decide what the records hold. What only normalises or transforms raw windows
+# does not; how wide they are is added below.
+_KEYS = (
+    "data.source",
+    "data.path",
+    "data.exclude",
+    "data.fields",
+    "data.cameras",
+    "data.orientation",
+    "data.camera_size",
+    "data.layout",
+    "data.canvas",
+    "data.codec",
+    "data.num_frames",
+    "data.frame_stride",
+    "data.action_horizon",
+    "data.val_fraction",
+    "model.latent_channels",
+)
+# With these two changed and the same fingerprint, the same episodes lie elsewhere.
+WHEREABOUTS = ("config.data.path", "config.data.exclude")
+
+
+def features(config):
+    """Returns the TFDS features of a record."""
+    shapes = {
+        name: (struct.shape[1:], struct.dtype)
+        for name, struct in spec.batch_spec(config, 1).items()
+    }
+    # As wide as the data: the loader pads to the model's widths.
+    shapes["proprio"] = ((config_lib.state_width(config),), shapes["proprio"][1])
+    shapes["actions"] = (
+        (config.data.action_horizon, config_lib.action_width(config)),
+        shapes["actions"][1],
+    )
+    tensors = ("latents", "proprio", "actions", "action_is_pad", "image_is_pad")
+    # encoding="bytes" keeps bfloat16 at two bytes; the default would widen it.
+    fields = {
+        name: tfds.features.Tensor(
+            shape=shapes[name][0], dtype=shapes[name][1].type, encoding="bytes"
+        )
+        for name in tensors
+    }
+    return tfds.features.FeaturesDict(
+        {**fields, "task": np.int64, "start": np.int64, "episode": tfds.features.Text()}
+    )
+
+
+def wanted(config):
+    """Returns {"config.section.key": JSON} of the keys that decide what the records hold."""
+    out = {}
+    for key in _KEYS:
+        section, name = key.split(".")
+        value = getattr(getattr(config, section), name)
+        parts = (
+            {f"{key}.{field}": v for field, v in dataclasses.asdict(value).items()}
+            if dataclasses.is_dataclass(value)
+            else {key: value}
+        )
+        out |= {
+            f"config.{part}": list(v) if isinstance(v, tuple) else v for part, v in parts.items()
+        }
+    out["config.data.state_dim, or else model.proprio_dim"] = config_lib.state_width(config)
+    out["config.data.action_dim, or else model.action_dim"] = config_lib.action_width(config)
+    return out
+
+
+def differences(have, config):
+    """Returns lines "key: cache value, config value" for the keys of `wanted` that differ."""
+    return [
+        f"{key}: cache {have.get(key)!r}, config {value!r}"
+        for key, value in wanted(config).items()
+        if have.get(key) != value
+    ]
+
+
+def fingerprint(episodes, config):
+    """Returns a hash of the episodes: ids, tasks, states, actions, and the very first image.
+
+    All images would take minutes to read; one tells another renderer or camera from this one.
+    """
+    digest = hashlib.sha256()
+    for episode in episodes:
+        tasks = "\0".join(episode.task_at(step) for step in range(episode.length))
+        digest.update(f"{episode.id}\0{episode.length}\0{tasks}\0".encode())
+        digest.update(np.ascontiguousarray(episode.state, np.float32).tobytes())
+        digest.update(np.ascontiguousarray(episode.action, np.float32).tobytes())
+    for camera in config.data.cameras:
+        digest.update(np.ascontiguousarray(episodes[0].frames(camera, [0])).tobytes())
+    return digest.hexdigest()[:16]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Cache:
+    """An opened latent cache.
+
+    Attributes:
+      meta: cache.json: config (see `wanted`), data and train_data (fingerprints), codec (id),
+        dtype, psnr, tasks, imported (see `build_latents.build`), shards, and per split the number
+        of records and the episodes' ids.
+      directory: of the TFDS data set.
+    """
+
+    meta: dict
+    directory: str
+
+    def source(self, split):
+        """Returns the random-access records of "train" or "val": len(), [i] -> dict of arrays."""
+        return tfds.builder_from_directory(self.directory).as_data_source(split)
+
+    def size(self, split):
+        """Returns the number of records of a split."""
+        return self.meta["records"][split]
+
+
+def latents_directory(config):
+    """Returns where the latent cache of a config, or of a dataset of a mixture, lies."""
+    dataset = config.data.dataset
+    return os.path.join(config.data.cache, f"latents_{dataset}" if dataset else "latents")
+
+
+def read_meta(config):
+    """Returns cache.json, or None where there is no finished cache."""
+    return resumable.read_json(os.path.join(latents_directory(config), "cache.json"))
+
+
+def open_cache(config):
+    """Returns the `Cache` of config.data.cache.
+
+    Raises:
+      FileNotFoundError: none there.
+      ValueError: made for another config; every differing key is listed with both values.
+    """
+    meta = read_meta(config)
+    if meta is None:
+        raise FileNotFoundError(
+            f"config.data.cache={config.data.cache!r} holds no finished latent cache; make it "
+            f"with: {REBUILD} all"
+        )
+    lines = differences(meta["config"], config)
+    codec = _asset(config, "codec", "codec.json").get("id")
+    if codec != meta["codec"]:
+        lines.append(f"codec: cache {meta['codec']}, assets {codec}")
+    # Statistics without "made_from" were put there by hand (a released file): taken as they are.
+    made_from = _asset(config, assets.statistics_file(config)).get("made_from")
+    if made_from and meta["train_data"] not in made_from["data"].split("+"):
+        lines.append(f"training data: cache {meta['train_data']}, statistics {made_from['data']}")
+    if lines:
+        raise ValueError(
+            f"the latent cache in {latents_directory(config)} does not fit:\n  "
+            + "\n  ".join(lines)
+            + "\nPoint config.data.cache elsewhere, change the config back, or rebuild the cache: "
+            f"{REBUILD} stats,text,latents\n(If only config.data.path moved, that command compares "
+            "the episodes and keeps the latents.)"
+        )
+    return Cache(meta, latents_directory(config))
+
+
+def _asset(config, *path):
+    """The JSON file `path` of the assets, {} if it is not there."""
+    return resumable.read_json(os.path.join(config.data.cache, "assets", *path)) or {}

@@ -1,0 +1,231 @@
+"""From camera images to the one canvas the video model sees, and back.
+
+What config.data declares, in this order, exactly as the release (SPEC section 11):
+
+  1. orientation: each camera is turned or mirrored.
+  2. camera_size: each camera is resized to it (bilinear, antialiased). Without one, each camera is
+     resized to its place on the canvas instead, and steps 3 and 4 resample nothing.
+  3. layout: "single"; "horizontal" and "vertical", cameras side by side or stacked; "robotwin", the
+     first camera above the other two. With a camera_size, "robotwin" is the release's image of
+     384x320: 256x320 above 128x160 twice, each resized once more (bilinear, antialiased).
+  4. canvas: the smallest resize (bicubic, antialiased) that covers it, then its centre.
+
+Sizes are (height, width). Pillow resizes: pixel centres at halves, the filter stretched when
+shrinking, taps beyond the border left out, Keys' cubic with a = -0.5.
+"""
+
+import numpy as np
+from PIL import Image
+
+from lightwam_jax.encoders import base as encoders_base
+
+ORIENTATIONS = {
+    "": lambda x: x,
+    "rotate_90": lambda x: np.rot90(x, 1, axes=(-3, -2)),  # counter-clockwise
+    "rotate_180": lambda x: np.rot90(x, 2, axes=(-3, -2)),
+    "rotate_270": lambda x: np.rot90(x, 3, axes=(-3, -2)),
+    "flip_vertical": lambda x: x[..., ::-1, :, :],  # upside down
+    "flip_horizontal": lambda x: x[..., ::-1, :],
+}
+_ROBOTWIN = (384, 320)
+
+
+def canvas(images, data):
+    """From raw camera images to the canvas that config.data declares; see above.
+
+    Args:
+      images: {camera: uint8 [..., h, w, 3]}, as the robot or the data give them; other cameras than
+        config.data.cameras are ignored.
+      data: `DataConfig`.
+
+    Returns:
+      [..., H, W, 3], H and W of data.canvas: uint8 in 0..255 where no image had to be resampled,
+      else float32 in 0..1, neither rounded nor clipped: a bicubic resize may pass them slightly.
+
+    Raises:
+      ValueError: a camera is missing, not uint8 images, or does not fit with the others; or a
+        layout that does not fit the canvas; see `regions`.
+    """
+    views = _oriented(images, data)
+    regions(data)  # raises where a camera would be cropped away
+    places, whole = layout(data)
+    if data.camera_size:
+        views = {camera: resize(view, data.camera_size) for camera, view in views.items()}
+    views = {camera: resize(view, places[camera][2:]) for camera, view in views.items()}
+    if any(view.dtype != np.uint8 for view in views.values()):
+        views = {camera: encoders_base.to_float(view) for camera, view in views.items()}
+    first = next(iter(views.values()))
+    out = np.empty((*first.shape[:-3], *whole, 3), first.dtype)
+    for camera, (top, left, height, width) in places.items():
+        out[..., top : top + height, left : left + width, :] = views[camera]
+    covering, (top, left) = _covering(whole, data.canvas)
+    out = resize(out, covering, Image.Resampling.BICUBIC)
+    return out[..., top : top + data.canvas[0], left : left + data.canvas[1], :]
+
+
+def resize(images, size, how=Image.Resampling.BILINEAR):
+    """Resizes [..., h, w, C], antialiased; uint8 becomes float32 in 0..1.
+
+    Returns:
+      float32 [..., *size, C]; the images themselves where they have that size.
+    """
+    if images.shape[-3:-1] == tuple(size):
+        return images
+    flat = images.reshape(-1, *images.shape[-3:])
+    out = np.empty((len(flat), *size, flat.shape[-1]), np.float32)
+    for image, place in zip(map(encoders_base.to_float, flat), out):
+        for channel in range(image.shape[-1]):  # Pillow's float images have one channel
+            plane = Image.fromarray(image[..., channel])
+            place[..., channel] = plane.resize((size[1], size[0]), how)
+    return out.reshape(*images.shape[:-3], *out.shape[1:])
+
+
+def regions(data, size=None):
+    """Returns {camera: (top, left, height, width)}: where each lies on the canvas.
+
+    What the centre crop cuts off a camera is not part of its region.
+
+    Args:
+      data: `DataConfig`.
+      size: (height, width) in which to measure: of a latent or attention map of the same layout.
+        Default: pixels of data.canvas. Borders between its cells go to the nearest cell.
+
+    Raises:
+      ValueError: a layout that does not fit the canvas, or that crops a camera away.
+    """
+    places, whole = layout(data)
+    out = {}
+    for camera, place in places.items():
+        edges = []
+        for axis, length in enumerate(size or data.canvas):
+            covering, crop = (part[axis] for part in _covering(whole, data.canvas))
+            first, last = (
+                np.clip(edge * covering / whole[axis] - crop, 0, data.canvas[axis])
+                * length
+                / data.canvas[axis]
+                for edge in (place[axis], place[axis] + place[axis + 2])
+            )
+            edges.append((round(first), round(last)))
+        (top, bottom), (left, right) = edges
+        if size is None and (top == bottom or left == right):
+            raise ValueError(
+                f"camera {camera!r} is cropped away: {len(places)} cameras of "
+                f"{tuple(data.camera_size)} in layout {data.layout!r} do not fit "
+                f"config.data.canvas={tuple(data.canvas)}; change one of them"
+            )
+        out[camera] = (top, left, bottom - top, right - left)
+    return out
+
+
+def split(canvas, data):
+    """Returns {camera: view [..., h, w, C]} of a canvas or map [..., H, W, C]; see `regions`."""
+    places = regions(data, canvas.shape[-3:-1])
+    return {
+        camera: canvas[..., top : top + height, left : left + width, :]
+        for camera, (top, left, height, width) in places.items()
+    }
+
+
+def shown(images, data):
+    """Returns {camera: uint8 [..., h, w, 3]}: what of each image the canvas shows, and which way.
+
+    Turned as there and without what the centre crop cuts off, in the images' own resolution: what
+    a region of a map can be drawn over.
+    """
+    places, whole = layout(data)
+    covering, crop = _covering(whole, data.canvas)
+    out = {}
+    for camera, view in _oriented(images, data).items():
+        window = []
+        for axis in range(2):
+            start, extent = places[camera][axis], places[camera][axis + 2]
+            visible = [
+                (edge * whole[axis] / covering[axis] - start) / extent
+                for edge in (crop[axis], crop[axis] + data.canvas[axis])
+            ]
+            length = view.shape[axis - 3]
+            window.append(slice(*(round(np.clip(edge, 0, 1) * length) for edge in visible)))
+        out[camera] = view[..., window[0], window[1], :]
+    return out
+
+
+def layout(data):
+    """Returns how cameras lie together before the last resize and crop.
+
+    Returns:
+      ({camera: (top, left, height, width)}, (height, width) of them all).
+
+    Raises:
+      ValueError: keys of config.data that do not fit together.
+    """
+    for key in ("canvas", "camera_size"):
+        size = getattr(data, key)
+        if (size or key == "canvas") and (len(size) != 2 or min(size) < 1):
+            raise ValueError(f"config.data.{key} is {tuple(size)}; expected (height, width)")
+    cameras, count = data.cameras, len(data.cameras)
+    if len(set(cameras)) < count:
+        raise ValueError(f"config.data.cameras names a camera twice: {', '.join(cameras)}")
+    wanted = {"single": 1, "robotwin": 3}.get(data.layout, count)
+    if count != wanted:
+        raise ValueError(
+            f"config.data.layout={data.layout!r} shows {wanted} camera"
+            f"{'s' * (wanted > 1)}, config.data.cameras names {count}: name {wanted}, "
+            "or use layout 'horizontal' or 'vertical'"
+        )
+    rows, columns = {"horizontal": (1, count), "vertical": (count, 1), "robotwin": (3, 2)}.get(
+        data.layout, (1, 1)
+    )
+    if not data.camera_size:
+        height, width = data.canvas
+    elif data.layout == "robotwin":
+        height, width = _ROBOTWIN
+    else:
+        height, width = rows * data.camera_size[0], columns * data.camera_size[1]
+    if height % rows or width % columns:
+        raise ValueError(
+            f"config.data.canvas={tuple(data.canvas)} does not divide into {rows} rows and "
+            f"{columns} columns, as layout {data.layout!r} of {count} cameras needs: change the "
+            "canvas, or set config.data.camera_size"
+        )
+    h, w = height // rows, width // columns
+    if data.layout == "robotwin":
+        places = [(0, 0, 2 * h, width), (2 * h, 0, h, w), (2 * h, w, h, w)]
+    else:
+        places = [(row * h, column * w, h, w) for row in range(rows) for column in range(columns)]
+    return dict(zip(cameras, places)), (height, width)
+
+
+def _covering(whole, canvas):
+    """(The smallest size of the aspect of `whole` that covers the canvas, corner of its centre)."""
+    ratio = max(canvas[1] / whole[1], canvas[0] / whole[0])
+    covering = tuple(int(ratio * side + 0.5) for side in whole)
+    return covering, tuple(round((a - b) / 2) for a, b in zip(covering, canvas))
+
+
+def _oriented(images, data):
+    """{camera: uint8 [..., h, w, 3]} of config.data.cameras, turned and checked."""
+    missing = [camera for camera in data.cameras if camera not in images]
+    if missing:
+        raise ValueError(
+            f"no image of camera {', '.join(map(repr, missing))}; got "
+            f"{', '.join(map(repr, images))}, config.data.cameras wants "
+            f"{', '.join(map(repr, data.cameras))}"
+        )
+    lead = images[data.cameras[0]].shape[:-3]
+    out = {}
+    for camera, orientation in zip(data.cameras, data.orientation or ("",) * len(data.cameras)):
+        image = images[camera]
+        if (
+            image.dtype != np.uint8
+            or image.ndim < 3
+            or image.shape[-1] != 3
+            or not image.shape[-3] * image.shape[-2]
+            or image.shape[:-3] != lead
+        ):
+            raise ValueError(
+                f"camera {camera!r} gives {image.dtype} {list(image.shape)}; expected "
+                f"uint8 {[*lead, 'h', 'w', 3]}, RGB with channels last and as many "
+                f"images as camera {data.cameras[0]!r}"
+            )
+        out[camera] = ORIENTATIONS[orientation](image)
+    return out

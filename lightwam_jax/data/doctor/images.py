@@ -1,0 +1,341 @@
+"""The doctor's look at images: what their files say, what decodes, what a person should see."""
+
+import collections
+import concurrent.futures
+import dataclasses
+
+import numpy as np
+import tqdm
+
+from lightwam_jax.data import cameras as cameras_lib
+from lightwam_jax.data import episodes as episodes_lib
+from lightwam_jax.encoders import base as encoders_base
+
+_EVEN = 16  # brightest minus darkest value: a lens cap, or black after a codec
+_SAME = 8  # largest difference of two images that a codec can make of one
+_FROZEN_STEPS = 10  # in a shorter episode nothing need have moved
+_BLOCK = 64 << 20  # bytes of decoded images held at once, per thread
+_EXAMPLES = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Camera:
+    """One camera: `sizes` {"480x640": episodes}, `codecs` {"h264": files}, {} without videos."""
+
+    name: str
+    sizes: dict
+    codecs: dict
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Example:
+    """Some steps of one episode as recorded and as the model sees them.
+
+    raw {camera: uint8 [k, H, W, 3]}, canvas uint8 [k, H, W, 3], action f32 [n, A].
+    """
+
+    episode: str
+    task: str
+    fps: float
+    steps: tuple
+    raw: dict
+    canvas: np.ndarray
+    action: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Images:
+    """What was seen: `decoded` of `total` images, `which` says in words which ones."""
+
+    which: str
+    decoded: int
+    total: int
+    cameras: tuple = ()
+    examples: tuple = ()
+
+
+_WHICH = {
+    "none": "no file with images was opened (config.data.check_frames='none')",
+    "ends": "the first and the last of every episode and camera (config.data.check_frames='ends')",
+    "all": "every one (config.data.check_frames='all')",
+}
+
+
+def examine(episodes, broken, config):
+    """Opens and decodes what config.data.check_frames asks for, in config.data.threads threads.
+
+    Args:
+      episodes: those that have steps.
+      broken: ids of those that no example may come from.
+      config: `Config`.
+
+    Returns:
+      (`Images`, [`Problem`]).
+    """
+    mode, cameras = config.data.check_frames, config.data.cameras
+    total = len(cameras) * sum(e.length for e in episodes)
+    if mode == "none":
+        return Images(_WHICH[mode], 0, total), []
+    jobs = [(episode, camera) for episode in episodes for camera in cameras]
+    with concurrent.futures.ThreadPoolExecutor(max(1, config.data.threads)) as pool:
+        videos, unreadable, problems = _probe_all(jobs, pool)
+        work = pool.map(lambda job: _look(*job, mode), jobs)
+        looks = list(tqdm.tqdm(work, "images", len(jobs), unit="video", leave=False))
+    problems += _unknown_cameras(looks) + [p for look in looks for p in look.problems]
+    named = {p.file for p in problems}  # a file cut short shows in the last episode that lies in it
+    problems += [p for p in unreadable if p.file not in named]
+    problems += _sizes(looks, cameras) + _canvases(looks, config.data)
+    broken = (
+        broken
+        | {p.episode for p in problems if p.severity == "error"}
+        | {look.episode.id for look in looks if look.unknown}
+    )
+    sound = [e for e in episodes if e.id not in broken]
+    sound = [e for e in sound if e.length >= config.data.num_frames] or sound
+    shown = np.unique(np.linspace(0, len(sound) - 1, _EXAMPLES).astype(int)) if sound else ()
+    examples = []
+    for episode in (sound[i] for i in shown):
+        try:
+            examples.append(_example(episode, config.data))
+        except episodes_lib.FrameError as error:  # of the middle, which "ends" leaves out
+            problems.append(_undecodable(episode, error))
+    return Images(
+        _WHICH[mode],
+        sum(look.decoded for look in looks),
+        total,
+        tuple(_camera(name, looks, videos) for name in cameras),
+        tuple(examples),
+    ), problems
+
+
+# ---- files ---------------------------------------------------------------------------------------
+
+
+def _probe_all(jobs, pool):
+    """Opens every video file once; returns ([(camera, info)], problems of opening, others)."""
+    members = collections.defaultdict(list)  # {(camera, path): [(episode, first frame)]}
+    for episode, camera in jobs:
+        place = episode.video(camera)
+        if place is not None:
+            members[camera, place[0]].append((episode, place[1]))
+    if not members:
+        return [], [], []
+    from lightwam_jax.data.formats import video  # needs PyAV; other sources do not
+
+    def probe(path):
+        try:
+            return video.probe(path)
+        except episodes_lib.FrameError as error:
+            return error
+
+    infos = tqdm.tqdm(
+        pool.map(probe, [path for _, path in members]), "video files", len(members), leave=False
+    )
+    videos, unreadable, problems = [], [], []
+    for ((camera, path), inside), info in zip(members.items(), infos):
+        if isinstance(info, episodes_lib.FrameError):
+            unreadable.append(_undecodable(inside[-1][0], info))
+        else:
+            videos.append((camera, info))
+            problems += _against_metadata(str(path), info, inside)
+    return videos, unreadable, problems
+
+
+def _against_metadata(path, info, members):
+    problems = []
+    for episode, first in members:
+        have = max(0, info.frames - first)
+        if have < episode.length:
+            problems.append(
+                episodes_lib.Problem(
+                    "error",
+                    "wrong number of frames",
+                    episode.id,
+                    path,
+                    have,
+                    f"the video ends after {have} frames of it, the episode has {episode.length} "
+                    "steps",
+                )
+            )
+        if abs(info.fps / episode.fps - 1) > 0.01:
+            problems.append(
+                episodes_lib.Problem(
+                    "error",
+                    "wrong fps",
+                    episode.id,
+                    path,
+                    None,
+                    f"the video runs at {info.fps:.6g} fps, the data at {episode.fps:.6g}",
+                )
+            )
+    episode, first = members[-1]
+    surplus = info.frames - first - episode.length
+    # A packed file may go on with episodes that config.data.exclude lists.
+    if len(members) == 1 and first == 0 and 0 < surplus < episode.length:
+        problems.append(
+            episodes_lib.Problem(
+                "warning",
+                "wrong number of frames",
+                episode.id,
+                path,
+                episode.length,
+                f"the video has {info.frames} frames, the episode {episode.length} steps",
+            )
+        )
+    return problems
+
+
+# ---- images ------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class _Look:
+    """What came out of one camera of one episode."""
+
+    episode: object
+    camera: str
+    size: tuple = ()
+    decoded: int = 0
+    unknown: str = ""  # the message, where there is no such camera
+    problems: list = dataclasses.field(default_factory=list)
+
+    def warn(self, kind, frame, message):
+        place = self.episode.video(self.camera)
+        file = place[0] if place else self.episode.file
+        self.problems.append(
+            episodes_lib.Problem(
+                "warning",
+                kind,
+                self.episode.id,
+                str(file),
+                frame,
+                f"camera {self.camera!r}: {message}",
+            )
+        )
+
+
+def _undecodable(episode, error):
+    return episodes_lib.Problem(
+        "error", "undecodable image", episode.id, error.file, error.frame, error.reason
+    )
+
+
+def _look(episode, camera, mode):
+    look, even, frozen, first = _Look(episode, camera), [], True, None
+    todo = np.unique([0, episode.length - 1]) if mode == "ends" else np.arange(episode.length)
+    size = 2
+    try:
+        while len(todo):
+            block, todo = todo[:size], todo[size:]
+            frames = episode.frames(camera, block)
+            size = max(16, _BLOCK // frames[0].nbytes)
+            look.size, look.decoded = frames.shape[1:3], look.decoded + len(frames)
+            extent = frames.max((1, 2, 3)) - frames.min((1, 2, 3))
+            even += block[extent <= _EVEN].tolist()
+            first = frames[:1] if first is None else first
+            if frozen:  # compared with the first: slow images change little from one to the next
+                frozen = bool(
+                    (np.maximum(frames, first) - np.minimum(frames, first) <= _SAME).all()
+                )
+    except episodes_lib.FrameError as error:
+        look.problems.append(_undecodable(episode, error))
+    except KeyError as error:
+        look.unknown = str(error.args[0])
+    if even:
+        look.warn(
+            "empty image",
+            even[0],
+            f"{len(even)} of {look.decoded} decoded images are black or of one colour",
+        )
+    if frozen and not even and look.decoded > 1 and episode.length >= _FROZEN_STEPS:
+        look.warn("frozen camera", None, f"all {look.decoded} decoded images are the same")
+    return look
+
+
+def _unknown_cameras(looks):
+    """One problem per episode, or a single one where no episode has the camera."""
+    wrong = [look for look in looks if look.unknown]
+    problems = [
+        episodes_lib.Problem(
+            "error", "no such camera", look.episode.id, str(look.episode.file), None, look.unknown
+        )
+        for look in wrong
+    ]
+    for camera in {look.camera for look in wrong}:
+        if all(look.unknown for look in looks if look.camera == camera):
+            same = [p for p, look in zip(problems, wrong) if look.camera == camera]
+            problems = [p for p in problems if p not in same[1:]]
+    return problems
+
+
+def _sizes(looks, cameras):
+    """Warnings about images of another size than most of their camera."""
+    problems = []
+    for camera in cameras:
+        mine = [look for look in looks if look.camera == camera and look.size]
+        usual = collections.Counter(look.size for look in mine).most_common(1)
+        for look in mine:
+            if look.size != usual[0][0]:
+                problems.append(
+                    episodes_lib.Problem(
+                        "warning",
+                        "other image size",
+                        look.episode.id,
+                        str(look.episode.file),
+                        None,
+                        f"camera {camera!r} gives {_size(look.size)} here and "
+                        f"{_size(usual[0][0])} in "
+                        f"{usual[0][1]} other episodes",
+                    )
+                )
+    return problems
+
+
+def _canvases(looks, data):
+    """Errors of images that config.data cannot lay out: tried once per combination of sizes."""
+    sizes = collections.defaultdict(dict)  # {episode id: {camera: size}}
+    files = {look.episode.id: str(look.episode.file) for look in looks}
+    for look in looks:
+        if look.size:
+            sizes[look.episode.id][look.camera] = look.size
+    tried, problems = set(), []
+    for episode, cameras in sizes.items():
+        combination = tuple(cameras.items())
+        if len(cameras) < len(data.cameras) or combination in tried:
+            continue
+        tried.add(combination)
+        try:
+            cameras_lib.canvas({c: np.zeros((*s, 3), np.uint8) for c, s in combination}, data)
+        except ValueError as error:
+            problems.append(
+                episodes_lib.Problem(
+                    "error", "does not fit the canvas", episode, files[episode], None, str(error)
+                )
+            )
+    return problems
+
+
+def _camera(name, looks, videos):
+    sizes = collections.Counter(
+        _size(look.size) for look in looks if look.camera == name and look.size
+    )
+    codecs = collections.Counter(info.codec for camera, info in videos if camera == name)
+    return Camera(name, dict(sizes), dict(codecs))
+
+
+def _size(size):
+    return f"{size[0]}x{size[1]}"
+
+
+def _example(episode, data):
+    steps = np.unique([0, episode.length // 2, episode.length - 1])
+    raw = {camera: episode.frames(camera, steps) for camera in data.cameras}
+    return Example(
+        episode.id,
+        episode.task,
+        episode.fps,
+        tuple(steps.tolist()),
+        raw,
+        encoders_base.to_uint8(cameras_lib.canvas(raw, data)),
+        episode.action,
+    )

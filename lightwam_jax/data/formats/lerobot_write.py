@@ -1,0 +1,323 @@
+"""Writes episodes as a LeRobot dataset, v2.1 or v3.0, that LeRobot itself can train on."""
+
+import io
+import json
+import os
+
+import numpy as np
+import pyarrow as pa
+import tqdm
+from PIL import Image
+
+from lightwam_jax.data.caches import resumable
+from lightwam_jax.data.formats import lerobot_layouts, lerobot_meta, lerobot_stats, video
+
+_INDEX = {
+    "timestamp": "float32",
+    "frame_index": "int64",
+    "episode_index": "int64",
+    "index": "int64",
+    "task_index": "int64",
+}
+_FRAMES = 64  # held in memory at once
+_SAMPLED = 100  # images of an episode that statistics are made of
+# Higher levels save a tenth of the bytes and take three times as long.
+_PNG_LEVEL = 1
+
+
+def write(episodes, directory, version="2.1", cameras=(), **options):
+    """Writes a complete dataset; until it is, it is called `<directory>.partial`.
+
+    Args:
+      episodes: `Episode`s, one after the other; equal fps and widths. Read once.
+      directory: that of the new dataset.
+      version, cameras, **options: see `Writer`.
+
+    Raises:
+      FileExistsError: the directory is there, or the rest of an interrupted writing.
+      ValueError: no episode, one without a step, or one unlike the others.
+    """
+    growing = f"{directory}.partial"
+    for there in (directory, growing):
+        if os.path.exists(there):
+            raise FileExistsError(f"{there} exists; delete it, or write elsewhere")
+    writer = Writer(growing, version, cameras, **options)
+    for episode in tqdm.tqdm(episodes, desc="episodes", unit="episode"):
+        writer.add(episode)
+    if not writer.entries:
+        raise ValueError(f"no episode to write into {directory}")
+    writer.finish()
+    os.rename(growing, directory)
+
+
+class Writer:
+    """A dataset under construction: `add` its episodes, then `finish`.
+
+    Frame i of a video is shown at i / fps, and that is also its timestamp.
+
+    Attributes:
+      entries: of each episode what `add` returned. With those of an interrupted writing of v2.1,
+        another Writer goes on; the directory is then the same as without the interruption.
+    """
+
+    def __init__(
+        self,
+        directory,
+        version="2.1",
+        cameras=(),
+        *,
+        videos=True,
+        image=lerobot_meta.IMAGE,
+        robot_type=None,
+        names=None,
+        entries=(),
+        data_mb=100,
+        video_mb=200,
+        codec="libx264",
+        **encoder,
+    ):
+        """Begins a dataset, or goes on with one.
+
+        Args:
+          directory: that of the dataset.
+          version: "2.1", a file per episode, or "3.0", several per file.
+          cameras: names of those to write, e.g. ("scene", "wrist"); (): columns only.
+          videos: False keeps images without loss, as PNG in the parquet files.
+          image: name of a camera's feature.
+          robot_type: for readers of the dataset.
+          names: {"observation.state" or "action": names of its dimensions}.
+          entries: of the episodes that are there, v2.1 only.
+          data_mb, video_mb: size at which v3.0 begins another file.
+          codec, encoder: see `video.Writer`.
+
+        Raises:
+          ValueError: unknown version.
+        """
+        layouts = lerobot_layouts.VERSIONS
+        if version not in layouts:
+            raise ValueError(f"version is {version!r}; expected one of {', '.join(layouts)}")
+        self.entries = list(entries)
+        self._version, self._robot_type, self._names = version, robot_type, names or {}
+        self._keys = {camera: image.replace("{camera}", camera) for camera in cameras}
+        self._videos = videos
+        self._tasks = {}  # {instruction: task_index}
+        self._number_tasks(task for entry in self.entries for task in entry["row"]["tasks"])
+        self._layout = layouts[version](
+            directory,
+            lambda path, fps: video.Writer(path, fps, codec, **encoder),
+            data_mb * 2**20,
+            video_mb * 2**20,
+        )
+
+    def add(self, episode):
+        """Writes an episode.
+
+        Returns:
+          {"row": its place and its tasks, "stats": {feature: {name: list}}}, JSON; that of the
+          first has "form" too: what all have in common.
+
+        Raises:
+          ValueError: an episode without a step, or unlike the first.
+        """
+        form = self.entries[0]["form"] if self.entries else None
+        number = len(self.entries)
+        begin = self.entries[-1]["row"]["dataset_to_index"] if self.entries else 0
+        _check(episode, form)
+        tasks = [episode.task_at(step) for step in range(episode.length)]
+        self._number_tasks(tasks)
+        columns = _columns(episode, number, begin, [self._tasks[task] for task in tasks])
+        kept = self._layout.stats
+        stats = {key: lerobot_stats.columns(values, kept) for key, values in columns.items()}
+        images, place, shapes = {}, {}, {}
+        for camera, key in self._keys.items():
+            frames = _Frames(episode, camera, form and form["features"][key]["shape"])
+            if self._videos:
+                place |= self._layout.video(number, key, frames, episode.fps)
+            else:
+                images[key] = [_png(image) for chunk in frames for image in chunk]
+            stats[key], shapes[key] = frames.stats(kept), frames.shape
+        place |= self._layout.rows(number, _table(columns, images))
+        row = {
+            "episode_index": number,
+            "length": episode.length,
+            **place,
+            "tasks": list(dict.fromkeys(tasks)),
+            "dataset_from_index": begin,
+            "dataset_to_index": begin + episode.length,
+        }
+        entry = {"row": row, "stats": lerobot_stats.lists(stats)}
+        if not form:
+            entry["form"] = {
+                "fps": _whole(episode.fps),
+                "features": _features(columns, shapes, self._names, self._videos),
+            }
+        self.entries.append(entry)
+        return entry
+
+    def finish(self):
+        """Writes what is known only at the end: meta/."""
+        form, total = self.entries[0]["form"], len(self.entries)
+        filmed = self._keys.values() if self._videos else ()
+        self._layout.finish(self.entries, list(self._tasks))
+        info = {
+            "codebase_version": f"v{self._version}",
+            "robot_type": self._robot_type,
+            "total_episodes": total,
+            "total_frames": self.entries[-1]["row"]["dataset_to_index"],
+            "total_tasks": len(self._tasks),
+            "chunks_size": lerobot_layouts.CHUNK,
+            "fps": form["fps"],
+            "splits": {"train": f"0:{total}"},
+            "data_path": self._layout.data_path,
+            "video_path": self._layout.video_path if filmed else None,
+            **self._layout.counts(total, len(filmed)),
+            "features": {
+                key: feature
+                | ({"info": _video_info(self._layout.first_video(key))} if key in filmed else {})
+                for key, feature in form["features"].items()
+            },
+        }
+        resumable.write_json(self._layout.root / "meta" / "info.json", info)
+
+    def _number_tasks(self, tasks):
+        for task in tasks:
+            self._tasks.setdefault(task, len(self._tasks))
+
+
+def _check(episode, form):
+    """Refuses an episode that has no step or is unlike the first, whose `form` is given."""
+
+    def bad(reason):
+        return ValueError(f"episode {episode.id} {reason}")
+
+    if not episode.length:
+        raise bad("has no step; leave it out")
+    shapes = {"observation.state": episode.state.shape, "action": episode.action.shape}
+    for key, shape in shapes.items():
+        width = form["features"][key]["shape"][0] if form else shape[-1]
+        if shape != (episode.length, width):
+            raise bad(f"has {key} of shape {list(shape)}, expected [{episode.length}, {width}]")
+    if form and episode.fps != form["fps"]:
+        raise bad(f"has {episode.fps:g} frames per second, the first {form['fps']:g}")
+    if episode.timestamps is not None:
+        off = np.abs(episode.timestamps - np.arange(episode.length) / episode.fps).max()
+        if off > 0.5 / episode.fps:
+            raise bad(
+                f"has timestamps up to {off:.3f} s from {episode.fps:g} per second, which "
+                "LeRobot demands: resample it"
+            )
+
+
+def _columns(episode, number, begin, task_index):
+    """Returns {feature: [n] or [n, D]} without images."""
+    steps = np.arange(episode.length)
+    values = {
+        "timestamp": steps / episode.fps,
+        "frame_index": steps,
+        "episode_index": np.full(episode.length, number),
+        "index": begin + steps,
+        "task_index": np.array(task_index),
+    }
+    return {
+        "observation.state": episode.state.astype(np.float32),
+        "action": episode.action.astype(np.float32),
+        **{key: values[key].astype(dtype) for key, dtype in _INDEX.items()},
+    }
+
+
+def _features(columns, shapes, names, videos):
+    """Returns the features of info.json: of columns, and of cameras whose images have `shapes`."""
+    features = {
+        key: {
+            "dtype": str(values.dtype),
+            "shape": list(values.shape[1:]) or [1],
+            "names": names.get(key),
+        }
+        for key, values in columns.items()
+    }
+    for key, shape in shapes.items():
+        features[key] = {
+            "dtype": "video" if videos else "image",
+            "shape": shape,
+            "names": ["height", "width", "channels"],
+        }
+    return features
+
+
+def _table(columns, images):
+    """Returns a table, with the types that Hugging Face's datasets looks for in the metadata."""
+    arrays, types = {}, {}
+    for key, values in columns.items():
+        array, kind = pa.array(values.reshape(-1)), {"dtype": str(values.dtype), "_type": "Value"}
+        if values.ndim == 2 and values.shape[1] > 1:  # one number is no list there
+            array = pa.FixedSizeListArray.from_arrays(array, values.shape[1])
+            kind = {"feature": kind, "length": values.shape[1], "_type": "Sequence"}
+        arrays[key], types[key] = array, kind
+    for key, encoded in images.items():
+        cells = [
+            {"bytes": content, "path": f"frame_{i:06d}.png"} for i, content in enumerate(encoded)
+        ]
+        arrays[key] = pa.array(cells, pa.struct({"bytes": pa.binary(), "path": pa.string()}))
+        types[key] = {"_type": "Image"}
+    return pa.table(arrays).replace_schema_metadata(
+        {"huggingface": json.dumps({"info": {"features": types}})}
+    )
+
+
+class _Frames:
+    """The images of a camera of an episode, uint8 [k, H, W, 3] at a time, as they are written.
+
+    Attributes:
+      shape: [H, W, 3] that they must have; None until the first gives it.
+    """
+
+    def __init__(self, episode, camera, shape):
+        self.shape = shape
+        self._episode, self._camera = episode, camera
+        self._sampled = min(episode.length, _SAMPLED)
+        self._counts = np.zeros((3, 256), np.int64)
+
+    def __iter__(self):
+        episode = self._episode
+        sampled = np.linspace(0, episode.length - 1, self._sampled).round()
+        for first in range(0, episode.length, _FRAMES):
+            indices = np.arange(first, min(first + _FRAMES, episode.length))
+            images = episode.frames(self._camera, indices)
+            shape = list(images.shape[1:])
+            self.shape = self.shape or shape
+            if shape != self.shape:
+                raise ValueError(
+                    f"episode {episode.id} has images {shape} of camera {self._camera!r}, the "
+                    f"first {self.shape}"
+                )
+            self._counts += lerobot_stats.histogram(images[np.isin(indices, sampled)])
+            yield images
+
+    def stats(self, names):
+        """Returns the statistics `names` of the images that were written."""
+        return lerobot_stats.images(self._counts, self._sampled, names)
+
+
+def _png(image):
+    content = io.BytesIO()
+    Image.fromarray(image).save(content, format="PNG", compress_level=_PNG_LEVEL)
+    return content.getvalue()
+
+
+def _whole(number):
+    """Returns a float as the int that it is, if it is one."""
+    return int(number) if number == int(number) else number
+
+
+def _video_info(path):
+    info = video.probe(path)
+    return {
+        "video.height": info.height,
+        "video.width": info.width,
+        "video.codec": info.codec,
+        "video.pix_fmt": info.pix_fmt,
+        "video.is_depth_map": False,
+        "video.fps": _whole(info.fps),
+        "video.channels": 3,
+        "has_audio": False,
+    }

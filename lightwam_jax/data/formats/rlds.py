@@ -1,0 +1,337 @@
+"""RLDS: TFDS data sets whose examples are episodes with nested `steps`, read without TensorFlow.
+
+config.data.path is the version directory (.../1.0.0) or the one above it, if it has one version.
+config.data.fields, relative to a step, with a leading "/" to the episode (`keys.py` has the
+syntax):
+
+  state    default ("observation/state",)       image  default "observation/{camera}"
+  action   default ("action",)                  task   default "language_instruction"; text:WORDS
+  fps      steps per second; the data never say
+
+All splits are read, in order; an episode's id is its split and its number in it: train/000012. The
+last step is kept, although some data sets put no meaningful action there (`is_last`): cut it off
+with "action[:-1]", "observation/state[:-1]" and so on for every key, if yours does.
+
+A TFRecord file is a row of records, each framed by its length, the length's checksum, and its own
+checksum behind it. Every record is read once, and checked, when the data set is opened; its
+images are decoded when asked for. Files in the array_record format are read too.
+"""
+
+import dataclasses
+import functools
+import operator
+import os
+import pathlib
+import struct
+
+import google_crc32c
+import numpy as np
+import tensorflow_datasets as tfds
+import tqdm
+from array_record.python import array_record_module
+from google.protobuf import message
+
+from lightwam_jax.data import episodes as episodes_lib
+from lightwam_jax.data.formats import keys as keys_lib
+from lightwam_jax.data.formats.keys import BadEpisode
+
+_DEFAULTS = {
+    "state": ("observation/state",),
+    "action": ("action",),
+    "image": "observation/{camera}",
+    "task": "language_instruction",
+}
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class RldsEpisode(keys_lib.KeyedEpisode):
+    """An `episodes.Episode` in a record file.
+
+    Attributes beyond those of `KeyedEpisode`:
+      record: (position in the file, bytes) of the record; (number, 0) in an array_record file.
+    """
+
+    record: tuple
+
+    def stored(self, path):
+        """Returns the encoded images of the episode [n]."""
+        try:
+            return _parse(_record(self.file, self.record), {path: _BYTES})[path]
+        except BadEpisode as error:
+            raise self.error(path, error) from error
+
+
+def read(config):
+    """Returns (episodes, problems) of the data set at config.data.path.
+
+    Raises:
+      ValueError: no TFDS data set, several versions of one, a key that is no feature of it or not
+        of the right type (the features are listed), or no config.data.fields.fps.
+    """
+    directory = _directory(config.data.path)
+    info = tfds.builder_from_directory(str(directory)).info
+    source = _Source(config.data, directory)
+    found, problems = [], []
+    with tqdm.tqdm(total=info.splits.total_num_examples, desc="columns", unit="episode") as bar:
+        for name, split in info.splits.items():
+            first = 0
+            for path, expected in zip(split.filepaths, split.shard_lengths):
+                ids = [f"{name}/{first + i:06d}" for i in range(expected)]
+                _read_shard(os.fspath(path), ids, source, found, problems, bar)
+                first += expected
+    return found, problems
+
+
+def _read_shard(path, ids, source, found, problems, bar):
+    def problem(kind, name, message):
+        problems.append(episodes_lib.Problem("error", kind, name, path, None, message))
+
+    records, kind, reason = _scan(path)
+    if len(records) > len(ids):
+        problem(
+            "too many records",
+            os.path.basename(path),
+            f"dataset_info.json speaks of "
+            f"{len(ids)} records, {len(records)} are there; the rest has no id and is not read",
+        )
+    for number, name in enumerate(ids):
+        bar.update()
+        if number >= len(records):
+            problem(
+                kind or "missing record",
+                name,
+                f"record {number}: "
+                + (
+                    reason
+                    or f"the file ends after {len(records)} records; dataset_info.json "
+                    f"speaks of {len(ids)}"
+                ),
+            )
+            continue
+        try:
+            found.append(source.episode(path, records[number], name))
+        except BadEpisode as error:
+            problem(error.kind, name, f"record {number}: {error}")
+
+
+def _directory(path):
+    path = pathlib.Path(path)
+    if (path / "features.json").exists():
+        return path
+    versions = sorted(file.parent for file in path.glob("*/features.json"))
+    if len(versions) != 1:
+        raise ValueError(
+            f"config.data.path={str(path)!r} has no features.json and "
+            f"{', '.join(v.name for v in versions) or 'no version of a data set'} below it; give "
+            "the directory of one version of a TFDS data set, e.g. .../libero_10_no_noops/1.0.0"
+        )
+    return versions[0]
+
+
+# --- the files -----------------------------------------------------------------------------------
+
+
+def _scan(path):
+    """([where each record lies], kind and reason why there are no more, or None); reads headers."""
+    if not os.path.exists(path):
+        return [], "missing file", "its file is not there"
+    if ".array_record" in os.path.basename(path):
+        try:
+            reader = array_record_module.ArrayRecordReader(path)
+            records = [(number, 0) for number in range(reader.num_records())]
+            reader.close()
+        except (RuntimeError, ValueError) as error:
+            return [], "damaged file", str(error)
+        return records, None, None
+    records, position, end = [], 0, os.path.getsize(path)
+    with open(path, "rb") as file:
+        while position < end:
+            file.seek(position)
+            header = file.read(12)
+            if len(header) < 12:
+                return records, "truncated file", f"the file ends in a header, at byte {end}"
+            (length,) = struct.unpack("<Q", header[:8])
+            if not _intact(header[:8], header[8:]):
+                return (
+                    records,
+                    "damaged file",
+                    (
+                        f"the length at byte {position} does not match "
+                        "its checksum; nothing behind it can be found"
+                    ),
+                )
+            if position + length + 16 > end:
+                return (
+                    records,
+                    "truncated file",
+                    (f"it ends at byte {position + length + 16}, the file at {end}"),
+                )
+            records.append((position + 12, length))
+            position += length + 16
+    return records, None, None
+
+
+def _record(path, place):
+    """The bytes of a record; Unfit where they are gone or do not match their checksum."""
+    position, length = place
+    try:
+        if ".array_record" in os.path.basename(path):
+            reader = array_record_module.ArrayRecordReader(path)
+            try:
+                return reader.read([position])[0]
+            finally:
+                reader.close()
+        with open(path, "rb") as file:
+            file.seek(position)
+            data, checksum = file.read(length), file.read(4)
+    except (OSError, RuntimeError, ValueError, IndexError) as error:
+        raise BadEpisode("unreadable record", f"{error}") from error
+    if not _intact(data, checksum):
+        raise BadEpisode(
+            "bad checksum",
+            f"the {length} bytes from {position} on do not match their "
+            "checksum; copy the file again",
+        )
+    return data
+
+
+def _intact(data, checksum):
+    crc = google_crc32c.value(data)
+    masked = ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF  # as TFRecord stores it
+    return checksum == struct.pack("<I", masked)
+
+
+# --- the features --------------------------------------------------------------------------------
+
+# An encoded image as it lies there: decoding all of them to use a few would take seconds.
+_BYTES = tfds.features.Tensor(shape=(), dtype=np.object_)
+
+
+class _Source:
+    """The features of a data set that the config asks for, and the episodes read with them."""
+
+    def __init__(self, data, directory):
+        features = tfds.features.FeatureConnector.from_config(str(directory))
+        if "steps" not in features or not isinstance(features["steps"], tfds.features.Sequence):
+            raise ValueError(
+                f"{directory} has no nested steps, so it is not RLDS; its features: "
+                f"{', '.join(features)}"
+            )
+        self.leaves = dict(_leaves(features))
+        self.keys = {
+            name: getattr(data.fields, name) or default for name, default in _DEFAULTS.items()
+        }
+        self.fps, self.channel_order = data.fields.fps, data.fields.channel_order
+        if not self.fps:
+            raise ValueError(
+                "config.data.fields.fps is 0 and RLDS data do not say how many steps "
+                "a second has; set it"
+            )
+        self.columns = {}
+        for name in ("state", "action"):
+            for key in self.keys[name]:
+                path, feature = self._leaf(key, name)
+                if _kind(feature) not in "fiub" or len(feature.shape) > 1:
+                    raise ValueError(
+                        f"config.data.fields.{name}: {key} is {feature!r}; expected "
+                        "numbers, [] or [d] in each step"
+                    )
+                self.columns[path] = feature
+        if not self.keys["task"].startswith("text:"):
+            path, feature = self._leaf(self.keys["task"], "task")
+            if _kind(feature) != "O" or feature.shape:
+                raise ValueError(f"config.data.fields.task: {path} is {feature!r}; expected text")
+            self.columns[path] = feature
+        self.images = {
+            camera: self.keys["image"].replace("{camera}", camera) for camera in data.cameras
+        }
+        for key in self.images.values():
+            feature = self._leaf(key, "image")[1]
+            if not isinstance(feature, tfds.features.Image) or _kind(feature) != "u":
+                raise ValueError(
+                    f"config.data.fields.image: {key} is {feature!r}; expected a "
+                    "tfds.features.Image of uint8"
+                )
+
+    def _leaf(self, key, name):
+        """(path in the record, feature) of a key of the config."""
+        path = _path(key)
+        if path not in self.leaves:
+            there = "\n  ".join(
+                f"{f'/{p}'.removeprefix('/steps/')}: {feature!r}"
+                for p, feature in self.leaves.items()
+            )
+            raise ValueError(
+                f"config.data.fields.{name}: the data have no {key!r}; they have\n  {there}"
+            )
+        if name != "task" and not path.startswith("steps/"):
+            raise ValueError(f"config.data.fields.{name}: {key} is not in the steps of an episode")
+        return path, self.leaves[path]
+
+    def episode(self, file, place, name):
+        """Returns the `RldsEpisode` of a record; Unfit says why not."""
+        columns = _parse(_record(file, place), self.columns)
+        task, values = self.keys["task"], self.keys["task"].removeprefix("text:")
+        if task == values:
+            values = columns[_path(task)]
+        if isinstance(values, list):
+            values = values[keys_lib.parse(task).rows]
+        steps = len(columns[_path(self.keys["action"][0])])
+        state, action = (
+            keys_lib.join(what, {k: np.asarray(columns[_path(k)]) for k in self.keys[what]})
+            for what in ("state", "action")
+        )
+        return RldsEpisode(
+            id=name,
+            file=file,
+            record=place,
+            fps=self.fps,
+            channel_order=self.channel_order,
+            state=state,
+            action=action,
+            tasks=keys_lib.instructions(values),
+            images={
+                camera: (_path(key), range(steps)[keys_lib.parse(key).rows])
+                for camera, key in self.images.items()
+            },
+        )
+
+
+def _path(key):
+    path = keys_lib.parse(key).path
+    return path[1:] if path.startswith("/") else f"steps/{path}"
+
+
+def _kind(feature):
+    """The numpy kind of a feature; that of several together: "several"."""
+    return "several" if isinstance(feature.np_dtype, dict) else np.dtype(feature.np_dtype).kind
+
+
+def _leaves(feature, prefix=""):
+    for name, inner in feature.items():
+        if prefix == "" and name == "steps":
+            inner = inner.feature
+        if isinstance(inner, tfds.features.FeaturesDict):
+            yield from _leaves(inner, f"{prefix}{name}/")
+        else:
+            yield f"{prefix}{name}", inner
+
+
+def _parse(record, wanted):
+    """{path: values} of the features `wanted` {path: feature} of a record; the rest is skipped."""
+    tree = {}
+    for path, feature in wanted.items():
+        *groups, name = path.split("/")
+        node = tree
+        for group in groups:
+            node = node.setdefault(group, {})
+        node[name] = feature
+    if "steps" in tree:
+        tree["steps"] = tfds.features.Sequence(tree["steps"])
+    try:
+        values = tfds.features.FeaturesDict(tree).deserialize_example_np(record)
+    except (message.DecodeError, ValueError, LookupError, AttributeError) as error:
+        raise BadEpisode(
+            "unreadable record", f"it has no readable {', '.join(wanted)}: {error}"
+        ) from error
+    return {path: functools.reduce(operator.getitem, path.split("/"), values) for path in wanted}

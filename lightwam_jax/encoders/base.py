@@ -1,0 +1,97 @@
+"""What every codec and every text encoder provides, and the pixels that codecs read."""
+
+import typing
+
+import numpy as np
+
+STRIDES = {"pca": 8, "wan21": 8, "wan22": 16}  # config.data.codec -> pixels per latent cell
+STRIDE = STRIDES["pca"]
+GROUP = 4  # video frames per latent frame, after the first
+
+
+class Codec(typing.Protocol):
+    """What the cache, the policy and the figures use.
+
+    Attributes:
+      kind: of `STRIDES`.
+      latent_channels: C.
+      stride: pixels per latent cell.
+      id: changes whenever the latents would.
+      arrays: pytree of the weights that `encode_with` needs.
+    """
+
+    kind: str
+    latent_channels: int
+    stride: int
+    id: str
+    arrays: dict
+
+    def encode(self, video):
+        """Canvases [B, T, H, W, 3], T = 1 + 4k -> latents f32 [B, 1 + k, H/stride, W/stride, C].
+
+        Canvases are uint8, or float32 in 0..1 where they were resampled: see `cameras.canvas`.
+        """
+        ...
+
+    def decode(self, latents):
+        """Latents [B, F, h, w, C] -> uint8 [B, 4F - 3, h * stride, w * stride, 3]."""
+        ...
+
+    def encode_with(self, arrays, video):
+        """`encode` as a pure function of arrays, to be traced."""
+        ...
+
+    def save(self, directory):
+        """Writes codec.json and the weights; `load` reads them."""
+        ...
+
+
+def check_video(video, stride=STRIDE):
+    """Raises ValueError unless `video` is canvases [B, 1 + 4k, H, W, 3] that a codec can encode.
+
+    uint8, or float32 about 0..1; sides multiples of stride.
+    """
+    if video.dtype not in (np.uint8, np.float32) or video.ndim != 5 or video.shape[-1] != 3:
+        raise ValueError(
+            f"video is {video.dtype} {list(video.shape)}; expected uint8, or float32 "
+            "in 0..1, [B, T, H, W, 3]"
+        )
+    if video.dtype == np.float32 and not (-1 < video.min(initial=0) <= video.max(initial=1) < 2):
+        raise ValueError(
+            f"video is float32 from {video.min()} to {video.max()}; expected 0..1 "
+            "(images in 0..255 are uint8)"
+        )
+    _, t, h, w, _ = video.shape
+    if (t - 1) % GROUP or h % stride or w % stride:
+        raise ValueError(
+            f"video of {t} frames of {h}x{w}; expected 1 + a multiple of {GROUP} frames and sides "
+            f"that are multiples of {stride}: change config.data.num_frames or config.data.canvas"
+        )
+
+
+def in_255(pixels):
+    """Pixels of canvases as float32 in 0..255, the unit of the components."""
+    return pixels.astype(np.float32) if pixels.dtype == np.uint8 else pixels * np.float32(255)
+
+
+class TextEncoder(typing.Protocol):
+    """Attributes: dim, the width of a row; id, which tells encoders (and their weights) apart."""
+
+    dim: int
+    id: str
+
+    def encode(self, prompts, text_len):
+        """Returns (context f32 [n, L, dim], zero past the text; mask bool [n, L], true on it)."""
+        ...
+
+
+def to_float(canvas):
+    """Returns a canvas as float32 in 0..1, as codecs see it; numpy or traced jax arrays."""
+    return canvas.astype(np.float32) / np.float32(255) if canvas.dtype == np.uint8 else canvas
+
+
+def to_uint8(canvas):
+    """Returns a canvas as uint8 in 0..255, for eyes and for transport; uint8 comes back as is."""
+    if canvas.dtype == np.uint8:
+        return canvas
+    return np.clip(np.rint(canvas * np.float32(255)), 0, 255).astype(np.uint8)

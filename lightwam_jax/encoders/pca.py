@@ -1,0 +1,210 @@
+"""The PCA codec: latents without pretrained weights, fitted on the data in seconds."""
+
+import functools
+import hashlib
+import json
+import os
+
+import einops
+import jax
+import numpy as np
+
+from lightwam_jax.encoders import base as encoders_base
+
+_CHUNK_BYTES = 1 << 20  # pixels encoded at once: four times as fast as chunks beyond the cache
+PLACES = 4  # latent channels that tell a cell's place on the canvas
+_CHROMA = 3.0  # weight of colour differences against brightness when components are chosen
+
+
+class PcaCodec:
+    """Principal components of 8x8 patches (frame 0) and of 4x8x8 patches (later groups of four).
+
+    Fitted on the data in seconds, so that a demo needs no pretrained weights.
+
+    Metric: components are chosen with colour differences counted `_CHROMA` times as much as
+    brightness; otherwise a small object keeps its outline and loses its colour, which is what an
+    instruction names it by.
+
+    Scaling: component i, of standard deviation s_i, becomes a latent of deviation ~ sqrt(s_i), the
+    mean variance over channels being 1 per frame kind (`whitening` = 0.5). Unit variance for every
+    channel (1.0) would spend most of the video loss on the least visible components and amplify
+    their noise; one factor for all (0.0) would bury the small ones, which hold the edges that
+    localise objects, in the flow's unit noise.
+
+    Place: the latents of a convolutional codec know where they are, because its zero padding leaks
+    in from the borders, and the backbone's rotary positions are relative. Patchwise components know
+    nothing, so the last `PLACES` channels carry each cell's row and column; decoding ignores them.
+    """
+
+    kind, stride = "pca", encoders_base.STRIDE
+
+    def __init__(self, arrays):
+        self.arrays = arrays
+        self.latent_channels = arrays["first_encode"].shape[1] + PLACES
+
+    @functools.cached_property
+    def id(self):
+        digest = hashlib.sha256(_places(8, 16).tobytes())
+        for name in sorted(self.arrays):
+            digest.update(name.encode() + np.ascontiguousarray(self.arrays[name]).tobytes())
+        return f"pca-{digest.hexdigest()[:16]}"
+
+    @classmethod
+    def fit(cls, videos, channels, whitening=0.5):
+        """Returns the codec fitted on clips [N, T, H, W, 3], T = 1 + 4k; deterministic.
+
+        Args:
+          videos: uint8 or float32 in 0..1; a few hundred are plenty.
+          channels: C, of which `PLACES` are places; at most 192 are components.
+          whitening: see the class.
+        """
+        encoders_base.check_video(videos)
+        components = channels - PLACES
+        if (
+            videos.shape[1] < 1 + encoders_base.GROUP
+            or not 0 < components <= 3 * encoders_base.STRIDE**2
+        ):
+            raise ValueError(
+                f"PCA codec of {channels} channels on clips of {videos.shape[1]} frames; expected "
+                f"{1 + PLACES} to {3 * encoders_base.STRIDE**2 + PLACES} channels and at least "
+                f"{1 + encoders_base.GROUP} "
+                "frames"
+            )
+        singles = einops.rearrange(videos[:, :: encoders_base.GROUP], "n t h w c -> (n t) h w c")
+        arrays = {}
+        patches = {"first": _first_patches(singles), "later": _later_patches(videos)}
+        for kind, values in patches.items():
+            for name, array in _fit_basis(values, components, whitening).items():
+                arrays[f"{kind}_{name}"] = array
+        return cls(arrays)
+
+    @staticmethod
+    def encode_with(arrays, video):
+        """Canvases [B, T, H, W, 3] -> f32 [B, F, H/8, W/8, C]; numpy or traced jax arrays."""
+        with jax.default_matmul_precision("highest"):  # accelerators would round to bfloat16
+            first = encoders_base.in_255(_first_patches(video[:, 0]))
+            latents = [(first @ arrays["first_encode"] + arrays["first_bias"])[:, None]]
+            if video.shape[1] > 1:
+                later = encoders_base.in_255(_later_patches(video))
+                latents.append(later @ arrays["later_encode"] + arrays["later_bias"])
+        latents = _namespace(video).concatenate(latents, axis=1)
+        shape = (*latents.shape[:-1], PLACES)
+        places = _namespace(video).broadcast_to(_places(*latents.shape[2:4]), shape)
+        return _namespace(video).concatenate([latents, places], axis=-1)
+
+    @staticmethod
+    def decode_with(arrays, latents):
+        """[B, F, h, w, C] -> f32 [B, 4F - 3, 8h, 8w, 3], in 0..255 but for overshoot."""
+        latents = latents[..., :-PLACES].astype(np.float32)
+        with jax.default_matmul_precision("highest"):
+            first = latents[:, :1] @ arrays["first_decode"] + arrays["first_mean"]
+            later = latents[:, 1:] @ arrays["later_decode"] + arrays["later_mean"]
+        first = einops.rearrange(
+            first,
+            "b f h w (p q c) -> b f (h p) (w q) c",
+            p=encoders_base.STRIDE,
+            q=encoders_base.STRIDE,
+        )
+        later = einops.rearrange(
+            later,
+            "b f h w (g p q c) -> b (f g) (h p) (w q) c",
+            g=encoders_base.GROUP,
+            p=encoders_base.STRIDE,
+            q=encoders_base.STRIDE,
+        )
+        return _namespace(latents).concatenate([first, later], axis=1)
+
+    def encode(self, video):
+        """Canvases [B, T, H, W, 3] -> latents f32 [B, 1 + (T-1)//4, H/8, W/8, C], on the host.
+
+        Raises:
+          ValueError: see `check_video`.
+        """
+        encoders_base.check_video(video)
+        rows = max(1, _CHUNK_BYTES // max(1, video[:1].size))
+        chunks = [
+            self.encode_with(self.arrays, video[i : i + rows]) for i in range(0, len(video), rows)
+        ]
+        return np.concatenate(chunks)
+
+    def decode(self, latents):
+        """Latents [B, F, h, w, C] -> uint8 [B, 4F - 3, 8h, 8w, 3], on the host."""
+        latents = np.asarray(latents)
+        if latents.ndim != 5 or latents.shape[-1] != self.latent_channels:
+            raise ValueError(
+                f"latents have shape {list(latents.shape)}; expected "
+                f"[B, F, h, w, {self.latent_channels}]"
+            )
+        pixels = self.decode_with(self.arrays, latents)
+        return np.clip(np.rint(pixels), 0, 255).astype(np.uint8)
+
+    def save(self, directory):
+        """Writes codec.json and codec.npz into `directory`."""
+        os.makedirs(directory, exist_ok=True)
+        np.savez(os.path.join(directory, "codec.npz"), **self.arrays)
+        with open(os.path.join(directory, "codec.json"), "w") as f:
+            json.dump(
+                {"kind": self.kind, "id": self.id, "latent_channels": self.latent_channels},
+                f,
+                indent=2,
+            )
+
+
+def _namespace(x):
+    return np if isinstance(x, np.ndarray) else jax.numpy
+
+
+def _places(height, width):
+    """[h, w, PLACES] f32: row and column in -1..1, and the column at twice the pace."""
+    rows, columns = np.meshgrid(
+        (np.arange(height) * 2 + 1) / height - 1,
+        (np.arange(width) * 2 + 1) / width - 1,
+        indexing="ij",
+    )
+    turn = 2 * np.pi * columns
+    return np.stack([rows, columns, np.sin(turn), np.cos(turn)], axis=-1).astype(np.float32)
+
+
+def _first_patches(frames):
+    """[B, H, W, 3] -> [B, h, w, 192]."""
+    return einops.rearrange(
+        frames, "b (h p) (w q) c -> b h w (p q c)", p=encoders_base.STRIDE, q=encoders_base.STRIDE
+    )
+
+
+def _later_patches(video):
+    """[B, T, H, W, 3] -> [B, F-1, h, w, 768]; frame 0 left out."""
+    return einops.rearrange(
+        video[:, 1:],
+        "b (f g) (h p) (w q) c -> b f h w (g p q c)",
+        g=encoders_base.GROUP,
+        p=encoders_base.STRIDE,
+        q=encoders_base.STRIDE,
+    )
+
+
+def _fit_basis(patches, channels, whitening):
+    """Principal components of patches [..., D] of canvases as the two matrix products of a codec.
+
+    Returns f32 encode [D, C], bias [C] (latent = patch @ encode + bias), decode [C, D], mean [D]
+    (patch = latent @ decode + mean).
+    """
+    dim = patches.shape[-1]
+    x = encoders_base.in_255(patches.reshape(-1, dim))
+    mean = x.mean(0, dtype=np.float64)
+    x -= mean.astype(np.float32)
+    covariance = (x.T @ x).astype(np.float64) / len(x)
+    gray = np.full((3, 3), 1 / 3)
+    metric = np.kron(np.eye(dim // 3), gray + _CHROMA * (np.eye(3) - gray))  # symmetric
+    values, vectors = np.linalg.eigh(metric @ covariance @ metric)
+    values, vectors = values[::-1][:channels], vectors[:, ::-1][:, :channels]
+    # An eigenvector's sign is arbitrary: fix it, or two fits of the same data would differ.
+    largest = np.abs(vectors).argmax(0)
+    vectors = vectors * np.sign(vectors[largest, np.arange(channels)])
+    deviation = np.sqrt(np.maximum(values, 1e-8))
+    scale = deviation**-whitening
+    scale /= np.sqrt(np.mean((deviation * scale) ** 2))
+    encode = metric @ vectors * scale
+    decode = np.linalg.solve(metric, vectors / scale).T
+    arrays = {"encode": encode, "bias": -mean @ encode, "decode": decode, "mean": mean}
+    return {name: array.astype(np.float32) for name, array in arrays.items()}

@@ -1,0 +1,94 @@
+"""What a policy is evaluated on: suite, environment and episodes, from its config."""
+
+import dataclasses
+import json
+import pathlib
+
+from lightwam_jax import envs
+from lightwam_jax.data import episodes as episodes_lib
+from lightwam_jax.envs import base as envs_base
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """A suite ready to run.
+
+    Attributes:
+      suite: of `envs.SUITES`.
+      env: `base.EnvSpec`.
+      episodes: `base.EpisodeSpec`s, those of a task side by side.
+      fps: control steps per second.
+      demonstrated: {task: [(first seed, number of seeds)]} that demonstrations were made from;
+        None where that is not known.
+      expert_tasks: those of `tasks` that have a scripted expert.
+      groups: {name: [tasks]} that have rates of their own, if there are several.
+    """
+
+    suite: str
+    env: envs_base.EnvSpec
+    episodes: tuple
+    fps: float
+    demonstrated: dict | None
+    expert_tasks: tuple
+    groups: dict
+
+    @property
+    def tasks(self):
+        """Names of the tasks, in order."""
+        return list(dict.fromkeys(episode.task for episode in self.episodes))
+
+
+def of_config(config, suite):
+    """Returns the `Setup` of a policy's config.
+
+    Args:
+      config: `Config`. suite: of `envs.SUITES`.
+
+    Raises:
+      ValueError: a policy of another suite, an unknown task, or episodes that were demonstrated.
+    """
+    e, module = config.evaluation, envs.suite(suite)
+    if e.suite != suite:
+        raise ValueError(
+            f"--mode {suite} evaluates policies of that suite; this one has "
+            f"config.evaluation.suite={e.suite!r}: use --mode {e.suite or 'open_loop'}"
+        )
+    tasks = e.tasks or module.TASKS
+    episodes = module.episodes(tasks, e.episodes, e.first_seed)
+    demonstrated = _demonstrated(config)
+    for episode in episodes:
+        for first, count in (demonstrated or {}).get(episode.task, ()):
+            if first <= episode.seed < first + count:
+                raise ValueError(
+                    f"seeds {e.first_seed}..{e.first_seed + e.episodes - 1} are not held out: "
+                    f"demonstrations of {episode.task} may have {first}..{first + count - 1}; "
+                    "choose another --seed"
+                )
+    names = list(dict.fromkeys(episode.task for episode in episodes))
+    experts = tuple(filter(getattr(module, "has_expert", lambda task: True), names))
+    groups = getattr(module, "groups", lambda tasks: {})(names)
+    return Setup(
+        suite,
+        envs.spec(suite, **e.env),
+        tuple(episodes),
+        module.FPS,
+        demonstrated,
+        experts,
+        groups if len(groups) > 1 else {},
+    )
+
+
+def _demonstrated(config):
+    found = {}
+    for directory in episodes_lib.directories(config.data.path):
+        file = pathlib.Path(directory, "meta", "recording.json")
+        if not file.exists():
+            return None
+        about = json.loads(file.read_text())
+        # Recordings from before there were starts have no "seeds".
+        seeds = about.get("seeds") or {
+            task: [(about["first_seed"], tried)] for task, tried in about["tried"].items()
+        }
+        for task, ranges in seeds.items():
+            found.setdefault(task, []).extend(map(tuple, ranges))
+    return found

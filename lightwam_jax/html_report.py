@@ -1,0 +1,191 @@
+"""A report as one HTML file: images and videos inside, nothing loaded from elsewhere."""
+
+import base64
+import contextlib
+import dataclasses
+import html
+import pathlib
+
+INK = "#1d2733"
+
+
+@dataclasses.dataclass(frozen=True)
+class Media:
+    """A PNG or MP4 file and its caption.
+
+    Attributes:
+      tag: short coloured label, e.g. "solved". wide: as wide as the page.
+    """
+
+    path: pathlib.Path
+    caption: str = ""
+    tag: str = ""
+    wide: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+    """A heading, a sentence or two, then media and a table.
+
+    The table's first row is its header; a long one scrolls unless it is shown `whole`.
+    """
+
+    title: str
+    text: str
+    media: tuple = ()
+    table: tuple = ()
+    whole: bool = False
+
+
+def write_html(path, title, headline, facts, sections, manifest, folded="Run manifest", tone=""):
+    """Writes the report.
+
+    Args:
+      path: file to write.
+      title: of the page.
+      headline: (big number, what it means).
+      facts: [(number, label)], the row below it.
+      sections: `Section`s.
+      manifest: nested dict, folded away at the end under the heading `folded`.
+      tone: colour of the headline: "" (neutral), "good" or "bad".
+    """
+    text = html.escape
+    cards = [f"<div><b>{text(n)}</b><span>{text(label)}</span></div>" for n, label in facts]
+    rows = [
+        f"<tr><th>{text(name)}</th><td>{text(str(value))}</td></tr>"
+        for name, value in _leaves("", manifest)
+    ]
+    page = _PAGE.format(
+        title=text(title),
+        number=text(headline[0]),
+        meaning=text(headline[1]),
+        css=_CSS,
+        facts="".join(cards),
+        body="".join(map(_section, sections)),
+        manifest="".join(rows),
+        folded=text(folded),
+        tone=tone + " words" * (len(headline[0]) > 12),
+    )
+    pathlib.Path(path).write_text(page, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def chart(path, width, height, rows=1, columns=1):
+    """Gives axes in the house style, [rows, columns] of them if more than one.
+
+    The chart, `width` x `height` inches, is written as PNG at the end of the `with` block.
+    """
+    from matplotlib.figure import Figure  # not pyplot: no display, nothing global
+
+    figure = Figure(figsize=(width, height), dpi=200, layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for one in axes.flat:
+        one.spines[["top", "right"]].set_visible(False)
+        one.tick_params(colors=INK, labelsize=9)
+    yield axes if axes.size > 1 else axes[0, 0]
+    figure.savefig(path)
+
+
+def _section(section):
+    parts = [f"<h2>{html.escape(section.title)}</h2>"]
+    if section.text:
+        parts.append(f"<p>{html.escape(section.text)}</p>")
+    if section.media:
+        parts.append(f'<div class="media">{"".join(map(_media, section.media))}</div>')
+    if section.table:
+        head, *rows = section.table
+        body = "".join(_row("td", row) for row in rows)
+        kind = "whole" if section.whole else "scroll"
+        parts.append(
+            f'<div class="{kind}"><table><thead>{_row("th", head)}</thead>'
+            f"<tbody>{body}</tbody></table></div>"
+        )
+    return f"<section>{''.join(parts)}</section>"
+
+
+def _row(tag, cells):
+    return f"<tr>{''.join(f'<{tag}>{html.escape(str(cell))}</{tag}>' for cell in cells)}</tr>"
+
+
+def _media(media):
+    data = base64.b64encode(pathlib.Path(media.path).read_bytes()).decode()
+    if pathlib.Path(media.path).suffix == ".mp4":
+        shown = (
+            "<video autoplay loop muted playsinline controls "
+            f'src="data:video/mp4;base64,{data}"></video>'
+        )
+    else:
+        shown = f'<img alt="{html.escape(media.caption)}" src="data:image/png;base64,{data}">'
+    caption = html.escape(media.caption)
+    if media.tag:
+        kind = html.escape(media.tag.split()[0])  # "not solved" is of class "not"
+        caption = f'<i class="{kind}">{html.escape(media.tag)}</i>{caption}'
+    caption = f"<figcaption>{caption}</figcaption>" if caption else ""
+    return f'<figure class="{"wide" if media.wide else ""}">{shown}{caption}</figure>'
+
+
+def _leaves(prefix, value):
+    """Yields (dotted name, value) of nested dicts."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from _leaves(f"{prefix}.{key}" if prefix else key, item)
+    else:
+        yield prefix, value
+
+
+_CSS = """
+:root { --ink: #1d2733; --soft: #5d6b7c; --line: #e3e7ed; --blue: #2563eb }
+* { box-sizing: border-box }
+body { margin: 0; background: #f6f7f9; color: var(--ink);
+  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif }
+main { max-width: 1020px; margin: 0 auto; padding: 40px 20px 64px }
+h1 { font-size: 1.05rem; font-weight: 600; color: var(--soft); margin: 0 }
+h2 { font-size: 1.15rem; margin: 0 0 .3rem }
+p { margin: .1rem 0 1rem; color: var(--soft); max-width: 60em }
+.number { font-size: clamp(3.4rem, 9vw, 5.6rem); font-weight: 750; letter-spacing: -.03em;
+  line-height: 1.05; color: var(--blue) }
+.number.words { font-size: clamp(2.2rem, 6vw, 3.4rem) }
+.number.good { color: #17693f }
+.number.bad { color: #a02a1c }
+.meaning { font-size: 1.2rem; margin: .2rem 0 1.4rem; max-width: 44em }
+.facts { display: grid; gap: 12px; margin-bottom: 28px;
+  grid-template-columns: repeat(auto-fit, minmax(140px, 1fr)) }
+.facts div, section { background: #fff; border: 1px solid var(--line); border-radius: 12px }
+.facts div { padding: 12px 16px }
+.facts b { display: block; font-size: 1.25rem; font-variant-numeric: tabular-nums }
+.facts span { color: var(--soft); font-size: .85rem; line-height: 1.35; display: block }
+section { padding: 22px 26px; margin-top: 18px }
+.media { display: grid; gap: 18px;
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, 400px), 1fr)) }
+figure { margin: 0; min-width: 0 }
+figure.wide { grid-column: 1 / -1 }
+img, video { width: 100%; display: block; border-radius: 8px }
+figcaption { font-size: .88rem; color: var(--soft); margin-top: 6px }
+figcaption i { font-style: normal; font-size: .75rem; font-weight: 650; border-radius: 99px;
+  padding: 2px 9px; margin-right: 8px; background: #e8ecf2; color: var(--ink) }
+figcaption i.solved { background: #dcf3e8; color: #17693f }
+figcaption i.not { background: #fde5e2; color: #a02a1c }
+.scroll, .whole { overflow: auto }
+.scroll { max-height: 420px }
+table { border-collapse: collapse; width: 100%; font-size: .86rem;
+  font-variant-numeric: tabular-nums }
+th, td { text-align: left; padding: 5px 12px 5px 0; border-bottom: 1px solid var(--line);
+  vertical-align: top }
+thead th { position: sticky; top: 0; background: #fff }
+details th { font-weight: 500; color: var(--soft); white-space: nowrap }
+details td { overflow-wrap: anywhere }
+summary { cursor: pointer; font-weight: 600 }
+"""
+
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title><style>{css}</style></head><body><main>
+<h1>{title}</h1>
+<div class="number {tone}">{number}</div>
+<div class="meaning">{meaning}</div>
+<div class="facts">{facts}</div>
+{body}
+<section><details><summary>{folded}</summary><table>{manifest}</table></details></section>
+</main></body></html>
+"""

@@ -1,0 +1,274 @@
+"""What devices exchange in a step: the plan, what the compiler made of it, how it is counted."""
+
+import math
+import re
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks import aot, aot_tables, collectives
+from lightwam_jax import config as config_lib
+from lightwam_jax import sharding
+from lightwam_jax.training import flops
+from lightwam_jax.training import optimizer as optimizer_lib
+from lightwam_jax.training import step as step_lib
+from tests import synthetic
+
+LAYERS, WIDTH, ROWS = 3, 64, 16
+CONFIG = synthetic.make_config(
+    **{"train.trainable": (r"/b$",), "train.batch_size": ROWS, "optimizer.accum_steps": 2}
+)
+
+
+class Block(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), (WIDTH, WIDTH))
+        b = self.param("b", nn.initializers.lecun_normal(), (WIDTH, WIDTH))
+        h = jnp.tanh(x @ kernel.astype(x.dtype)) @ b.astype(x.dtype)
+        return x + h, None
+
+
+class Stack(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        blocks = nn.scan(
+            nn.remat(Block, prevent_cse=False),
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            length=LAYERS,
+            in_axes=nn.broadcast,
+        )
+        return blocks(name="blocks_0")(x, None)[0]
+
+
+def loss_fn(model, params, batch, noise, config):
+    """A mean over the batch, through the stack."""
+    del config
+    rows = (batch["latents"] + noise.noise).reshape(len(batch["latents"]), -1)[:, :WIDTH]
+    out = model.apply({"params": params["dit"]}, rows)
+    loss = jnp.square(out - 1).mean()
+    return loss, {"loss": loss}
+
+
+@pytest.fixture(autouse=True)
+def split_everything(monkeypatch):
+    monkeypatch.setattr(sharding, "MIN_SPLIT_BYTES", 0)
+
+
+def prepared(data, fsdp):
+    """(mesh, optimizer, state, shardings) of the stack on data x fsdp devices."""
+    mesh = sharding.make_mesh(
+        config_lib.MeshConfig(data, fsdp, "sharded"), jax.devices()[: data * fsdp]
+    )
+    optimizer = optimizer_lib.make_optimizer(CONFIG.optimizer, 10)
+
+    def init():
+        params = Stack().init(jax.random.key(0), jnp.zeros((1, WIDTH)))["params"]
+        return step_lib.init_state({"dit": params}, CONFIG, optimizer)
+
+    places = sharding.tree_shardings(mesh, jax.eval_shape(init))
+    return mesh, optimizer, jax.jit(init, out_shardings=places)(), places
+
+
+def compiled(data, fsdp):
+    mesh, optimizer, state, places = prepared(data, fsdp)
+    step = step_lib.jit_train_step(
+        step_lib.make_train_step(Stack(), CONFIG, optimizer, loss_fn, places),
+        places,
+        sharding.batch_sharding(mesh),
+        sharding.replicated(mesh),
+    )
+    latents = np.random.default_rng(0).standard_normal((ROWS, 2, 4, 4, 16)).astype(np.float32)
+    batch = sharding.put_batch({"latents": latents}, mesh)
+    traced = step.trace(state, batch)
+    return traced.lower().compile(), state, batch, str(traced.jaxpr)
+
+
+@pytest.fixture(scope="module")
+def programs():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharding, "MIN_SPLIT_BYTES", 0)
+        yield {mesh: compiled(*mesh) for mesh in ((1, 1), (2, 4))}
+
+
+def test_blocks_are_gathered_one_at_a_time_and_gradients_reduced_once(programs):
+    block, stack = WIDTH * WIDTH, LAYERS * WIDTH * WIDTH
+    program = collectives.found(programs[2, 4][0].as_text())
+    large = sorted(
+        (c.kind, math.prod(c.shape), c.group, c.times) for c in program if c.bytes > 1024
+    )
+    assert large == [
+        # what learns, once; a block's frozen kernel in the forward and the backward loop, each
+        # time the loops run
+        ("all-gather", block, 4, 2 * LAYERS),
+        ("all-gather", block, 4, 2 * LAYERS),
+        ("all-gather", stack, 4, 1),
+        # the sum over "fsdp" leaves a part, which is summed over "data"
+        ("all-reduce", stack // 4, 2, 1),
+        ("reduce-scatter", stack, 4, 1),
+    ]
+
+
+def test_gradients_are_reduced_in_float32_and_frozen_weights_travel_as_stored(programs):
+    text = programs[2, 4][3]
+    exchanged = sorted(re.findall(r"(\w+)\[([\d,]+)\] = (reduce_scatter|all_gather)\[", text))
+    part = f"{LAYERS},{WIDTH // 4},{WIDTH}"
+    assert exchanged == [("bf16", f"{WIDTH},{WIDTH}", "all_gather")] * 2 + [
+        ("f32", part, "reduce_scatter"),
+        ("f32", f"{LAYERS},{WIDTH},{WIDTH}", "all_gather"),
+    ]
+
+
+def test_sharded_step_is_the_step_of_one_device(programs):
+    losses = []
+    for step, state, batch, _ in programs.values():
+        for _ in range(2):
+            state, metrics = step(state, batch)
+        losses.append((jax.device_get(metrics), jax.device_get(state.trainable)))
+    (one, learned), (other, learned_too) = losses
+    for name in one:
+        np.testing.assert_allclose(one[name], other[name], rtol=2e-5, err_msg=name)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), learned, learned_too)
+
+
+def small_config(**changes):
+    return synthetic.make_config(
+        **{
+            "mesh.fsdp": 4,
+            "optimizer.accum_steps": 2,
+            "model.remat": "full",
+            "train.batch_size": ROWS,
+            "data.source": "fake",
+            **changes,
+        }
+    )
+
+
+def test_plan_counts_every_run_of_a_block():
+    config = small_config()
+    _, _, shapes = aot.state_shapes(config)
+    mesh = sharding.make_mesh(config.mesh)
+    plan = collectives.planned(config, shapes, sharding.tree_shardings(mesh, shapes))
+    times = {c.where: c.times for c in plan if c.kind == "all-gather"}
+    # one block per run, adapters after 0, 1, 2; both passes (the last run: one) x forward and
+    # backward x two micro-batches; keys and values serve both passes
+    assert times["dit/blocks_0/self_attn/q/kernel"] == 1 * 2 * 2 * 2
+    assert times["dit/blocks_3/self_attn/q/kernel"] == 1 * 1 * 2 * 2
+    assert times["dit/blocks_0/cross_attn/k/kernel"] == 1 * 1 * 2 * 2
+    assert times["dit/text_embedding_0/kernel"] == 1
+    gradients = sum(c.bytes for c in plan if c.kind == "reduce-scatter")
+    unsplit = sum(c.bytes for c in plan if c.kind == "all-reduce" and c.group == 8)
+    assert gradients + unsplit == sum(4 * x.size for x in jax.tree.leaves(shapes.trainable))
+
+
+@pytest.mark.slow
+def test_the_step_exchanges_what_is_planned(monkeypatch):
+    monkeypatch.setattr(collectives, "SMALL_BYTES", 2048)
+    # two blocks per run: XLA unrolls a loop of one, and then gathers once for all its uses
+    config = small_config(
+        **{
+            "model.num_layers": 8,
+            "model.lora_layers": tuple(range(8)),
+            "model.adapter_layers": (1, 3, 5),
+            "model.dtype": "float32",
+            "model.frozen_dtype": "float32",
+        }
+    )
+    model, optimizer, shapes = aot.state_shapes(config)
+    mesh = sharding.make_mesh(config.mesh)
+    places, rows = sharding.tree_shardings(mesh, shapes), sharding.batch_sharding(mesh)
+    step = step_lib.jit_train_step(
+        step_lib.make_train_step(model, config, optimizer, shardings=places),
+        places,
+        rows,
+        sharding.replicated(mesh),
+    )
+    program = collectives.found(step.lower(shapes, aot.batch_shapes(config)).compile().as_text())
+    plan = collectives.planned(config, shapes, places)
+    found = collectives.compare(plan, program)
+    assert not found["unplanned"], found
+    assert found["found_gib"]["gradients"] == pytest.approx(found["planned_gib"]["gradients"], 0.01)
+    assert found["found_gib"]["weights"] == pytest.approx(found["planned_gib"]["weights"], 0.01)
+
+
+HLO = """HloModule jit_step
+
+%piece.1 (p: bf16[2,8]) -> bf16[8,8] {
+  %p = bf16[2,8]{1,0} parameter(0)
+  ROOT %all-gather.1 = bf16[8,8]{1,0} all-gather(%p), channel_id=1, replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={0}, frontend_attributes={chain_id="7"}
+}
+
+%piece.2 (p: bf16[2,8]) -> bf16[8,8] {
+  %p.1 = bf16[2,8]{1,0} parameter(0)
+  ROOT %all-gather.2 = bf16[8,8]{1,0} all-gather(%p.1), channel_id=1, replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={0}, frontend_attributes={chain_id="7"}
+}
+
+%body (s: (s32[], bf16[2,8])) -> (s32[], bf16[2,8]) {
+  %async-collective-start = bf16[8,8]{1,0} fusion(%x), kind=kCustom, calls=%piece.1
+  ROOT %async-collective-done = bf16[8,8]{1,0} fusion(%x), kind=kCustom, calls=%piece.2
+}
+
+%condition (s: (s32[], bf16[2,8])) -> pred[] {
+  %constant.1 = s32[]{:T(128)} constant(5)
+  ROOT %lt = pred[] compare(%i, %constant.1), direction=LT
+}
+
+ENTRY %main (a: f32[4]) -> f32[4] {
+  %while.1 = (s32[], bf16[2,8]) while(%t), condition=%condition, body=%body
+  %rs = (f32[2,4]{1,0}, f32[3]{0}) reduce-scatter(%y, %z), replica_groups=[2,4]<=[8], dimensions={0}, to_apply=%add
+  ROOT %ar = f32[4]{0} all-reduce(%a), replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_0','axis_1'}, to_apply=%add
+}
+"""  # noqa: E501
+
+
+def test_collectives_of_a_program_are_counted_in_loops_and_once_per_chain():
+    found = collectives.found(HLO)
+    assert [(c.kind, c.dtype, c.shape, c.group, c.times, c.overlapped) for c in found] == [
+        ("all-gather", "bf16", (8, 8), 4, 5, True),
+        ("reduce-scatter", "f32", (4, 2, 4), 4, 1, False),
+        ("reduce-scatter", "f32", (4, 3), 4, 1, False),
+        ("all-reduce", "f32", (4,), 8, 1, False),
+    ]
+    assert found[0].bytes == 128 and found[0].wire_bytes == 5 * 128 * 3 / 4
+    assert found[3].wire_bytes == 2 * 16 * 7 / 8
+    with pytest.raises(ValueError, match="no length"):
+        collectives.found(HLO.replace("constant(5)", "parameter(0)"))
+
+
+def test_what_was_not_planned_is_named():
+    def gather(shape, times):
+        return collectives.Collective("all-gather", "f32", shape, 4, times, False, "w")
+
+    plan = [gather((512, 512), 2)]
+    assert not collectives.compare(plan, [gather((1, 512, 512), 2)])["unplanned"]
+    assert len(collectives.compare(plan, [gather((512, 512), 3)])["unplanned"]) == 1
+    assert len(collectives.compare(plan, [gather((512, 1024), 1)])["unplanned"]) == 1
+
+
+def test_products_of_a_shard_map_are_those_of_one_device():
+    mesh = sharding.make_mesh(config_lib.MeshConfig(8, 1, "sharded"))
+    rows, whole = sharding.batch_sharding(mesh).spec, sharding.replicated(mesh).spec
+    product = jax.shard_map(lambda x, w: x @ w, mesh=mesh, in_specs=(rows, whole), out_specs=rows)
+    jaxpr = jax.jit(product).trace(jnp.ones((64, 4)), jnp.ones((4, 2))).jaxpr
+    assert list(flops.products(jaxpr)) == [(1, 2 * 8 * 4 * 2, 4 * (8 * 4 + 4 * 2 + 8 * 2))]
+
+
+def test_complaints_and_tables(tmp_path):
+    assert (
+        aot.complaints("x Involuntary full rematerialization y")[
+            "involuntary_full_rematerialization"
+        ]
+        == 1
+    )
+    page = tmp_path / "pods.md"
+    page.write_text("nothing")
+    with pytest.raises(ValueError, match="lacks the lines"):
+        aot_tables.write(page)
+    page.write_text(f"before\n{aot_tables.BEGIN}\nold\n{aot_tables.END}\nafter\n")
+    aot_tables.write(page)
+    text = page.read_text()
+    assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text

@@ -1,0 +1,124 @@
+"""Cells of the ablations, their statistics, and one whole run of two of them."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import ablations as ablations_lib
+from configs import libero
+from lightwam_jax.evaluation import ablations
+from lightwam_jax.models import action
+from tests.test_end_to_end import SMALL, run
+
+
+def test_every_cell_is_one_change_of_any_config():
+    for base, impossible in (
+        (ablations_lib.get_config(), {"taps_3", "taps_5"}),
+        (ablations_lib.get_config("deep"), set()),
+        (libero.get_config("object"), set()),
+    ):
+        same = {
+            "base": "base",
+            f"pool_{base.loss.downsample}": "base",
+            f"queries_{base.model.num_queries}": "base",
+        }
+        kept = []
+        for name in ablations_lib.CELLS:
+            if name in impossible:
+                with pytest.raises(ValueError, match="not deep enough"):
+                    ablations.plan(base, [name])
+            elif ablations_lib.cell(base, name) != base:
+                kept.append(name)
+            else:
+                assert name in same or name.startswith("taps_")
+                if name != "base":
+                    with pytest.raises(ValueError, match=f"{name} is what base is"):
+                        ablations.plan(base, ["base", name])
+        assert set(ablations.plan(base, kept)) == set(kept)
+    assert ablations_lib.cell(base, "taps_3").model.adapter_layers == (8, 16, 24)
+    assert ablations_lib.cell(base, "taps_5").model.adapter_layers[-1] == 24
+    with pytest.raises(ValueError, match="no cell 'pool_3'"):
+        ablations.plan(base, ["pool_3"])
+
+
+def test_concatenation_averages_runs_of_neighbours():
+    tokens = jnp.arange(12.0).reshape(1, 6, 2)
+    np.testing.assert_array_equal(action.concatenate_groups(tokens, 6), tokens.reshape(1, 12))
+    np.testing.assert_array_equal(action.concatenate_groups(tokens, 2), [[2, 3, 8, 9]])
+    with pytest.raises(ValueError, match=r"6 tokens cannot be concatenated .*num_queries=4"):
+        action.concatenate_groups(tokens, 4)
+
+
+def test_interval_is_students():
+    mean = ablations.Mean((0.4, 0.5, 0.6))
+    assert mean.value == pytest.approx(0.5)
+    assert mean.half == pytest.approx(4.302653 * 0.1 / 3**0.5, rel=1e-6)  # t of 2 degrees
+    assert ablations.Mean((0.4,)).half == float("inf")
+
+
+def result(successes, flops=10, seed=0):
+    return {
+        "success": {"successes": successes, "episodes": 10},
+        "action_l1": 0.25,
+        "flops": flops,
+        "seed": seed,
+    }
+
+
+def test_difference_is_taken_seed_by_seed():
+    base = [result(4, seed=0), result(6, seed=1), result(9, seed=7)]
+    cell = [result(8, seed=1), result(7, seed=0)]
+    less = ablations.difference(cell, base)
+    assert sorted(less.values) == pytest.approx([0.2, 0.3])
+    assert ablations.difference([result(1, seed=3)], base) is None
+    assert ablations.difference([result(1) | {"success": None}], base) is None
+
+
+def test_table_has_every_cell_with_a_result(tmp_path):
+    for name, seed, successes in (("base", 0, 4), ("base", 10, 6), ("base", 2, 5), ("mean", 0, 1)):
+        path = tmp_path / name / str(seed) / "result.json"
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps(result(successes, 10 if name == "base" else 5, seed)))
+        rows = [{"group": "adapters", "total": 1000}, {"group": "total", "total": 1_230_000}]
+        (path.parent / "params.json").write_text(json.dumps(rows))
+    table = ablations.write_table(tmp_path).splitlines()
+    assert table[2] == (
+        "| base | as configured | 50 ± 25 % | 40, 50, 60 |  | 0.2500 ± 0.0000 | 1.00 | 1.23 M |"
+    )
+    assert table[3].endswith("| 10 ± inf % | 10 | -30 ± inf % | 0.2500 ± inf | 0.50 | 1.23 M |")
+    assert (tmp_path / "ablations.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.slow
+def test_two_cells_from_the_command_line_and_again(tmp_path):
+    config = [
+        "--config",
+        "configs/ablations.py",
+        f"--config.data.path={tmp_path / 'episodes'}",
+        f"--config.data.cache={tmp_path / 'cache'}",
+    ]
+    small = SMALL | {"evaluation.max_steps": 4}
+    config += [f"--config.{key}={value}" for key, value in small.items()]
+
+    run("-m", "lightwam_jax.precompute", *config, "--what", "all")
+    command = [
+        "-m",
+        "lightwam_jax.evaluation.ablations",
+        *config,
+        "--cells=video_off,concat",
+        "--seeds=0,3",
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    first = run(*command)
+    assert "[4/4] concat, seed 3" in first
+    results = json.loads((tmp_path / "out" / "ablations.json").read_text())
+    assert list(results) == ["video_off", "concat"]
+    assert [r["seed"] for r in results["concat"]] == [42, 45]
+    assert all(r["success"]["episodes"] == 2 for cell in results.values() for r in cell)
+    digests = {r["manifest"]["weights"] for cell in results.values() for r in cell}
+    assert len(digests) == 4, "four different policies"
+    again = run(*command)
+    assert "Compiled" not in again and again.partition("| cell")[2] == first.partition("| cell")[2]
