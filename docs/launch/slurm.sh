@@ -1,7 +1,7 @@
 #!/bin/bash
 # GPUs under SLURM: sbatch docs/launch/slurm.sh        (from the repository; .venv made by make setup)
-# One process per GPU; JAX reads from SLURM's variables who the others are. After the time limit or
-# a preemption the job is queued again and continues where it stopped; an error ends it.
+# One process per GPU; JAX finds the other processes through SLURM's variables. After the time limit
+# or a preemption the job is queued again and continues from the saved step; an error ends it.
 #SBATCH --job-name=lightwam
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=8
@@ -19,6 +19,6 @@ TRAIN=(--config "configs/libero.py:spatial" --workdir "runs/spatial" --config.me
 
 srun --kill-on-bad-exit=1 .venv/bin/python train.py "${TRAIN[@]}"
 code=$?
-# 143: told to stop (SIGTERM) and saved. Anything else but 0 is an error that stays one.
+# 143: stopped by SIGTERM, after saving. Any other code but 0 is an error and is not retried.
 if [ "$code" -eq 143 ]; then scontrol requeue "$SLURM_JOB_ID"; fi
 exit "$code"

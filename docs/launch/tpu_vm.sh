@@ -1,13 +1,13 @@
 #!/bin/bash
 # A TPU slice: bash docs/launch/tpu_vm.sh        (with gcloud; the slice and a bucket exist)
-# The same command runs on every host of the slice; JAX asks the machines who the others are. Run it
-# again after a preemption: the run continues where it stopped.
+# The same command runs on every host of the slice; JAX finds the other hosts through TPU metadata.
+# Run it again after a preemption: the run continues from the last checkpoint.
 set -euo pipefail
 
 # The one line to change: the slice, its zone, the bucket, what is trained.
 TPU=lightwam-v5e-16 ZONE=us-west4-a BUCKET=my-bucket TRAIN="--config configs/libero.py:spatial --config.train.batch_size=1024 --config.mesh.fsdp=8 --config.optimizer.accum_steps=4 --config.model.remat=full"
 
-# The bucket is mounted, because runs and caches are directories that all hosts share.
+# The bucket is mounted because runs and caches have to be directories that all hosts share.
 gcloud compute tpus tpu-vm ssh "$TPU" --zone "$ZONE" --worker=all --command "
   set -e
   cd lightwam-jax
