@@ -14,7 +14,7 @@ from lightwam_jax.data import windows as windows_lib
 from lightwam_jax.data.formats import lerobot
 from tests import synthetic
 
-GOLDEN = pathlib.Path(__file__).parents[2] / "golden" / "h_data"
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "h_data"
 
 
 @pytest.mark.parametrize(

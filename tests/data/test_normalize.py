@@ -10,7 +10,7 @@ import pytest
 from lightwam_jax.data import episodes, normalize
 from tests import synthetic
 
-GOLDEN = pathlib.Path(__file__).parents[2] / "golden" / "h_data"
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "h_data"
 
 
 def mode(name, low=-1.0, high=1.0):

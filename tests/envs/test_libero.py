@@ -20,7 +20,7 @@ from lightwam_jax.envs.libero import env as libero_lib
 from lightwam_jax.envs.libero import files as libero_files
 from lightwam_jax.evaluation import suites as suites_lib
 
-STANDINS = pathlib.Path(__file__).parents[2] / "libero_standins"
+STANDINS = pathlib.Path(__file__).parents[1] / "libero_standins"
 ROOT = STANDINS.parents[1]
 
 
