@@ -38,7 +38,7 @@ def _same_bits(seed):
 
 
 def test_same_seed_same_bits_in_another_process():
-    code = "from tests import test_demo_env as t; print(t._same_bits(5))"
+    code = "from tests.envs import test_demo as t; print(t._same_bits(5))"
     other = subprocess.run(
         [sys.executable, "-c", code],
         cwd=_ROOT,

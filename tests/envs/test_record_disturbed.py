@@ -1,5 +1,7 @@
 """Pushes move the robot and stay out of what is recorded."""
 
+import types
+
 import numpy as np
 
 from lightwam_jax.envs import base as envs_base
@@ -30,7 +32,9 @@ class Env:
 
 def test_recorded_actions_are_the_experts_and_executed_ones_are_not():
     env = Env()
-    success, prompt, rows = record.demonstrate(env, envs_base.EpisodeSpec("t", 0, 0), 0.3, 500)
+    success, prompt, rows = record.demonstrate(
+        types.ModuleType("suite"), env, envs_base.EpisodeSpec("t", 0, 0), 0.3, 500
+    )
     assert success and prompt == "go" and len(rows["action"]) == 200
     np.testing.assert_array_equal(rows["action"], np.tile(env.wanted, (200, 1)))
     pushes = np.stack(env.executed) - env.wanted
@@ -42,5 +46,5 @@ def test_recorded_actions_are_the_experts_and_executed_ones_are_not():
 
 def test_without_noise_the_expert_is_obeyed():
     env = Env()
-    record.demonstrate(env, envs_base.EpisodeSpec("t", 0, 0), 0.0, 7)
+    record.demonstrate(types.ModuleType("suite"), env, envs_base.EpisodeSpec("t", 0, 0), 0.0, 7)
     np.testing.assert_array_equal(env.executed, np.tile(env.wanted, (7, 1)))

@@ -123,7 +123,7 @@ def test_records_survive_json_and_damage_is_noticed():
         assert back == one
         np.testing.assert_array_equal(back.actions, one.actions)
     with pytest.raises(ValueError, match=r"episode count/3/11 do not fit their checksum"):
-        worker.EpisodeResult.from_json(record.to_json() | {"digest": record.checksum + 1})
+        worker.EpisodeResult.from_json(record.to_json() | {"checksum": record.checksum + 1})
     with pytest.raises(ValueError, match="no record of an episode: 'steps'"):
         worker.EpisodeResult.from_json({k: v for k, v in record.to_json().items() if k != "steps"})
 
