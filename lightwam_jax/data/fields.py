@@ -130,7 +130,9 @@ def picture(encoded, colour):
         with PIL.Image.open(io.BytesIO(encoded), formats=("JPEG", "PNG", "WEBP")) as image:
             if image.mode not in ("RGB", "RGBA", "L"):
                 raise ValueError(f"a picture of mode {image.mode}; expected 8-bit RGB, RGBA or L")
-            return in_rgb(np.asarray(image.convert("RGB")), colour)
+            # Converting copies even what is RGB already.
+            rgb = image if image.mode == "RGB" else image.convert("RGB")
+            return in_rgb(np.asarray(rgb), colour)
     except (OSError, SyntaxError, PIL.Image.DecompressionBombError) as error:  # damaged files
         raise ValueError(f"{len(encoded)} bytes do not decode: {error}") from error
 
