@@ -10,6 +10,7 @@ import numpy as np
 from converters import lightwam, rules
 from converters.parity.fixtures import channels_first, channels_last, compare, matching
 from lightwam_jax import build, flow, params
+from lightwam_jax import config as config_lib
 from lightwam_jax.models import adapters, dit, layers, variants
 
 SOURCES = {
@@ -232,7 +233,7 @@ def b_state_fusion(fixtures):
             told.get("token_pooling_num_heads"),
             told["resolved_layer_sources"],
         )
-        config = lightwam.configs.ModelConfig(
+        config = config_lib.ModelConfig(
             **variants.variant(
                 "tiny",
                 **fields,
