@@ -1,6 +1,7 @@
 """Every layout of weight files we read and write: how to know it, its table, its configuration."""
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable
 from typing import NamedTuple
@@ -14,16 +15,8 @@ from lightwam_jax import config as config_lib
 from lightwam_jax.encoders import wan
 from lightwam_jax.models import t5, variants
 
-BACKBONE_SIZES = (
-    "dim",
-    "num_heads",
-    "head_dim",
-    "ffn_dim",
-    "num_layers",
-    "text_dim",
-    "freq_dim",
-    "latent_channels",
-)
+BACKBONE_SIZES = ("dim", "num_heads", "head_dim", "ffn_dim", "num_layers")
+BACKBONE_SIZES += ("text_dim", "freq_dim", "latent_channels")
 
 
 class Layout(NamedTuple):
@@ -64,15 +57,12 @@ def _diffusers_dit_config(shapes, told):
     return _dit_config(rules.source_shapes(wan_dit.BASE, targets, layers), told)
 
 
-def _vae_config(table):
-    return lambda shapes, told: {"vae": wan_vae.model_fields(rules.target_shapes(table, shapes))}
+def _vae_config(table, shapes, told):
+    return {"vae": wan_vae.model_fields(rules.target_shapes(table, shapes))}
 
 
-def _t5_config(table):
-    def read(shapes, told):
-        return {"text_encoder": umt5.model_fields(rules.target_shapes(table, shapes))}
-
-    return read
+def _t5_config(table, shapes, told):
+    return {"text_encoder": umt5.model_fields(rules.target_shapes(table, shapes))}
 
 
 def _blocks(keys):
@@ -83,36 +73,31 @@ def _blocks(keys):
     return 1 + max(found)
 
 
+def _lightwam(signature, table):
+    return Layout("lightwam", "", "official", signature, table, _lightwam_config)
+
+
+def _dit(name, signature, table, read_config):
+    return Layout("dit", "", name, signature, table, read_config)
+
+
 def _vae(version, name, signature, table):
-    return Layout("vae", version, name, signature, table, _vae_config(table))
+    read_config = functools.partial(_vae_config, table)
+    return Layout("vae", version, name, signature, table, read_config)
 
 
 def _t5(name, signature, table):
-    return Layout("t5", "", name, signature, table, _t5_config(table))
+    return Layout("t5", "", name, signature, table, functools.partial(_t5_config, table))
 
 
+_TIME_PROJECTION = "condition_embedder.time_proj.weight"
+_FIRST_GAMMA22 = "encoder.downsamples.0.downsamples.0.residual.0.gamma"
 LAYOUTS = (
-    Layout(
-        "lightwam",
-        "",
-        "official",
-        "state_fusion_action_expert.fused_norm.weight",
-        lightwam.CHECKPOINT,
-        _lightwam_config,
-    ),
-    Layout("dit", "", "official", "head.modulation", wan_dit.RULES, _dit_config),
-    Layout(
-        "dit",
-        "",
-        "diffusers",
-        "condition_embedder.time_proj.weight",
-        wan_dit.DIFFUSERS,
-        _diffusers_dit_config,
-    ),
+    _lightwam("state_fusion_action_expert.fused_norm.weight", lightwam.CHECKPOINT),
+    _dit("official", "head.modulation", wan_dit.RULES, _dit_config),
+    _dit("diffusers", _TIME_PROJECTION, wan_dit.DIFFUSERS, _diffusers_dit_config),
     _vae("wan21", "official", "encoder.downsamples.0.residual.0.gamma", wan_vae.RULES),
-    _vae(
-        "wan22", "official", "encoder.downsamples.0.downsamples.0.residual.0.gamma", wan_vae.RULES22
-    ),
+    _vae("wan22", "official", _FIRST_GAMMA22, wan_vae.RULES22),
     _vae("wan21", "diffusers", "encoder.down_blocks.0.norm1.gamma", wan_vae.DIFFUSERS),
     _vae("wan22", "diffusers", "encoder.down_blocks.0.resnets.0.norm1.gamma", wan_vae.DIFFUSERS22),
     _t5("official", "token_embedding.weight", umt5.OFFICIAL),
@@ -129,9 +114,7 @@ def detect(keys, name):
     for layout in LAYOUTS:
         if layout.signature in keys:
             return layout
-    known = "; ".join(
-        f"{layout.kind} {layout.version} ({layout.name}): {layout.signature}" for layout in LAYOUTS
-    )
+    known = "; ".join(f"{x.kind} {x.version} ({x.name}): {x.signature}" for x in LAYOUTS)
     raise ValueError(
         f"{name}: no layout is known that has keys like {rules.some_of(keys, 3)}; "
         f"expected a file with one of these keys: {known}"
@@ -144,11 +127,7 @@ def find(kind, version, name):
     Raises:
       ValueError: this kind has no such layout.
     """
-    there = {
-        layout.name: layout
-        for layout in LAYOUTS
-        if (layout.kind, layout.version) == (kind, version)
-    }
+    there = {x.name: x for x in LAYOUTS if (x.kind, x.version) == (kind, version)}
     if name not in there:
         raise ValueError(
             f"--layout {name}: a {kind} {version} checkpoint can be written as {' or '.join(there)}"
@@ -187,22 +166,14 @@ def of_variant(config, name):
 def expected_shapes(layout, config):
     """{source key: shape} of a complete file, for a layout and the config read from it."""
     if "vae" in config:
-        flat = params.flatten(
-            jax.eval_shape(vae_model(config).init, jax.random.key(0), jnp.zeros((1, 1, 16, 16, 3)))[
-                "params"
-            ]
-        )
+        shapes = _shapes(vae_model(config).init, jnp.zeros((1, 1, 16, 16, 3)))
     elif "text_encoder" in config:
-        flat = params.flatten(
-            jax.eval_shape(
-                t5.UMT5Encoder(**config["text_encoder"]).init,
-                jax.random.key(0),
-                jnp.zeros((1, 2), jnp.int32),
-            )["params"]
-        )
+        encoder = t5.UMT5Encoder(**config["text_encoder"])
+        shapes = _shapes(encoder.init, jnp.zeros((1, 2), jnp.int32))
+    elif "action_dim" in config["model"]:
+        shapes = model_shapes(config_lib.ModelConfig(**config["model"]))
     else:
-        flat = _lightwam_shapes(config["model"])
-    shapes = {path: tuple(leaf.shape) for path, leaf in flat.items()}
+        shapes = _dit_shapes(config["model"])
     return rules.source_shapes(layout.table, shapes, stacking(config))
 
 
@@ -212,24 +183,24 @@ def vae_model(config):
     return wan.VAES[fields.pop("version")](**fields)
 
 
-def _lightwam_shapes(fields):
-    """Of the whole model, or of the transformer alone where that is all the fields describe."""
-    alone = "action_dim" not in fields
-    if alone:
-        adapters = fields["adapter_layers"]
-        none = {} if adapters else {"adapter_layers": (0,), "adapter_dim": 1}
-        fields = variants.variant("tiny", **{**fields, **none})
-    config = config_lib.ModelConfig(**fields)
+def model_shapes(config):
+    """{path: shape} of the canonical parameters of a `ModelConfig`'s whole model."""
     model = build.build_model(config)
-    flat = params.flatten(
-        jax.eval_shape(
-            lambda key: params.canonical(build.init_params(model, key, config)), jax.random.key(0)
-        )
-    )
-    if alone:
-        flat = {
-            path: leaf
-            for path, leaf in flat.items()
-            if path.startswith("dit/") and (adapters or not path.startswith("dit/adapters_"))
-        }
-    return flat
+    init = lambda key: {"params": params.canonical(build.init_params(model, key, config))}
+    return _shapes(init)
+
+
+def _dit_shapes(fields):
+    """Those of the transformer alone, with the adapters that its fields tell."""
+    given, start = dict(fields), "dit/"
+    if not fields["adapter_layers"]:  # a model without adapters cannot be built
+        given.update(adapter_layers=(0,), adapter_dim=1)
+        start = "dit/(?!adapters_)"
+    shapes = model_shapes(config_lib.ModelConfig(**variants.variant("tiny", **given)))
+    return {path: shape for path, shape in shapes.items() if re.match(start, path)}
+
+
+def _shapes(init, *args):
+    """{path: shape} of the parameters that an initialisation makes."""
+    made = jax.eval_shape(init, jax.random.key(0), *args)
+    return rules.shapes_of(params.flatten(made["params"]))

@@ -104,9 +104,8 @@ def match_sources(rules, keys, what="file"):
     claimed, unknown = _claims(rules, keys, "source")
     if unknown:
         raise ValueError(
-            f"{what} has {len(unknown)} keys this converter does not know: "
-            f"{some_of(unknown)}; is it a file of another model, or do its keys have "
-            "a prefix?"
+            f"{what} has {len(unknown)} keys this converter does not know: {some_of(unknown)}; "
+            "is it a file of another model, or do its keys have a prefix?"
         )
     found = {}
     for key, (rule, fields) in claimed.items():
@@ -188,9 +187,8 @@ def from_params(rules, params, layers):
 
 def target_shapes(rules, shapes, what="file"):
     """{source key: shape} -> {target path: shape} without any array."""
-    matches = match_sources(rules, shapes.keys(), what)
     out, stacked = {}, {}
-    for key, match in matches.items():
+    for key, match in match_sources(rules, shapes, what).items():
         shape = _shape_after(match.rule.transform.forward, shapes[key])
         if match.index is None:
             out[match.target] = shape
@@ -212,6 +210,11 @@ def source_shapes(rules, shapes, layers):
     return out
 
 
+def shapes_of(arrays):
+    """{name: shape} of arrays, or of anything that has a shape."""
+    return {name: tuple(array.shape) for name, array in arrays.items()}
+
+
 def some_of(names, most=8):
     """The first names in order, for a message."""
     names = sorted(names)
@@ -230,14 +233,11 @@ def _claims(rules, names, side):
     patterns = [(rule, _pattern(getattr(rule, side))) for rule in rules]
     claimed, unknown = {}, []
     for name in names:
-        hits = [
-            (rule, m.groupdict()) for rule, pattern in patterns if (m := pattern.fullmatch(name))
-        ]
+        found = ((rule, pattern.fullmatch(name)) for rule, pattern in patterns)
+        hits = [(rule, match.groupdict()) for rule, match in found if match]
         if len(hits) > 1:
-            raise ValueError(
-                f"{name} is claimed by {len(hits)} rows of the table: "
-                f"{[getattr(rule, side) for rule, _ in hits]}"
-            )
+            templates = [getattr(rule, side) for rule, _ in hits]
+            raise ValueError(f"{name} is claimed by {len(hits)} rows of the table: {templates}")
         if hits:
             claimed[name] = hits[0]
         else:
@@ -269,11 +269,10 @@ def _single(source, key, transform, advance):
 
     def parts():
         for start in range(0, target[0], rows):
-            part = (
-                source.read(key, start, min(start + rows, target[0]))
-                if transform is SAME
-                else transform.forward(source.read(key))
-            )
+            if transform is SAME:
+                part = source.read(key, start, min(start + rows, target[0]))
+            else:
+                part = transform.forward(source.read(key))
             advance(part.nbytes)
             yield part
 
@@ -283,14 +282,13 @@ def _single(source, key, transform, advance):
 def _stack(source, target, layers, advance):
     """Tensors [...] of several layers, in order, as one array [n, ...]."""
     _, first, transform = layers[0]
-    for _, key, _ in layers:
-        if source.entries[key] != source.entries[first]:
-            (shape, dtype), (shape0, dtype0) = source.entries[key], source.entries[first]
-            raise ValueError(
-                f"{source.name}: {key} is {dtype}{list(shape)}, but {first}, which "
-                f"stacks into the same {target}, is {dtype0}{list(shape0)}"
-            )
     shape, dtype = source.entries[first]
+    for _, key, _ in layers:
+        if (entry := source.entries[key]) != (shape, dtype):
+            raise ValueError(
+                f"{source.name}: {key} is {entry.dtype}{list(entry.shape)}, but {first}, which "
+                f"stacks into the same {target}, is {dtype}{list(shape)}"
+            )
     shape = (len(layers), *_shape_after(transform.forward, shape))
     rows = rows_per_part(shape, dtype)
 

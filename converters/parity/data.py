@@ -1,8 +1,9 @@
 """Checks of the data part: windows, normalisation, statistics, whole samples, imported caches.
 
-Sizes and counts are read off the files. Those of images alone are in `checks_images.py`.
+Sizes and counts are read off the files. Those of images alone are in `images.py`.
 """
 
+import functools
 import re
 import types
 
@@ -10,7 +11,7 @@ import numpy as np
 
 from converters import caches
 from converters.parity import images as parity_images
-from converters.parity.fixtures import NotCovered, compare, matching
+from converters.parity.fixtures import Compare, NotCovered, matching
 from lightwam_jax import config as config_lib
 from lightwam_jax.data import actions, normalize
 from lightwam_jax.data import episodes as episodes_lib
@@ -53,7 +54,7 @@ class _Group:
 
     def info(self):
         """dataset_info.json, {} where there is none."""
-        return self.json("dataset_info.json") if self.has("dataset_info.json") else {}
+        return self._fixtures.told("h_data/dataset_info.json")
 
     def delta_mask(self):
         mask = self.info().get("delta_action_dim_mask") or {}
@@ -75,29 +76,18 @@ class _Group:
             for name, feature in features.items()
             if feature["dtype"] in ("image", "video")
         )
-        c = base.get_config(
-            "tiny",
-            action_dim=features["action"]["shape"][0],
-            proprio_dim=features["observation.state"]["shape"][0],
-        )
-        c.data.update(
-            source="lerobot",
-            path=str(self.directory / "lerobot"),
-            cameras=cameras,
-            layout="single" if len(cameras) == 1 else "horizontal",
-            delta_mask=self.delta_mask(),
-        )
+        sizes = {"action_dim": "action", "proprio_dim": "observation.state"}
+        c = base.get_config("tiny", **{ours: features[x]["shape"][0] for ours, x in sizes.items()})
+        c.data.source, c.data.path = "lerobot", str(self.directory / "lerobot")
+        c.data.cameras, c.data.delta_mask = cameras, self.delta_mask()
+        c.data.layout = "single" if len(cameras) == 1 else "horizontal"
         if "samples" in told:
             frames = told["video_sample_indices"]
             _, _, height, width = told["samples"][0]["video_shape"]
+            c.data.canvas, c.data.camera_size = (height, width), (height, width // len(cameras))
+            c.data.num_frames, c.data.frame_stride = frames[-1] + 1, frames[1] - frames[0]
             horizon = len(self.arrays("dataset_samples.npz")["0.action"])
-            c.data.update(
-                canvas=(height, width),
-                camera_size=(height, width // len(cameras)),
-                num_frames=frames[-1] + 1,
-                frame_stride=frames[1] - frames[0],
-                action_horizon=horizon,
-            )
+            c.data.action_horizon = horizon
             c.evaluation.replan_steps = min(c.evaluation.replan_steps, horizon)
         return config_lib.from_config_dict(c)
 
@@ -123,19 +113,19 @@ def _mode(name, separator):
 
 
 def _frame_indices(group):
-    data = group.arrays("frame_indices.npz")
+    data, compare = group.arrays("frame_indices.npz"), Compare("h_data", "frame_indices")
     for key in sorted(data):
         match = re.fullmatch(r"len(\d+)_n(\d+)_s(\d+)_(frame_index|image_is_pad)", key)
         if not match:
             yield NotCovered(f"h_data/frame_indices.npz/{key}")
             continue
-        length, count, stride = (int(number) for number in match.groups()[:3])
-        windows = [
+        length, count, stride = map(int, match.groups()[:3])
+        windows = (
             windows_lib.window_at(length, start, count * stride, stride, 1)
             for start in range(length)
-        ]
+        )
         got = [w.frames if match[4] == "frame_index" else w.image_is_pad for w in windows]
-        yield compare("h_data", "frame_indices", key, got, data[key], tolerance=0.0)
+        yield compare.exact(key, got, data[key])
 
 
 def _delta_mask(group):
@@ -144,12 +134,8 @@ def _delta_mask(group):
         return
     data = group.arrays("delta_mask.npz")
     x = actions.zero_padded_deltas(data["raw_action"], data["action_is_pad"], group.delta_mask())
-    yield _relative(
-        "delta_mask",
-        "normalized_action",
-        group.normalizer("action").normalize(x),
-        data["normalized_action"],
-    )
+    got = group.normalizer("action").normalize(x)
+    yield _relative("delta_mask", "normalized_action", got, data["normalized_action"])
 
 
 def _normalizers(group):
@@ -158,68 +144,50 @@ def _normalizers(group):
     for key in matching(data, "*.scale"):
         name = key.removesuffix(".scale")
         made = normalize.from_statistics({"x": {"default": table}}, "x", _mode(name, "_"))
-        forward = data[f"{name}.forward"]
         for tensor, got in (
             ("scale", made.scale),
             ("offset", made.offset),
             ("forward", made.normalize(data["x"])),
-            ("backward_of_forward", made.inverse(forward)),
+            ("backward_of_forward", made.inverse(data[f"{name}.forward"])),
         ):
-            yield _relative("normalizers", f"{name}.{tensor}", got, data[f"{name}.{tensor}"])
+            tensor = f"{name}.{tensor}"
+            yield _relative("normalizers", tensor, got, data[tensor])
 
 
 def _relative(component, tensor, got, expected, tolerance=_EXACT):
     """Compares each number to float32 rounding of itself, or of 1 where it is smaller."""
     size = np.maximum(np.abs(expected), 1)
-    return compare("h_data", component, tensor, got / size, expected / size, tolerance=tolerance)
+    compare = Compare("h_data", component)
+    return compare(tensor, got / size, expected / size, tolerance=tolerance)
 
 
 def _libero_postprocess(group):
     data = group.arrays("libero_postprocess.npz")
+    denormalized = data["denormalized"]
     if group.has("dataset_stats.json", "dataset_info.json"):
-        yield _relative(
-            "libero_postprocess",
-            "denormalized",
-            group.normalizer("action").inverse(data["normalized"]),
-            data["denormalized"],
-        )
+        got = group.normalizer("action").inverse(data["normalized"])
+        yield _relative("libero_postprocess", "denormalized", got, denormalized)
     else:
         yield NotCovered("h_data/libero_postprocess.npz/normalized, whose statistics are not there")
-    gripper = (data["denormalized"].shape[-1] - 1,)
+    gripper = (denormalized.shape[-1] - 1,)
     for tensor, snap in (("gripper_flipped", False), ("gripper_binarized", True)):
         pair = actions.ActionTransform(gripper_dims=gripper, closed_open=(1, -1), snap=snap)
-        yield _relative(
-            "libero_postprocess", tensor, pair.inverse(data["denormalized"], None), data[tensor]
-        )
+        got = pair.inverse(denormalized, None)
+        yield _relative("libero_postprocess", tensor, got, data[tensor])
 
 
 # ---- the data set --------------------------------------------------------------------------------
 
 
 def _lerobot(group):
-    found, _, problems = group.episodes()
-    yield compare(
-        "h_data", "lerobot", f"problems {'; '.join(problems)}", len(problems), 0, tolerance=0.0
-    )
-    told = group.info()
+    (found, _, problems), told = group.episodes(), group.info()
+    compare = Compare("h_data", "lerobot")
+    yield compare.none(f"problems {'; '.join(problems)}", len(problems))
     if "episode_lengths" in told:
-        yield compare(
-            "h_data",
-            "lerobot",
-            "episode_lengths",
-            [e.length for e in found],
-            told["episode_lengths"],
-            tolerance=0.0,
-        )
+        lengths = [episode.length for episode in found]
+        yield compare.exact("episode_lengths", lengths, told["episode_lengths"])
     if "fps" in told:
-        yield compare(
-            "h_data",
-            "lerobot",
-            "fps",
-            [e.fps for e in found],
-            np.full(len(found), told["fps"]),
-            tolerance=0.0,
-        )
+        yield compare.exact("fps", [e.fps for e in found], np.full(len(found), told["fps"]))
 
 
 def _dataset_stats(group):
@@ -233,47 +201,30 @@ def _dataset_stats(group):
         want, have = normalize.table_of(told, name), normalize.table_of(got, name)
         for key in sorted(want):
             if key in have:
-                yield _relative(
-                    "dataset_stats",
-                    f"{name} {key}",
-                    np.array(have[key]),
-                    np.array(want[key]),
-                    tolerance=1e-6,
-                )
+                got_array, wanted = np.array(have[key]), np.array(want[key])
+                yield _relative("dataset_stats", f"{name} {key}", got_array, wanted, 1e-6)
             else:
                 yield NotCovered(f"h_data/dataset_stats.json/{name}/{key}")
     for key in ("num_episodes", "num_transition"):
-        yield compare("h_data", "dataset_stats", key, got[key], told[key], tolerance=0.0)
+        yield Compare("h_data", "dataset_stats").exact(key, got[key], told[key])
 
 
 def _dataset_info(group):
-    told = group.info()
+    told, compare = group.info(), Compare("h_data", "splits")
     for key, want in told.get("splits", {}).items():
         name, fraction = key.rsplit("_", 1)
         count = int(name) if name.isdigit() else len(told["episode_lengths"])
-        train, val = episodes_lib.split(
-            [types.SimpleNamespace(id=i) for i in range(count)], float(fraction)
-        )
-        got = {"train": train, "val": val}
+        numbered = [types.SimpleNamespace(id=i) for i in range(count)]
+        train, val = episodes_lib.split(numbered, float(fraction))
         for part, numbers in want.items():
-            ids = got[re.fullmatch(r"(?:n_)?(train|val).*", part)[1]]
-            got_part = (
-                sum(told["episode_lengths"][i] for i in ids)
-                if part.startswith("n_")
-                else ids[: len(numbers)]
-                if "first" in part
-                else ids
-            )
-            yield compare("h_data", "splits", f"{key} {part}", got_part, numbers, tolerance=0.0)
-    known = {
-        "samples",
-        "norm_mode",
-        "delta_action_dim_mask",
-        "splits",
-        "fps",
-        "episode_lengths",
-        "video_sample_indices",
-    }
+            got = {"train": train, "val": val}[re.fullmatch(r"(?:n_)?(train|val).*", part)[1]]
+            if part.startswith("n_"):
+                got = sum(told["episode_lengths"][i] for i in got)
+            elif "first" in part:
+                got = got[: len(numbers)]
+            yield compare.exact(f"{key} {part}", got, numbers)
+    known = {"samples", "norm_mode", "delta_action_dim_mask", "splits", "fps"}
+    known |= {"episode_lengths", "video_sample_indices"}
     yield from (NotCovered(f"h_data/dataset_info.json/{key}") for key in sorted(set(told) - known))
 
 
@@ -282,44 +233,29 @@ def _dataset_samples(group):
     if not group.has(*needed):
         yield NotCovered(f"h_data/dataset_samples.npz, which needs {', '.join(needed)}")
         return
-    data, told, (found, config, _) = (
-        group.arrays("dataset_samples.npz"),
-        group.info(),
-        group.episodes(),
-    )
+    data, (found, config, _) = group.arrays("dataset_samples.npz"), group.episodes()
+    compare = Compare("h_data", "dataset_samples")
     got = [_sample(found, int(index), config, group) for index in data["index"]]
     for k, fields in enumerate(got):
         for key in [key for key in data if key.startswith(f"{k}.video_frames_")]:
             frames = [int(number) for number in key.split("_")[2:]]
             video, tolerance = parity_images.video(fields["images"](frames), config.data)
-            yield compare("h_data", "dataset_samples", key, video, data[key], tolerance=tolerance)
+            yield compare(key, video, data[key], tolerance=tolerance)
     for field in ("action", "proprio", "action_is_pad", "proprio_is_pad", "image_is_pad"):
         want = np.stack([data[f"{k}.{field}"] for k in range(len(got))])
         have = np.stack([fields[field] for fields in got])
         if want.dtype == bool:
-            yield compare("h_data", "dataset_samples", field, have, want, tolerance=0.0)
+            yield compare.exact(field, have, want)
         else:
             yield _relative("dataset_samples", field, have, want)
-    wrong = sum(
-        fields["prompt"] != sample["prompt"]
-        for fields, sample in zip(got, told["samples"], strict=True)
-    )
-    yield compare("h_data", "dataset_samples", "prompts that differ", wrong, 0, tolerance=0.0)
-    yield compare(
-        "h_data",
-        "dataset_samples",
-        "length",
-        sum(e.length for e in found),
-        data["length"],
-        tolerance=0.0,
-    )
+    pairs = zip(got, group.info()["samples"], strict=True)
+    wrong = sum(fields["prompt"] != sample["prompt"] for fields, sample in pairs)
+    yield compare.none("prompts that differ", wrong)
+    yield compare.exact("length", sum(episode.length for episode in found), data["length"])
     for key in sorted(set(data) - {"index", "length"}):
         field = key.split(".", 1)[1]
-        if not (
-            field in got[0]
-            or field.startswith("video_frames_")
-            or any(map(group.has, _CACHED.get(field, ())))
-        ):
+        cached = any(map(group.has, _CACHED.get(field, ())))
+        if not (cached or field in got[0] or field.startswith("video_frames_")):
             yield NotCovered(f"h_data/dataset_samples.npz/{key}")
 
 
@@ -337,10 +273,8 @@ def _sample(found, index, config, group):
     )
 
     def images(frames):
-        chosen = window.frames[frames]
-        return {
-            camera: np.moveaxis(episode.frames(camera, chosen), -1, 1) for camera in data.cameras
-        }
+        pick = lambda camera: np.moveaxis(episode.frames(camera, window.frames[frames]), -1, 1)
+        return {camera: pick(camera) for camera in data.cameras}
 
     return {
         "action": group.normalizer("action").normalize(x),
@@ -360,51 +294,28 @@ def _text_cache(group):
     if not group.has("dataset_samples.npz", "dataset_info.json"):
         yield NotCovered("h_data/text_cache, whose prompts are not there")
         return
-    data = group.arrays("dataset_samples.npz")
+    data, compare = group.arrays("dataset_samples.npz"), Compare("h_data", "text_cache")
     cache = caches.read_text_cache(group.directory / "text_cache")
     prompts = [sample["prompt"] for sample in group.info()["samples"]]
     named = {cache.path(prompt).name for prompt in prompts}
     there = {path.name for path in (group.directory / "text_cache").iterdir()}
-    yield compare(
-        "h_data",
-        "text_cache",
-        "files of the prompts not there",
-        len(named - there),
-        0,
-        tolerance=0.0,
-    )
+    yield compare.none("files of the prompts not there", len(named - there))
     context, mask = cache.table(prompts)
-    yield compare(
-        "h_data",
-        "text_cache",
-        "context",
-        context.astype(np.float32),
-        np.stack([data[f"{k}.context"] for k in range(len(prompts))]),
-        tolerance=0.0,
-    )
+    stacked = lambda field: np.stack([data[f"{k}.{field}"] for k in range(len(prompts))])
+    yield compare.exact("context", context, stacked("context"))
     # The release shows attention the zeroed padding too: config.loss.mask_text_padding=False.
-    yield compare(
-        "h_data",
-        "text_cache",
-        "context_mask",
-        np.ones_like(mask),
-        np.stack([data[f"{k}.context_mask"] for k in range(len(prompts))]),
-        tolerance=0.0,
-    )
+    yield compare.exact("context_mask", np.ones_like(mask), stacked("context_mask"))
 
 
-def _latents(name):
-    def check(group):
-        if not group.has("dataset_samples.npz"):
-            yield NotCovered(f"h_data/{name}, whose samples are not there")
-            return
-        data = group.arrays("dataset_samples.npz")
-        cache = caches.read_latent_cache(group.directory / name)
-        got = [np.moveaxis(cache[int(index)].astype(np.float32), -1, 0) for index in data["index"]]
-        want = [data[f"{k}.video_latents"] for k in range(len(got))]
-        yield compare("h_data", name, "video_latents", got, want, tolerance=0.0)
-
-    return check
+def _latents(name, group):
+    if not group.has("dataset_samples.npz"):
+        yield NotCovered(f"h_data/{name}, whose samples are not there")
+        return
+    data = group.arrays("dataset_samples.npz")
+    cache = caches.read_latent_cache(group.directory / name)
+    got = [np.moveaxis(cache[int(index)].astype(np.float32), -1, 0) for index in data["index"]]
+    want = [data[f"{k}.video_latents"] for k in range(len(got))]
+    yield Compare("h_data", name).exact("video_latents", got, want)
 
 
 _READERS = {
@@ -421,6 +332,6 @@ _READERS = {
     "dataset_info.json": _dataset_info,
     "dataset_samples.npz": _dataset_samples,
     "text_cache": _text_cache,
-    "latent_single": _latents("latent_single"),
-    "latent_sharded": _latents("latent_sharded"),
+    "latent_single": functools.partial(_latents, "latent_single"),
+    "latent_sharded": functools.partial(_latents, "latent_sharded"),
 }

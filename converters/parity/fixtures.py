@@ -1,16 +1,16 @@
 """What verification is made of: a check, its tolerance, and the models of a fixture directory."""
 
-import dataclasses
 import fnmatch
+import functools
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import numpy as np
 
-from converters import files, layouts, rules, umt5, wan_dit, wan_vae
-from converters import lightwam as lightwam_lib
+from converters import files, layouts, lightwam, rules, umt5, wan_dit, wan_vae
 from lightwam_jax import build, params
+from lightwam_jax import config as config_lib
 from lightwam_jax.encoders import wan
 from lightwam_jax.models import t5, variants
 
@@ -49,23 +49,63 @@ class NotCovered(NamedTuple):
     group: str
 
 
-@dataclasses.dataclass
+class Compare(NamedTuple):
+    """Makes the checks of one component of a group: `Compare(group, component)(tensor, ...)`."""
+
+    group: str
+    component: str
+
+    def __call__(self, tensor, got, expected, noise=None, tolerance=None):
+        """The `Check` of two arrays: the tolerance is 10x the reference's own float32 noise.
+
+        Args:
+          noise: recorded absolute noise, if any. tolerance: overrides it.
+        """
+        got, expected = np.asarray(got, np.float64), np.asarray(expected, np.float64)
+        if got.shape != expected.shape:
+            tensor = f"{tensor} {got.shape} not {expected.shape}"
+            return Check(*self, tensor, float("inf"), float("inf"), 0.0)
+        size = float(np.abs(expected).max(initial=0.0))
+        error = float(np.abs(got - expected).max(initial=0.0))
+        if tolerance is None:
+            tolerance = FACTOR * max(noise or 0.0, RELATIVE_NOISE * max(size, 1.0))
+        return Check(*self, tensor, error, error / size if size else error, tolerance)
+
+    def exact(self, tensor, got, expected):
+        """The check of two arrays that must be equal."""
+        return self(tensor, got, expected, tolerance=0.0)
+
+    def none(self, tensor, count):
+        """The check that something was found no times."""
+        return self.exact(tensor, count, 0)
+
+    def recorded(self, got, data, noise=lambda tensor: None):
+        """The checks of those tensors of `got` that the fixture `data` has."""
+        for tensor, value in got.items():
+            if tensor in data:
+                yield self(tensor, value, data[tensor], noise(tensor))
+
+
 class Fixtures:
-    """A directory laid out like the golden fixtures, of any sizes."""
+    """A directory laid out like the golden fixtures, of any sizes.
 
-    root: Path
-    suffixes: tuple = (".safetensors", ".pt")  # of checkpoints to read, preferred first
+    Args:
+      suffixes: of the weight files to read, preferred first.
+    """
 
-    def __post_init__(self):
-        self.root = Path(self.root)
-        self.manifest = self.json("manifest.json") if self.has("manifest.json") else {}
-        self._checkpoint, self._vaes = None, None
+    def __init__(self, root, suffixes=(".safetensors", ".pt")):
+        self.root, self.suffixes = Path(root), suffixes
+        self.manifest = self.told("manifest.json")
 
     def has(self, name):
         return (self.root / name).exists()
 
     def json(self, name):
         return files.read_json(self.root / name)
+
+    def told(self, name):
+        """The content of a JSON file; {} where there is none."""
+        return self.json(name) if self.has(name) else {}
 
     def arrays(self, name):
         with np.load(self.root / name, allow_pickle=False) as content:
@@ -79,10 +119,8 @@ class Fixtures:
         found = [path for path in self.root.glob("ckpt/step_*") if path.suffix in self.suffixes]
         if not found:
             raise FileNotFoundError(f"{self.root}/ckpt holds no step_*.pt")
-        return sorted(
-            found,
-            key=lambda path: ("bf16" in path.name, self.suffixes.index(path.suffix), path.name),
-        )
+        place = lambda path: ("bf16" in path.name, self.suffixes.index(path.suffix), path.name)
+        return sorted(found, key=place)
 
     def weight_files(self, group):
         """Weight files of a group, one per stem, preferred suffix first."""
@@ -103,52 +141,46 @@ class Fixtures:
         """(WanDiT module, its params in memory layout, canonical flat params) of a_dit/<name>."""
         tensors = self.tensors(f"a_dit/{name}.safetensors")
         told = self.json(f"a_dit/{name}_config.json")
-        shapes = {key: tensor.shape for key, tensor in tensors.items()}
         fields = dict(
-            wan_dit.model_fields(shapes, told["attn_head_dim"]),
+            wan_dit.model_fields(rules.shapes_of(tensors), told["attn_head_dim"]),
             dtype="float32",
             lora_alpha=float(told["lora_alpha"]),
             adapter_scale=float(told["adapter_scale"]),
             attention_mask=told["video_attention_mask_mode"],
             eps=told["eps"],
         )
-        config = lightwam_lib.configs.ModelConfig(**variants.variant("tiny", **fields))
+        config = config_lib.ModelConfig(**variants.variant("tiny", **fields))
         flat = rules.to_params(wan_dit.RULES, tensors, name)
         tree = params.segmented(params.unflatten(flat), config)["dit"]
         return build.build_model(config).dit, tree, flat
 
+    @functools.cached_property
     def lightwam(self):
-        """(LightWAM module, params in memory layout, ModelConfig) of the checkpoint; read once."""
-        if self._checkpoint is None:
-            path = self.checkpoint_files()[0]
-            tensors, _ = files.read_checkpoint(path)
-            config = self.model_config(tensors)
-            model = build.build_model(config)
-            flat = rules.to_params(lightwam_lib.CHECKPOINT, tensors, str(path))
-            tree = params.segmented(params.unflatten(flat), config)
-            shapes = jax.eval_shape(
-                lambda key: build.init_params(model, key, config), jax.random.key(0)
-            )
-            params.check_same_structure(tree, shapes, str(path))
-            self._checkpoint = model, tree, config
-        return self._checkpoint
+        """(LightWAM module, params in memory layout, ModelConfig) of the first checkpoint."""
+        path = self.checkpoint_files()[0]
+        tensors, _ = files.read_checkpoint(path)
+        config = self.model_config(tensors)
+        model = build.build_model(config)
+        flat = rules.to_params(lightwam.CHECKPOINT, tensors, str(path))
+        tree = params.segmented(params.unflatten(flat), config)
+        shapes = jax.eval_shape(
+            lambda key: build.init_params(model, key, config), jax.random.key(0)
+        )
+        params.check_same_structure(tree, shapes, str(path))
+        return model, tree, config
 
-    def vae(self, version):
-        """(module, params) of the "wan21" or "wan22" VAE in f_vae, or None; read once."""
-        if self._vaes is None:
-            self._vaes = dict(self._read_vae(path) for path in self.weight_files("f_vae"))
-        return self._vaes.get(version)
+    @functools.cached_property
+    def vaes(self):
+        """{"wan21" or "wan22": (module, params)} of the VAEs in f_vae."""
+        return dict(self._read_vae(path) for path in self.weight_files("f_vae"))
 
     def _read_vae(self, path):
-        tensors = files.read_tensors(path)
-        flat = rules.to_params(layouts.detect(tensors, str(path)).table, tensors, str(path))
-        fields = wan_vae.model_fields({name: leaf.shape for name, leaf in flat.items()})
+        flat = _read(path)
+        fields = wan_vae.model_fields(rules.shapes_of(flat))
         version = fields.pop("version")
-        if self.has("f_vae/info.json"):
-            told = self.json("f_vae/info.json").get(version.replace("wan", "vae"), {})
-            fields.update(
-                {f"latent_{name}": tuple(told[name]) for name in ("mean", "std") if name in told}
-            )
+        told = self.told("f_vae/info.json").get(version.replace("wan", "vae"), {})
+        for name in {"mean", "std"} & set(told):
+            fields[f"latent_{name}"] = tuple(told[name])
         return version, (wan.VAES[version](**fields), params.unflatten(flat))
 
     def text_encoder(self):
@@ -156,25 +188,19 @@ class Fixtures:
         path = next(iter(self.weight_files("g_text")), None)
         if path is None:
             raise FileNotFoundError(f"{self.root}/g_text holds no weights of a text encoder")
-        tensors = files.read_tensors(path)
-        flat = rules.to_params(layouts.detect(tensors, str(path)).table, tensors, str(path))
-        told = self.json("g_text/config.json") if self.has("g_text/config.json") else {}
-        fields = umt5.model_fields({name: leaf.shape for name, leaf in flat.items()})
-        fields.update(
-            {
-                ours: told[theirs]
-                for ours, theirs in (("eps", "eps"), ("max_distance", "max_dist"))
-                if theirs in told
-            }
-        )
+        flat, told = _read(path), self.told("g_text/config.json")
+        fields = umt5.model_fields(rules.shapes_of(flat))
+        for ours, theirs in (("eps", "eps"), ("max_distance", "max_dist")):
+            if theirs in told:
+                fields[ours] = told[theirs]
         return t5.UMT5Encoder(**fields), params.unflatten(flat)
 
     def model_config(self, tensors):
         """ModelConfig of a checkpoint: keys, shapes, and what the fixture's JSON files tell."""
         told = self.json("a_dit/dit_config.json")
         pooling = self.manifest.get("state_fusion_config", {})
-        return lightwam_lib.model_config(
-            {key: tensor.shape for key, tensor in tensors.items()},
+        return lightwam.model_config(
+            rules.shapes_of(tensors),
             head_dim=told["attn_head_dim"],
             lora_alpha=told["lora_alpha"],
             adapter_scale=float(told["adapter_scale"]),
@@ -183,27 +209,10 @@ class Fixtures:
         )
 
 
-def compare(group, component, tensor, got, expected, noise=None, tolerance=None):
-    """A `Check` of two arrays: tolerance is 10x the reference's own float32 noise.
-
-    Args:
-      noise: recorded absolute noise, if any; tolerance: overrides it (exact: 0).
-    """
-    got, expected = np.asarray(got, np.float64), np.asarray(expected, np.float64)
-    if got.shape != expected.shape:
-        return Check(
-            group,
-            component,
-            f"{tensor} {got.shape} not {expected.shape}",
-            float("inf"),
-            float("inf"),
-            0.0,
-        )
-    size = float(np.abs(expected).max(initial=0.0))
-    error = float(np.abs(got - expected).max(initial=0.0))
-    if tolerance is None:
-        tolerance = FACTOR * max(noise or 0.0, RELATIVE_NOISE * max(size, 1.0))
-    return Check(group, component, tensor, error, error / size if size else error, tolerance)
+def _read(path):
+    """{our path: array} of a weight file of any known layout."""
+    tensors = files.read_tensors(path)
+    return rules.to_params(layouts.detect(tensors, str(path)).table, tensors, str(path))
 
 
 def channels_last(x):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from converters import umt5
-from converters.parity.fixtures import NotCovered, channels_first, channels_last, compare
+from converters.parity.fixtures import Compare, NotCovered, channels_first, channels_last
 from lightwam_jax.encoders import text as text_lib
 from lightwam_jax.encoders import umt5 as umt5_lib
 from lightwam_jax.encoders import wan
@@ -23,10 +23,10 @@ def f_vae(fixtures):
         if not fixtures.has(f"f_vae/{name}.npz"):
             continue
         data = fixtures.arrays(f"f_vae/{name}.npz")
-        if fixtures.vae(version) is None:
+        if version in fixtures.vaes:
+            yield from _vae(fixtures, name, data, *fixtures.vaes[version])
+        else:
             yield NotCovered(f"f_vae/{name}.npz, whose weights are not there")
-            continue
-        yield from _vae(fixtures, name, data, *fixtures.vae(version))
 
 
 def _vae(fixtures, name, data, model, tree):
@@ -44,9 +44,8 @@ def _vae(fixtures, name, data, model, tree):
     if "video_mu_unscaled" in data:
         # What the normalisation was applied to: its inverse, not a second compilation.
         mean, std = (np.reshape(x, (-1, 1, 1, 1)) for x in (model.latent_mean, model.latent_std))
-        got["video_mu_unscaled"] = (got["video_latent"] * std + mean)[
-            : len(data["video_mu_unscaled"])
-        ]
+        unscaled = got["video_latent"] * std + mean
+        got["video_mu_unscaled"] = unscaled[: len(data["video_mu_unscaled"])]
     tree = halves["decode"]
     unclamped = run("decode", clip=False)
     got["decoded_unclamped"] = unclamped(data["latent"])
@@ -55,14 +54,8 @@ def _vae(fixtures, name, data, model, tree):
     for tensor in sorted(data):
         if tensor in got:
             kin = "decoded_unclamped" if tensor.startswith("decoded") else "video_latent"
-            yield compare(
-                "f_vae",
-                name,
-                tensor,
-                got[tensor],
-                data[tensor],
-                fixtures.noise(f"{name}.{tensor}") or fixtures.noise(f"{name}.{kin}"),
-            )
+            noise = fixtures.noise(f"{name}.{tensor}") or fixtures.noise(f"{name}.{kin}")
+            yield Compare("f_vae", name)(tensor, got[tensor], data[tensor], noise)
         elif tensor not in ("image", "video", "latent"):
             yield NotCovered(f"f_vae/{name}/{tensor}")
 
@@ -93,18 +86,11 @@ def _encoder(fixtures, data):
         "rel_bucket": _buckets(model, data),
     }
     got.update(_blocks(model, tree, ids, mask, data))
+    compare, noise = Compare("g_text", "encoder"), fixtures.noise("g_text.embedding")
     for tensor in sorted(data):
         if tensor in got:
-            exact = data[tensor].dtype.kind in "bi"
-            yield compare(
-                "g_text",
-                "encoder",
-                tensor,
-                got[tensor],
-                data[tensor],
-                fixtures.noise("g_text.embedding"),
-                tolerance=0.0 if exact else None,
-            )
+            tolerance = 0.0 if data[tensor].dtype.kind in "bi" else None
+            yield compare(tensor, got[tensor], data[tensor], noise, tolerance)
         elif tensor not in ("ids", "mask", "rel_pos"):
             yield NotCovered(f"g_text/encoder/{tensor}")
 
@@ -119,14 +105,7 @@ def _buckets(model, data):
 def _blocks(model, tree, ids, mask, data):
     """Each block alone, fed the recorded input, so that an error names its block."""
     positions = t5.relative_buckets(ids.shape[1], model.num_buckets, model.max_distance)
-    block = t5.Block(
-        model.num_heads,
-        model.attention_dim,
-        model.ffn_dim,
-        model.num_buckets,
-        model.eps,
-        model.dtype,
-    )
+    block = t5.Block(**model.block_fields())
     run = jax.jit(lambda tree, x: block.apply({"params": tree}, x, positions, mask)[0])
     x, got = tree["token_embedding"]["embedding"][ids], {}
     for i in range(model.num_layers):
@@ -141,23 +120,16 @@ def _cleaning(told):
         if mode not in text_lib.CLEANING:
             yield NotCovered(f"g_text/cleaning {mode}")
             continue
-        wrong = [
-            case["raw"] for case in told["cases"] if text_lib.clean(case["raw"], mode) != case[mode]
-        ]
-        yield compare(
-            "g_text",
-            "cleaning",
-            f"{mode}: texts that differ {wrong or ''}",
-            len(wrong),
-            0,
-            tolerance=0.0,
-        )
+        clean = lambda text, mode=mode: text_lib.clean(text, mode)
+        wrong = [case["raw"] for case in told["cases"] if clean(case["raw"]) != case[mode]]
+        tensor = f"{mode}: texts that differ {wrong or ''}"
+        yield Compare("g_text", "cleaning").none(tensor, len(wrong))
 
 
 def _prompts(told):
-    cases = told["cases"]
+    cases, compare = told["cases"], Compare("g_text", "prompts")
     wrong = sum(text_lib.prompt(case["task"], told["template"]) != case["prompt"] for case in cases)
-    yield compare("g_text", "prompts", "prompts that differ", wrong, 0, tolerance=0.0)
+    yield compare.none("prompts that differ", wrong)
     models = {encoder: model for model, encoder in told["cache_ids"].items()}
     wrong = 0
     for case in cases:
@@ -165,4 +137,4 @@ def _prompts(told):
         wrong += umt5.cache_name(case["prompt"], length, models[encoder]) != case["cache_file"]
     for encoder, model in models.items():
         wrong += not umt5.cache_name("", 1, model).endswith(f".{encoder}.pt")
-    yield compare("g_text", "prompts", "names of cache files that differ", wrong, 0, tolerance=0.0)
+    yield compare.none("names of cache files that differ", wrong)

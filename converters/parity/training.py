@@ -4,16 +4,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from converters import files, lightwam, rules, wan_dit
+from converters import files, layouts, lightwam, rules, wan_dit
 from converters.parity.fixtures import (
     FACTOR,
     RELATIVE_NOISE,
+    Compare,
     NotCovered,
     channels_first,
     channels_last,
-    compare,
 )
-from lightwam_jax import build, flow, params
+from lightwam_jax import flow, params
 from lightwam_jax import config as config_lib
 from lightwam_jax.training import losses, optimizer
 
@@ -27,20 +27,19 @@ def d_train(fixtures):
         data, told = fixtures.arrays(f"d_train/{name}.npz"), info[name]
         config = _loss_config(told["options"])
         differentiate = fixtures.has(f"d_train/{name}_grads.safetensors")
-        run, trainable, model_config = _gradient_function(fixtures, config, differentiate)
+        run, trainable = _gradient_function(fixtures, config, differentiate)
         batch, noise = _batch(data)
         recorded = info.get("grad_noise_f32_vs_f64", {}).get(name, {})
         parts, out, grads = run(trainable, batch, noise)
         yield from _losses(fixtures, name, data, config, (batch, noise, parts, out))
         if differentiate:
-            yield from _gradients(
-                fixtures, name, _by_training_name(grads, model_config), told, recorded
-            )
+            grads = _by_training_name(fixtures, grads)
+            yield from _gradients(fixtures, name, grads, told, recorded)
         if name == "release":  # the optimizer's steps were recorded with the same options
-            yield from _optimizer(
-                fixtures, info["optimizer"], run, trainable, model_config, recorded
-            )
-    yield from _names(fixtures, info)
+            yield from _optimizer(fixtures, info["optimizer"], run, trainable, recorded)
+    # What learns here is what learned there.
+    ours, theirs = set(_by_training_name(fixtures, trainable)), info["trainable_parameter_names"]
+    yield Compare("d_train", "trainable").none("names differing", len(ours ^ set(theirs)))
     for name, table in info.items():
         if name.startswith("lr_schedule_base_"):
             yield from _learning_rates(name, table)
@@ -57,8 +56,8 @@ def _loss_config(options):
         prefix_weight=options["prefix_weight"],
         tail_weight=options["tail_weight"],
         shift=5.0,
-        mask_text_padding=True,
-    )  # the fixtures carry their masks: all true, or real
+        mask_text_padding=True,  # the fixtures carry their masks: all true, or real
+    )
 
 
 def _batch(data):
@@ -98,20 +97,21 @@ def _losses(fixtures, name, data, config, ran):
     weights = losses.action_weights(jnp.asarray(batch["action_is_pad"]), config)
     error = jnp.square(out["actions"] - batch["actions"]).mean(axis=-1)
     got["loss_action_per_sample"] = losses.weighted_mean(error, weights)
+    compare = Compare("d_train", name)
     for tensor, value in got.items():
-        yield compare(
-            "d_train", name, tensor, value, data[tensor], fixtures.noise(f"d_train/{name}.{tensor}")
-        )
+        yield compare(tensor, value, data[tensor], fixtures.noise(f"d_train/{name}.{tensor}"))
 
 
 def _gradient_function(fixtures, config, differentiate):
-    """Returns (jitted run, the parameters that learn, ModelConfig).
+    """Returns (jitted run, the parameters that learn).
 
     run(trainable, batch, noise) -> (losses, what the passes gave, gradients of what learns or,
     where they are not wanted, None: they take most of the time).
     """
-    model, tree, model_config = fixtures.lightwam()
-    trainable, frozen = params.partition(tree, _trainable_patterns())
+    from configs import base  # the released recipe's own list of what learns
+
+    model, tree, _ = fixtures.lightwam
+    trainable, frozen = params.partition(tree, base.get_config("tiny").train.trainable)
 
     @jax.jit
     def run(trainable, batch, noise):
@@ -125,19 +125,14 @@ def _gradient_function(fixtures, config, differentiate):
         (_, (parts, out)), grads = jax.value_and_grad(loss, has_aux=True)(trainable)
         return parts, out, grads
 
-    return run, trainable, model_config
+    return run, trainable
 
 
-def _trainable_patterns():
-    from configs import base as base_lib  # the released recipe's own list
-
-    return base_lib.get_config("tiny").train.trainable
-
-
-def _by_training_name(tree, model_config):
+def _by_training_name(fixtures, tree):
     """In-memory tree -> {named_parameters() name: array in torch layout}."""
+    _, _, config = fixtures.lightwam
     flat = {path: np.asarray(leaf) for path, leaf in params.flatten(params.canonical(tree)).items()}
-    layers = wan_dit.stacked_layers(model_config.num_layers, model_config.lora_layers)
+    layers = wan_dit.stacked_layers(config.num_layers, config.lora_layers)
     return rules.from_params(lightwam.TRAINING, flat, layers)
 
 
@@ -158,21 +153,13 @@ def _relative_noise(recorded, name):
 
 def _gradients(fixtures, name, grads, told, recorded):
     expected = fixtures.tensors(f"d_train/{name}_grads.safetensors")
-    yield compare(
-        "d_train",
-        f"{name} gradients",
-        "names differing",
-        len(set(grads) ^ set(expected)),
-        0,
-        tolerance=0.0,
-    )
+    compare = Compare("d_train", f"{name} gradients")
+    yield compare.none("names differing", len(set(grads) ^ set(expected)))
     for key in sorted(set(grads) & set(expected)):
         size = float(np.abs(expected[key]).max(initial=0.0))
         noise = min(_relative_noise(recorded, key) * size, recorded.get("max_abs_diff", np.inf))
-        yield compare(
-            "d_train", f"{name} gradients", key, grads[key], expected[key], tolerance=FACTOR * noise
-        )
-    yield compare("d_train", f"{name} gradients", "global norm", _norm(grads), told["grad_norm"])
+        yield compare(key, grads[key], expected[key], tolerance=FACTOR * noise)
+    yield compare("global norm", _norm(grads), told["grad_norm"])
 
 
 def _norm(arrays):
@@ -180,61 +167,44 @@ def _norm(arrays):
     return np.sqrt(sum(np.square(x.astype(np.float64)).sum() for x in arrays.values()))
 
 
-def _names(fixtures, info):
-    """What learns here is what learned there."""
-    _, tree, model_config = fixtures.lightwam()
-    trainable, _ = params.partition(tree, _trainable_patterns())
-    ours = set(_by_training_name(trainable, model_config))
-    theirs = set(info["trainable_parameter_names"])
-    yield compare("d_train", "trainable", "names differing", len(ours ^ theirs), 0, tolerance=0.0)
+_ADAMW = dict(
+    warmup_steps=0,
+    final_lr_ratio=1.0,
+    b1=0.9,
+    b2=0.95,
+    eps=1e-8,
+    weight_decay=0.0,
+    clip_norm=0.0,
+    accum_steps=1,
+    ema_decay=0.0,
+)
 
 
-def _optimizer(fixtures, told, run, start, model_config, recorded):
+def _optimizer(fixtures, told, run, start, recorded):
     """AdamW from the checkpoint over the recorded batches, with and without clipping."""
     batches = [_batch(fixtures.arrays(f"d_train/opt_step{i}.npz")) for i in (1, 2)]
+    fields = {name: told[name] for name in ("lr", "eps", "weight_decay")}
+    fields = {**_ADAMW, **fields, **dict(zip(("b1", "b2"), told["betas"]))}
     for label, clip in ((f"clip{told['max_norm']}", told["max_norm"]), ("noclip", 0.0)):
-        b1, b2 = told["betas"]
-        config = config_lib.OptimizerConfig(
-            lr=told["lr"],
-            warmup_steps=0,
-            final_lr_ratio=1.0,
-            b1=b1,
-            b2=b2,
-            eps=told["eps"],
-            weight_decay=told["weight_decay"],
-            clip_norm=clip,
-            accum_steps=1,
-            ema_decay=0.0,
-        )
-        tx = optimizer.make_optimizer(config, total_steps=10**9)
+        config = config_lib.OptimizerConfig(**{**fields, "clip_norm": clip})
+        tx, compare = optimizer.make_optimizer(config, 10**9), Compare("d_train", f"adamw {label}")
         trainable, state = start, tx.init(start)
         relative = {}  # noise of each gradient relative to its size, the most of the steps so far
         for step, (batch, noise) in enumerate(batches, 1):
             _, _, grads = run(trainable, batch, noise)
-            size = {k: np.abs(v) for k, v in _by_training_name(grads, model_config).items()}
+            size = {key: np.abs(x) for key, x in _by_training_name(fixtures, grads).items()}
             if clip:
-                yield compare(
-                    "d_train",
-                    f"adamw {label}",
-                    f"gradient norm {step}",
-                    _norm(size),
-                    told["grad_norms_before_clip"][step - 1],
-                )
-            for k, v in size.items():
-                floor = _relative_noise(recorded, k) * v.max(initial=0.0)
-                relative[k] = np.maximum(floor / np.maximum(v, 1e-30), relative.get(k, 0.0))
+                expected = told["grad_norms_before_clip"][step - 1]
+                yield compare(f"gradient norm {step}", _norm(size), expected)
+            for key, x in size.items():
+                floor = _relative_noise(recorded, key) * x.max(initial=0.0)
+                relative[key] = np.maximum(floor / np.maximum(x, 1e-30), relative.get(key, 0.0))
             updates, state = jax.jit(tx.update)(grads, state, trainable)
             trainable = jax.tree.map(jnp.add, trainable, updates)
             path = f"d_train/params_after_step{step}_{label}.safetensors"
             if fixtures.has(path):
-                yield from _after_step(
-                    label,
-                    step,
-                    _by_training_name(trainable, model_config),
-                    fixtures.tensors(path),
-                    relative,
-                    told["lr"],
-                )
+                got, expected = _by_training_name(fixtures, trainable), fixtures.tensors(path)
+                yield from _after_step(label, step, got, expected, relative, told["lr"])
 
 
 def _after_step(label, step, got, expected, noise, lr):
@@ -247,46 +217,31 @@ def _after_step(label, step, got, expected, noise, lr):
     2 r lr, and by up to 2 lr where all of it is noise (the key third of every pooling bias, whose
     true gradient is zero).
     """
+    compare = Compare("d_train", f"adamw {label} step {step}")
     for key in sorted(set(got) | set(expected)):
         error = np.abs(got[key].astype(np.float64) - expected[key])
         size = np.maximum(np.abs(expected[key]), lr)
         rounding = FACTOR * np.finfo(np.float32).eps * size
         allowed = rounding + 2 * lr * step * np.minimum(noise[key], 1.0)
         worst = np.unravel_index(np.argmax(error / allowed), error.shape)
-        yield compare(
-            "d_train",
-            f"adamw {label} step {step}",
-            key,
-            got[key][worst],
-            expected[key][worst],
-            tolerance=float(allowed[worst]),
-        )
+        yield compare(key, got[key][worst], expected[key][worst], tolerance=float(allowed[worst]))
 
 
 def _learning_rates(name, table):
-    base = float(name.removeprefix("lr_schedule_base_"))
+    base, compare = (
+        float(name.removeprefix("lr_schedule_base_")),
+        Compare("d_train", "learning rate"),
+    )
     for case, values in table.items():
         if not case.startswith("total"):
             continue
         total, warmup = (int("".join(filter(str.isdigit, part))) for part in case.split("_")[:2])
-        config = config_lib.OptimizerConfig(
-            lr=base,
-            warmup_steps=warmup,
-            final_lr_ratio=0.01,
-            b1=0.9,
-            b2=0.95,
-            eps=1e-8,
-            weight_decay=0.0,
-            clip_norm=0.0,
-            accum_steps=1,
-            ema_decay=0.0,
-        )
+        fields = {**_ADAMW, "lr": base, "warmup_steps": warmup, "final_lr_ratio": 0.01}
+        config = config_lib.OptimizerConfig(**fields)
         steps = np.array([int(i) for i in values])
         got = np.asarray(optimizer.learning_rate(steps, config, total), np.float64)
         expected = np.array(list(values.values()))
-        yield compare(
-            "d_train", "learning rate", case, got / expected, np.ones_like(expected), tolerance=1e-6
-        )
+        yield compare(case, got / expected, np.ones_like(expected), tolerance=1e-6)
 
 
 # ---- ckpt --------------------------------------------------------------------------------------
@@ -296,71 +251,31 @@ def ckpt(fixtures):
     """Checkpoint files: every key claimed, the model built from the shapes, exact way back."""
     for path in fixtures.checkpoint_files():
         tensors, _ = files.read_checkpoint(path)
-        config = fixtures.model_config(tensors)
+        config, compare = fixtures.model_config(tensors), Compare("ckpt", path.name)
         flat = rules.to_params(lightwam.CHECKPOINT, tensors, str(path))
-        model = build.build_model(config)
-        shapes = jax.eval_shape(
-            lambda key, m=model, c=config: params.canonical(build.init_params(m, key, c)),
-            jax.random.key(0),
-        )
-        own = {name: tuple(leaf.shape) for name, leaf in params.flatten(shapes).items()}
-        read = {name: leaf.shape for name, leaf in flat.items()}
-        yield compare(
-            "ckpt",
-            path.name,
-            "parameters unlike the model's",
-            len(own.items() ^ read.items()),
-            0,
-            tolerance=0.0,
-        )
+        own = layouts.model_shapes(config)
+        unlike = len(own.items() ^ rules.shapes_of(flat).items())
+        yield compare.none("parameters unlike the model's", unlike)
         memory = params.segmented(params.unflatten(flat), config)
         back = rules.from_params(
             lightwam.CHECKPOINT,
             params.flatten(params.canonical(memory)),
             wan_dit.stacked_layers(config.num_layers, config.lora_layers),
         )
-        differing = sum(
-            key not in back
-            or back[key].dtype != value.dtype
-            or back[key].tobytes() != value.tobytes()
-            for key, value in tensors.items()
-        )
-        yield compare(
-            "ckpt",
-            path.name,
-            "tensors changed by a round trip",
-            differing + len(set(back) - set(tensors)),
-            0,
-            tolerance=0.0,
-        )
-        yield from _known_keys(fixtures, path, tensors)
-    yield from _same_backbone(fixtures)
-
-
-def _known_keys(fixtures, path, tensors):
-    if not fixtures.has("ckpt/keys.json"):
-        yield NotCovered("ckpt/keys.json")
-        return
-    told, _ = lightwam.flatten_checkpoint(fixtures.json("ckpt/keys.json"))
-    told = {key: tuple(shape) for key, shape in told.items()}
-    read = {key: tuple(value.shape) for key, value in tensors.items()}
-    yield compare(
-        "ckpt",
-        path.name,
-        "keys unlike keys.json",
-        len(told.items() ^ read.items()),
-        0,
-        tolerance=0.0,
-    )
-
-
-def _same_backbone(fixtures):
-    """The float32 checkpoint holds the transformer of a_dit."""
+        content = lambda x: x is not None and (x.dtype, x.tobytes())
+        differing = sum(content(back.get(key)) != content(x) for key, x in tensors.items())
+        extra = len(set(back) - set(tensors))
+        yield compare.none("tensors changed by a round trip", differing + extra)
+        if fixtures.has("ckpt/keys.json"):
+            told, _ = lightwam.flatten_checkpoint(fixtures.json("ckpt/keys.json"))
+            told = {key: tuple(shape) for key, shape in told.items()}
+            unlike = len(told.items() ^ rules.shapes_of(tensors).items())
+            yield compare.none("keys unlike keys.json", unlike)
+        else:
+            yield NotCovered("ckpt/keys.json")
+    # The float32 checkpoint holds the transformer of a_dit.
     path = fixtures.checkpoint_files()[0]
     tensors, _ = files.read_checkpoint(path)
-    expected = fixtures.tensors("a_dit/dit.safetensors")
-    prefix = f"mot.{lightwam.MOT_PREFIX}"
-    differing = sum(
-        not np.array_equal(tensors.get(prefix + key), value) for key, value in expected.items()
-    )
-    yield compare("ckpt", path.name, "tensors unlike a_dit", differing, 0, tolerance=0.0)
+    expected, prefix = fixtures.tensors("a_dit/dit.safetensors"), f"mot.{lightwam.MOT_PREFIX}"
+    differing = sum(not np.array_equal(tensors.get(prefix + k), x) for k, x in expected.items())
+    yield Compare("ckpt", path.name).none("tensors unlike a_dit", differing)

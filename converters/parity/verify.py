@@ -1,30 +1,27 @@
 """Proof of parity: runs every check a fixture directory allows and prints one line per check.
 
-The directory holds groups of fixtures made by the PyTorch reference at any sizes (see SPEC
-section 15 for the layout this project's own fixtures have); models are built from its files.
+The directory holds groups of fixtures made by the PyTorch reference at any sizes (docs/spec.md
+section 15 has the layout of this project's own fixtures); models are built from its files.
 """
 
 from pathlib import Path
 
 import jax
 
-from converters.parity import data as parity_data
-from converters.parity import inference as parity_inference
-from converters.parity import model as parity_model
-from converters.parity import pretrained as parity_pretrained
-from converters.parity import training as parity_training
+from converters.parity import data, inference, model, pretrained, training
 from converters.parity.fixtures import Fixtures, NotCovered
 
+# Folder of a group -> function (fixtures) that yields its `Check`s and `NotCovered`s.
 GROUPS = {
-    "a_dit": parity_model.a_dit,
-    "b_state_fusion": parity_model.b_state_fusion,
-    "c_scheduler": parity_model.c_scheduler,
-    "ckpt": parity_training.ckpt,
-    "d_train": parity_training.d_train,
-    "e_infer": parity_inference.e_infer,
-    "f_vae": parity_pretrained.f_vae,
-    "g_text": parity_pretrained.g_text,
-    "h_data": parity_data.h_data,
+    "a_dit": model.a_dit,
+    "b_state_fusion": model.b_state_fusion,
+    "c_scheduler": model.c_scheduler,
+    "ckpt": training.ckpt,
+    "d_train": training.d_train,
+    "e_infer": inference.e_infer,
+    "f_vae": pretrained.f_vae,
+    "g_text": pretrained.g_text,
+    "h_data": data.h_data,
 }
 
 
@@ -50,12 +47,11 @@ def verify(directory, out=print):
         raise FileNotFoundError(
             f"{root}: no such directory; expected one laid out like tests/golden"
         )
-    fixtures, done, failed = Fixtures(root), 0, []
+    fixtures, done, failed, uncovered = Fixtures(root), 0, [], []
     out(
         f"{'group':<15} {'component':<22} {'tensor':<58} {'max abs':>9} {'relative':>9} "
         f"{'tolerance':>9}  ok"
     )
-    uncovered = []
     for folder in sorted(path.name for path in root.iterdir() if path.is_dir()):
         if folder not in GROUPS:
             uncovered.append(folder)
