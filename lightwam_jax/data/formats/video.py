@@ -288,7 +288,7 @@ class Writer:
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
             frame.pts, frame.time_base = self.frames, 1 / self._rate
             if keyframe and i == 0:
-                frame.pict_type = av.video.frame.ImageType.I
+                frame.pict_type = av.video.frame.PictureType.I
             self._mux(frame)
             self.frames += 1
 
