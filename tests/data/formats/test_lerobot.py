@@ -23,6 +23,8 @@ def png(pixels):
 def by_hand(root, version, **changes):
     """Two episodes of 3 and 2 steps with lists of any length, doubles, and paths of images."""
     index = [0, 0, 0, 1, 1]
+    cells = [{"bytes": png(image), "path": None} for image in counted(5, 8, 64)]
+    cells[1] = {"bytes": None, "path": "images/1.png"}
     columns = {
         "joints": pa.array([[i, i + 0.5] for i in range(5)], pa.list_(pa.float64())),
         "gripper": pa.array([0, 1, 0, 1, 0], pa.int64()),
@@ -32,28 +34,12 @@ def by_hand(root, version, **changes):
         "episode_index": index,
         "index": list(range(5)),
         "task_index": [4, 4, 7, 4, 4],
-        "top": pa.array(
-            [
-                {"bytes": png(counted(5, 8, 64)[i]), "path": None}
-                if i != 1
-                else {"bytes": None, "path": "images/1.png"}
-                for i in range(5)
-            ]
-        ),
+        "top": pa.array(cells),
     } | changes
     (root / "meta").mkdir(parents=True)
     (root / "images").mkdir()
     (root / "images/1.png").write_bytes(png(counted(5, 8, 64)[1]))
-    numeric = {
-        "joints": 2,
-        "gripper": 1,
-        "action": 3,
-        "timestamp": 1,
-        "frame_index": 1,
-        "episode_index": 1,
-        "index": 1,
-        "task_index": 1,
-    }
+    numeric = {key: 1 for key in columns if key != "top"} | {"joints": 2, "action": 3}
     info = {
         "codebase_version": version,
         "fps": 10,
@@ -67,23 +53,13 @@ def by_hand(root, version, **changes):
         info |= {"data_path": "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"}
         (root / "data/chunk-000").mkdir(parents=True)
         pq.write_table(table, root / "data/chunk-000/file-000.parquet", row_group_size=2)
-        pq.write_table(
-            pa.table({"task_index": [7, 4], "__index_level_0__": ["lift", "reach"]}),
-            root / "meta/tasks.parquet",
-        )
+        tasks = pa.table({"task_index": [7, 4], "__index_level_0__": ["lift", "reach"]})
+        pq.write_table(tasks, root / "meta/tasks.parquet")
         (root / "meta/episodes/chunk-000").mkdir(parents=True)
-        pq.write_table(
-            pa.table(
-                {
-                    "episode_index": [0, 1],
-                    "length": [3, 2],
-                    "data/chunk_index": [0, 0],
-                    "data/file_index": [0, 0],
-                    "stats/action/mean": [[0.0], [0.0]],
-                }
-            ),
-            root / "meta/episodes/chunk-000/file-000.parquet",
-        )
+        place = {"data/chunk_index": [0, 0], "data/file_index": [0, 0]}
+        listed = {"episode_index": [0, 1], "length": [3, 2], **place}
+        listed["stats/action/mean"] = [[0.0], [0.0]]
+        pq.write_table(pa.table(listed), root / "meta/episodes/chunk-000/file-000.parquet")
     else:
         info |= {"data_path": "data/chunk-{episode_chunk:03d}/episode_{episode_index:06d}.parquet"}
         for i, (first, n) in enumerate(((0, 3), (3, 2))):
