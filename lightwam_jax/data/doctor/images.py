@@ -132,10 +132,9 @@ def _against_metadata(path, info, members):
     for episode, first in members:
         have, steps = max(0, info.frames - first), episode.length
         if have < steps:
+            kind = "wrong number of frames"
             message = f"the video ends after {have} frames of it, the episode has {steps} steps"
-            problems.append(
-                Problem.error("wrong number of frames", episode.id, path, message, have)
-            )
+            problems.append(Problem.error(kind, episode.id, path, message, have))
         if abs(info.fps / episode.fps - 1) > 0.01:
             message = f"the video runs at {info.fps:.6g} fps, the data at {episode.fps:.6g}"
             problems.append(Problem.error("wrong fps", episode.id, path, message))
@@ -220,19 +219,14 @@ def _sizes(looks, cameras):
     problems = []
     for camera in cameras:
         mine = [look for look in looks if look.camera == camera and look.size]
-        if not mine:
-            continue
-        ((usual, count),) = collections.Counter(look.size for look in mine).most_common(1)
+        counts = collections.Counter(look.size for look in mine)
+        usual, count = max(counts.items(), key=lambda item: item[1], default=(None, 0))
         for look in mine:
             if look.size != usual:
-                message = (
-                    f"camera {camera!r} gives {_size(look.size)} here and {_size(usual)} in "
-                    f"{count} other episodes"
-                )
-                episode = look.episode
-                problems.append(
-                    Problem.warning("other image size", episode.id, episode.file, message)
-                )
+                others = f"{_size(usual)} in {count} other episodes"
+                message = f"camera {camera!r} gives {_size(look.size)} here and {others}"
+                where = look.episode.id, look.episode.file
+                problems.append(Problem.warning("other image size", *where, message))
     return problems
 
 

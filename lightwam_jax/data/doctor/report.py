@@ -61,18 +61,10 @@ def write(report, directory):
     tone = "bad" if report.errors else "" if report.warnings else "good"
     title = f"Dataset doctor · {report.data.source} · {report.data.path}"
     meaning = f"in {_many(len(report.ids), 'episode')}. Images: {_seen(report.images)}."
-    used = {"config.data": dataclasses.asdict(report.data)}
+    headline, used = (_counts(report), meaning), {"config.data": dataclasses.asdict(report.data)}
     with tempfile.TemporaryDirectory() as images:
-        html_report.write_html(
-            paths[0],
-            title,
-            (_counts(report), meaning),
-            _cards(report),
-            _sections(report, pathlib.Path(images)),
-            used,
-            "Examined with",
-            tone,
-        )
+        page = headline, _cards(report), _sections(report, pathlib.Path(images)), used
+        html_report.write_html(paths[0], title, *page, "Examined with", tone)
     return paths
 
 
@@ -313,11 +305,9 @@ def _action_charts(report, directory):
     """Yields the charts of the actions as `Media`."""
     if report.images.examples:
         example = report.images.examples[0]
-        path, caption = (
-            directory / "actions.png",
-            f"Actions of {example.episode}, in physical units.",
-        )
-        yield html_report.Media(_curves(path, example), caption, wide=True)
+        path = _curves(directory / "actions.png", example)
+        caption = f"Actions of {example.episode}, in physical units."
+        yield html_report.Media(path, caption, wide=True)
     guess = " A guess: config.data.gripper_dims names none, and this dimension has two sides."
     for number, histogram in enumerate(report.grippers):
         path = _histogram(directory / f"gripper_{number}.png", histogram)

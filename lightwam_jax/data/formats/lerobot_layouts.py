@@ -37,9 +37,8 @@ class Single(_Layout):
     stats = lerobot_stats.BASIC
 
     def _of(self, template, number, key=""):
-        return self._place(
-            template, episode_chunk=number // CHUNK, episode_index=number, video_key=key
-        )
+        at = {"episode_chunk": number // CHUNK, "episode_index": number, "video_key": key}
+        return self._place(template, **at)
 
     def rows(self, number, table):
         """Writes the table of an episode; returns nothing to list."""

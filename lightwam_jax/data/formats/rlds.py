@@ -145,16 +145,12 @@ def _records(path):
                 raise BadEpisode("truncated file", f"the file ends in a header, at byte {end}")
             (length,) = struct.unpack("<Q", header[:8])
             if not _intact(header[:8], header[8:]):
-                raise BadEpisode(
-                    "damaged file",
-                    f"the length at byte {position} does not match its checksum; nothing behind "
-                    "it can be found",
-                )
+                wrong = f"the length at byte {position} does not match its checksum"
+                raise BadEpisode("damaged file", f"{wrong}; nothing behind it can be found")
             following = position + length + 16
             if following > end:
-                raise BadEpisode(
-                    "truncated file", f"it ends at byte {following}, the file at {end}"
-                )
+                reason = f"it ends at byte {following}, the file at {end}"
+                raise BadEpisode("truncated file", reason)
             yield position + 12, length
             position = following
 
@@ -176,11 +172,8 @@ def _record(path, place):
     except (OSError, RuntimeError, ValueError, IndexError) as error:
         raise BadEpisode("unreadable record", str(error)) from error
     if not _intact(data, checksum):
-        raise BadEpisode(
-            "bad checksum",
-            f"the {length} bytes from {position} on do not match their checksum; copy the file "
-            "again",
-        )
+        wrong = f"the {length} bytes from {position} on do not match their checksum"
+        raise BadEpisode("bad checksum", f"{wrong}; copy the file again")
     return data
 
 
@@ -227,9 +220,8 @@ class _Source:
         if not self.keys["task"].startswith("text:"):
             wanted.append(self._path("task", self.keys["task"], text, "text"))
         self.columns = {path: self.leaves[path] for path in wanted}
-        self.images = {
-            camera: self.keys["image"].replace("{camera}", camera) for camera in data.cameras
-        }
+        pattern = self.keys["image"]
+        self.images = {camera: pattern.replace("{camera}", camera) for camera in data.cameras}
         for key in self.images.values():
             self._path("image", key, image, "a tfds.features.Image of uint8")
 
