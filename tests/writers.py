@@ -93,25 +93,17 @@ def rlds(
     path = Path(directory) / "rlds" / "1.0.0"
     path.mkdir(parents=True)
     first = episodes[0]
+    numbers = lambda values: tfds.features.Tensor(shape=values.shape[1:], dtype=np.float32)
+    images = {camera: tfds.features.Image(encoding_format=image) for camera in cameras}
+    step = {
+        "observation": {"state": numbers(first.state), **images},
+        "action": numbers(first.action),
+        "is_last": np.bool_,
+        "language_instruction": tfds.features.Text(),
+    }
+    about = {"file_path": tfds.features.Text()}
     features = tfds.features.FeaturesDict(
-        {
-            "steps": tfds.features.Dataset(
-                {
-                    "observation": {
-                        "state": tfds.features.Tensor(
-                            shape=first.state.shape[1:], dtype=np.float32
-                        ),
-                        **{
-                            camera: tfds.features.Image(encoding_format=image) for camera in cameras
-                        },
-                    },
-                    "action": tfds.features.Tensor(shape=first.action.shape[1:], dtype=np.float32),
-                    "is_last": np.bool_,
-                    "language_instruction": tfds.features.Text(),
-                }
-            ),
-            "episode_metadata": {"file_path": tfds.features.Text()},
-        }
+        {"steps": tfds.features.Dataset(step), "episode_metadata": about}
     )
     records = [features.serialize_example(_rlds_example(e, cameras, image)) for e in episodes]
     shards = [records[i : i + shard] for i in range(0, len(records), shard)]
@@ -123,18 +115,13 @@ def rlds(
     template = tfds.core.ShardedFileTemplate(
         data_dir=path, dataset_name="robot", split="train", filetype_suffix=file_format
     )
-    info.set_splits(
-        tfds.core.splits.SplitDict(
-            [
-                tfds.core.SplitInfo(
-                    name="train",
-                    shard_lengths=[len(s) for s in shards],
-                    filename_template=template,
-                    num_bytes=sum(map(len, records)),
-                )
-            ]
-        )
+    train = tfds.core.SplitInfo(
+        name="train",
+        shard_lengths=[len(s) for s in shards],
+        filename_template=template,
+        num_bytes=sum(map(len, records)),
     )
+    info.set_splits(tfds.core.splits.SplitDict([train]))
     info.write_to_directory(path)
     for file, content in zip(sorted(template.sharded_filepaths(len(shards))), shards):
         if file_format == "tfrecord":

@@ -1,6 +1,6 @@
-"""From camera images to the one canvas the video model sees, and back.
+"""Camera images to the one canvas that the video model sees, and back.
 
-What config.data declares, in this order, exactly as the release (SPEC section 11):
+config.data declares these steps, in this order, as in the release (docs/spec.md section 11):
 
   1. orientation: each camera is turned or mirrored.
   2. camera_size: each camera is resized to it (bilinear, antialiased). Without one, each camera is
@@ -8,11 +8,13 @@ What config.data declares, in this order, exactly as the release (SPEC section 1
   3. layout: "single"; "horizontal" and "vertical", cameras side by side or stacked; "robotwin", the
      first camera above the other two. With a camera_size, "robotwin" is the release's image of
      384x320: 256x320 above 128x160 twice, each resized once more (bilinear, antialiased).
-  4. canvas: the smallest resize (bicubic, antialiased) that covers it, then its centre.
+  4. canvas: the smallest resize (bicubic, antialiased) that covers it, then the crop of its centre.
 
 Sizes are (height, width). Pillow resizes: pixel centres at halves, the filter stretched when
 shrinking, taps beyond the border left out, Keys' cubic with a = -0.5.
 """
+
+import typing
 
 import numpy as np
 from PIL import Image
@@ -30,8 +32,34 @@ ORIENTATIONS = {
 _ROBOTWIN = (384, 320)
 
 
+class Box(typing.NamedTuple):
+    """A rectangle of an image or a map, in pixels or cells."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+    @property
+    def size(self):
+        """(height, width)."""
+        return self.height, self.width
+
+    @property
+    def pixels(self):
+        """The index of the box in an array [..., H, W, C]."""
+        rows = slice(self.top, self.top + self.height)
+        return ..., rows, slice(self.left, self.left + self.width), slice(None)
+
+    def moved(self, edge):
+        """Returns the box whose edges are edge(e, axis) of the edges e of this one."""
+        top, left = edge(self.top, 0), edge(self.left, 1)
+        bottom, right = edge(self.top + self.height, 0), edge(self.left + self.width, 1)
+        return Box(top, left, bottom - top, right - left)
+
+
 def canvas(images, data):
-    """From raw camera images to the canvas that config.data declares; see above.
+    """Lays raw camera images out on the canvas that config.data declares; see above.
 
     Args:
       images: {camera: uint8 [..., h, w, 3]}, as the robot or the data give them; other cameras than
@@ -49,18 +77,17 @@ def canvas(images, data):
     views = _oriented(images, data)
     regions(data)  # raises where a camera would be cropped away
     places, whole = layout(data)
-    if data.camera_size:
-        views = {camera: resize(view, data.camera_size) for camera, view in views.items()}
-    views = {camera: resize(view, places[camera][2:]) for camera, view in views.items()}
+    for camera, view in views.items():
+        view = resize(view, data.camera_size) if data.camera_size else view
+        views[camera] = resize(view, places[camera].size)
     if any(view.dtype != np.uint8 for view in views.values()):
         views = {camera: encoders_base.to_float(view) for camera, view in views.items()}
-    first = next(iter(views.values()))
+    first = views[data.cameras[0]]
     out = np.empty((*first.shape[:-3], *whole, 3), first.dtype)
-    for camera, (top, left, height, width) in places.items():
-        out[..., top : top + height, left : left + width, :] = views[camera]
-    covering, (top, left) = _covering(whole, data.canvas)
-    out = resize(out, covering, Image.Resampling.BICUBIC)
-    return out[..., top : top + data.canvas[0], left : left + data.canvas[1], :]
+    for camera, place in places.items():
+        out[place.pixels] = views[camera]
+    covering, corner = _covering(whole, data.canvas)
+    return resize(out, covering, Image.Resampling.BICUBIC)[Box(*corner, *data.canvas).pixels]
 
 
 def resize(images, size, how=Image.Resampling.BILINEAR):
@@ -81,7 +108,7 @@ def resize(images, size, how=Image.Resampling.BILINEAR):
 
 
 def regions(data, size=None):
-    """Returns {camera: (top, left, height, width)}: where each lies on the canvas.
+    """Returns {camera: `Box`}: where each camera lies on the canvas.
 
     What the centre crop cuts off a camera is not part of its region.
 
@@ -94,66 +121,60 @@ def regions(data, size=None):
       ValueError: a layout that does not fit the canvas, or that crops a camera away.
     """
     places, whole = layout(data)
-    out = {}
-    for camera, place in places.items():
-        edges = []
-        for axis, length in enumerate(size or data.canvas):
-            covering, crop = (part[axis] for part in _covering(whole, data.canvas))
-            first, last = (
-                np.clip(edge * covering / whole[axis] - crop, 0, data.canvas[axis])
-                * length
-                / data.canvas[axis]
-                for edge in (place[axis], place[axis] + place[axis + 2])
-            )
-            edges.append((round(first), round(last)))
-        (top, bottom), (left, right) = edges
-        if size is None and (top == bottom or left == right):
-            raise ValueError(
-                f"camera {camera!r} is cropped away: {len(places)} cameras of "
-                f"{tuple(data.camera_size)} in layout {data.layout!r} do not fit "
-                f"config.data.canvas={tuple(data.canvas)}; change one of them"
-            )
-        out[camera] = (top, left, bottom - top, right - left)
-    return out
+    covering, corner = _covering(whole, data.canvas)
+    cells = size or data.canvas
+
+    def on_canvas(edge, axis):
+        pixel = edge * covering[axis] / whole[axis] - corner[axis]
+        pixel = np.clip(pixel, 0, data.canvas[axis])
+        return round(pixel * cells[axis] / data.canvas[axis])
+
+    boxes = {camera: place.moved(on_canvas) for camera, place in places.items()}
+    gone = [camera for camera, box in boxes.items() if not box.height * box.width]
+    if gone and size is None:
+        raise ValueError(
+            f"camera {gone[0]!r} is cropped away: {len(places)} cameras of "
+            f"{tuple(data.camera_size)} in layout {data.layout!r} do not fit "
+            f"config.data.canvas={tuple(data.canvas)}; change one of them"
+        )
+    return boxes
 
 
 def split(canvas, data):
     """Returns {camera: view [..., h, w, C]} of a canvas or map [..., H, W, C]; see `regions`."""
-    places = regions(data, canvas.shape[-3:-1])
-    return {
-        camera: canvas[..., top : top + height, left : left + width, :]
-        for camera, (top, left, height, width) in places.items()
-    }
+    boxes = regions(data, canvas.shape[-3:-1])
+    return {camera: canvas[box.pixels] for camera, box in boxes.items()}
 
 
 def shown(images, data):
-    """Returns {camera: uint8 [..., h, w, 3]}: what of each image the canvas shows, and which way.
+    """Returns {camera: uint8 [..., h, w, 3]}: the part of each image that the canvas shows.
 
-    Turned as there and without what the centre crop cuts off, in the images' own resolution: what
-    a region of a map can be drawn over.
+    Turned as on the canvas, without what the centre crop cuts off, in the images' own resolution:
+    a region of a map can be drawn over it.
     """
     places, whole = layout(data)
-    covering, crop = _covering(whole, data.canvas)
-    out = {}
-    for camera, view in _oriented(images, data).items():
-        window = []
-        for axis in range(2):
-            start, extent = places[camera][axis], places[camera][axis + 2]
-            visible = [
-                (edge * whole[axis] / covering[axis] - start) / extent
-                for edge in (crop[axis], crop[axis] + data.canvas[axis])
-            ]
-            length = view.shape[axis - 3]
-            window.append(slice(*(round(np.clip(edge, 0, 1) * length) for edge in visible)))
-        out[camera] = view[..., window[0], window[1], :]
-    return out
+    covering, corner = _covering(whole, data.canvas)
+    crop = Box(*corner, *data.canvas)
+
+    def window(place, size):
+        """What the crop leaves of an image of that size, laid at `place`."""
+
+        def on_image(edge, axis):
+            share = (edge * whole[axis] / covering[axis] - place[axis]) / place.size[axis]
+            return round(np.clip(share, 0, 1) * size[axis])
+
+        return crop.moved(on_image)
+
+    views = _oriented(images, data)
+    boxes = {name: window(places[name], view.shape[-3:-1]) for name, view in views.items()}
+    return {name: view[boxes[name].pixels] for name, view in views.items()}
 
 
 def layout(data):
     """Returns how cameras lie together before the last resize and crop.
 
     Returns:
-      ({camera: (top, left, height, width)}, (height, width) of them all).
+      ({camera: `Box`}, (height, width) of them all).
 
     Raises:
       ValueError: keys of config.data that do not fit together.
@@ -168,13 +189,12 @@ def layout(data):
     wanted = {"single": 1, "robotwin": 3}.get(data.layout, count)
     if count != wanted:
         raise ValueError(
-            f"config.data.layout={data.layout!r} shows {wanted} camera"
-            f"{'s' * (wanted > 1)}, config.data.cameras names {count}: name {wanted}, "
-            "or use layout 'horizontal' or 'vertical'"
+            f"config.data.layout={data.layout!r} shows {wanted} camera{'s' * (wanted > 1)}, "
+            f"config.data.cameras names {count}: name {wanted}, or use layout 'horizontal' or "
+            "'vertical'"
         )
-    rows, columns = {"horizontal": (1, count), "vertical": (count, 1), "robotwin": (3, 2)}.get(
-        data.layout, (1, 1)
-    )
+    grids = {"horizontal": (1, count), "vertical": (count, 1), "robotwin": (3, 2)}
+    rows, columns = grids.get(data.layout, (1, 1))
     if not data.camera_size:
         height, width = data.canvas
     elif data.layout == "robotwin":
@@ -189,10 +209,10 @@ def layout(data):
         )
     h, w = height // rows, width // columns
     if data.layout == "robotwin":
-        places = [(0, 0, 2 * h, width), (2 * h, 0, h, w), (2 * h, w, h, w)]
+        boxes = [Box(0, 0, 2 * h, width), Box(2 * h, 0, h, w), Box(2 * h, w, h, w)]
     else:
-        places = [(row * h, column * w, h, w) for row in range(rows) for column in range(columns)]
-    return dict(zip(cameras, places)), (height, width)
+        boxes = [Box(row * h, column * w, h, w) for row in range(rows) for column in range(columns)]
+    return dict(zip(cameras, boxes)), (height, width)
 
 
 def _covering(whole, canvas):
@@ -206,22 +226,16 @@ def _oriented(images, data):
     """{camera: uint8 [..., h, w, 3]} of config.data.cameras, turned and checked."""
     missing = [camera for camera in data.cameras if camera not in images]
     if missing:
+        missing, got, wanted = (", ".join(map(repr, n)) for n in (missing, images, data.cameras))
         raise ValueError(
-            f"no image of camera {', '.join(map(repr, missing))}; got "
-            f"{', '.join(map(repr, images))}, config.data.cameras wants "
-            f"{', '.join(map(repr, data.cameras))}"
+            f"no image of camera {missing}; got {got}, config.data.cameras wants {wanted}"
         )
     lead = images[data.cameras[0]].shape[:-3]
     out = {}
     for camera, orientation in zip(data.cameras, data.orientation or ("",) * len(data.cameras)):
         image = images[camera]
-        if (
-            image.dtype != np.uint8
-            or image.ndim < 3
-            or image.shape[-1] != 3
-            or not image.shape[-3] * image.shape[-2]
-            or image.shape[:-3] != lead
-        ):
+        is_image = image.dtype == np.uint8 and image.ndim >= 3 and image.shape[-1] == 3
+        if not is_image or image.shape[:-3] != lead or 0 in image.shape[-3:]:
             raise ValueError(
                 f"camera {camera!r} gives {image.dtype} {list(image.shape)}; expected "
                 f"uint8 {[*lead, 'h', 'w', 3]}, RGB with channels last and as many "

@@ -61,6 +61,15 @@ class Episode(typing.Protocol):
         """Returns (file, index of its first frame in it) of a camera that is a video, or None."""
         return None
 
+    def images_of(self, camera):
+        """Returns `images[camera]` of a source that has `images`; KeyError names the cameras."""
+        if camera not in self.images:
+            raise KeyError(
+                f"episode {self.id} has no camera {camera!r}; it has "
+                f"{', '.join(sorted(self.images))}: correct config.data.cameras"
+            )
+        return self.images[camera]
+
 
 class FrameError(ValueError):
     """An image that is missing or cannot be decoded.
@@ -91,6 +100,16 @@ class Problem(typing.NamedTuple):
     frame: int | None
     message: str
 
+    @classmethod
+    def error(cls, kind, episode, file, message, frame=None):
+        """Returns the error `kind`."""
+        return cls("error", kind, episode, str(file), frame, message)
+
+    @classmethod
+    def warning(cls, kind, episode, file, message, frame=None):
+        """Returns the warning `kind`."""
+        return cls("warning", kind, episode, str(file), frame, message)
+
     def line(self):
         """Returns it as one line."""
         place = f", frame {self.frame}" if self.frame is not None else ""
@@ -114,12 +133,7 @@ class ArrayEpisode(Episode):
 
     def frames(self, camera, indices):
         """Returns uint8 [k, H, W, 3]; KeyError names the cameras there are."""
-        if camera not in self.images:
-            raise KeyError(
-                f"episode {self.id} has no camera {camera!r}; it has "
-                f"{', '.join(sorted(self.images))}: correct config.data.cameras"
-            )
-        return self.images[camera][np.asarray(indices)]
+        return self.images_of(camera)[np.asarray(indices)]
 
 
 def split(episodes, val_fraction):
@@ -313,13 +327,8 @@ def check(episode, config):
 def _duplicates(episodes):
     count = collections.Counter(episode.id for episode in episodes)
     return [
-        Problem(
-            "error",
-            "duplicate id",
-            name,
-            "",
-            None,
-            f"{n} episodes are called so; ids must be unique, rename one",
+        Problem.error(
+            "duplicate id", name, "", f"{n} episodes are called so; ids must be unique, rename one"
         )
         for name, n in count.items()
         if n > 1

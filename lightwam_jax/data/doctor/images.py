@@ -8,7 +8,7 @@ import numpy as np
 import tqdm
 
 from lightwam_jax.data import cameras as cameras_lib
-from lightwam_jax.data import episodes as episodes_lib
+from lightwam_jax.data.episodes import FrameError, Problem
 from lightwam_jax.encoders import base as encoders_base
 
 _EVEN = 16  # brightest minus darkest value: a lens cap, or black after a codec
@@ -85,27 +85,12 @@ def examine(episodes, broken, config):
     named = {p.file for p in problems}  # a file cut short shows in the last episode that lies in it
     problems += [p for p in unreadable if p.file not in named]
     problems += _sizes(looks, cameras) + _canvases(looks, config.data)
-    broken = (
-        broken
-        | {p.episode for p in problems if p.severity == "error"}
-        | {look.episode.id for look in looks if look.unknown}
-    )
-    sound = [e for e in episodes if e.id not in broken]
-    sound = [e for e in sound if e.length >= config.data.num_frames] or sound
-    shown = np.unique(np.linspace(0, len(sound) - 1, _EXAMPLES).astype(int)) if sound else ()
-    examples = []
-    for episode in (sound[i] for i in shown):
-        try:
-            examples.append(_example(episode, config.data))
-        except episodes_lib.FrameError as error:  # of the middle, which "ends" leaves out
-            problems.append(_undecodable(episode, error))
-    return Images(
-        _WHICH[mode],
-        sum(look.decoded for look in looks),
-        total,
-        tuple(_camera(name, looks, videos) for name in cameras),
-        tuple(examples),
-    ), problems
+    broken = broken | {p.episode for p in problems if p.severity == "error"}
+    broken |= {look.episode.id for look in looks if look.unknown}
+    examples, wrong = _examples([e for e in episodes if e.id not in broken], config.data)
+    decoded = sum(look.decoded for look in looks)
+    seen = tuple(_camera(name, looks, videos) for name in cameras)
+    return Images(_WHICH[mode], decoded, total, seen, examples), problems + wrong
 
 
 # ---- files ---------------------------------------------------------------------------------------
@@ -125,7 +110,7 @@ def _probe_all(jobs, pool):
     def probe(path):
         try:
             return video.probe(path)
-        except episodes_lib.FrameError as error:
+        except FrameError as error:
             return error
 
     infos = tqdm.tqdm(
@@ -133,7 +118,7 @@ def _probe_all(jobs, pool):
     )
     videos, unreadable, problems = [], [], []
     for ((camera, path), inside), info in zip(members.items(), infos):
-        if isinstance(info, episodes_lib.FrameError):
+        if isinstance(info, FrameError):
             unreadable.append(_undecodable(inside[-1][0], info))
         else:
             videos.append((camera, info))
@@ -142,46 +127,23 @@ def _probe_all(jobs, pool):
 
 
 def _against_metadata(path, info, members):
+    """Returns the problems of a video whose `members` are (episode, its first frame in it)."""
     problems = []
     for episode, first in members:
-        have = max(0, info.frames - first)
-        if have < episode.length:
-            problems.append(
-                episodes_lib.Problem(
-                    "error",
-                    "wrong number of frames",
-                    episode.id,
-                    path,
-                    have,
-                    f"the video ends after {have} frames of it, the episode has {episode.length} "
-                    "steps",
-                )
-            )
+        have, steps = max(0, info.frames - first), episode.length
+        if have < steps:
+            kind = "wrong number of frames"
+            message = f"the video ends after {have} frames of it, the episode has {steps} steps"
+            problems.append(Problem.error(kind, episode.id, path, message, have))
         if abs(info.fps / episode.fps - 1) > 0.01:
-            problems.append(
-                episodes_lib.Problem(
-                    "error",
-                    "wrong fps",
-                    episode.id,
-                    path,
-                    None,
-                    f"the video runs at {info.fps:.6g} fps, the data at {episode.fps:.6g}",
-                )
-            )
+            message = f"the video runs at {info.fps:.6g} fps, the data at {episode.fps:.6g}"
+            problems.append(Problem.error("wrong fps", episode.id, path, message))
     episode, first = members[-1]
-    surplus = info.frames - first - episode.length
+    steps, surplus = episode.length, info.frames - first - episode.length
     # A packed file may go on with episodes that config.data.exclude lists.
-    if len(members) == 1 and first == 0 and 0 < surplus < episode.length:
-        problems.append(
-            episodes_lib.Problem(
-                "warning",
-                "wrong number of frames",
-                episode.id,
-                path,
-                episode.length,
-                f"the video has {info.frames} frames, the episode {episode.length} steps",
-            )
-        )
+    if len(members) == 1 and first == 0 and 0 < surplus < steps:
+        message = f"the video has {info.frames} frames, the episode {steps} steps"
+        problems.append(Problem.warning("wrong number of frames", episode.id, path, message, steps))
     return problems
 
 
@@ -199,25 +161,15 @@ class _Look:
     unknown: str = ""  # the message, where there is no such camera
     problems: list = dataclasses.field(default_factory=list)
 
-    def warn(self, kind, frame, message):
+    def warn(self, kind, message, frame=None):
         place = self.episode.video(self.camera)
         file = place[0] if place else self.episode.file
-        self.problems.append(
-            episodes_lib.Problem(
-                "warning",
-                kind,
-                self.episode.id,
-                str(file),
-                frame,
-                f"camera {self.camera!r}: {message}",
-            )
-        )
+        message = f"camera {self.camera!r}: {message}"
+        self.problems.append(Problem.warning(kind, self.episode.id, file, message, frame))
 
 
 def _undecodable(episode, error):
-    return episodes_lib.Problem(
-        "error", "undecodable image", episode.id, error.file, error.frame, error.reason
-    )
+    return Problem.error("undecodable image", episode.id, error.file, error.reason, error.frame)
 
 
 def _look(episode, camera, mode):
@@ -234,21 +186,17 @@ def _look(episode, camera, mode):
             even += block[extent <= _EVEN].tolist()
             first = frames[:1] if first is None else first
             if frozen:  # compared with the first: slow images change little from one to the next
-                frozen = bool(
-                    (np.maximum(frames, first) - np.minimum(frames, first) <= _SAME).all()
-                )
-    except episodes_lib.FrameError as error:
+                change = np.maximum(frames, first) - np.minimum(frames, first)
+                frozen = bool((change <= _SAME).all())
+    except FrameError as error:
         look.problems.append(_undecodable(episode, error))
     except KeyError as error:
         look.unknown = str(error.args[0])
     if even:
-        look.warn(
-            "empty image",
-            even[0],
-            f"{len(even)} of {look.decoded} decoded images are black or of one colour",
-        )
+        share = f"{len(even)} of {look.decoded} decoded images"
+        look.warn("empty image", f"{share} are black or of one colour", even[0])
     if frozen and not even and look.decoded > 1 and episode.length >= _FROZEN_STEPS:
-        look.warn("frozen camera", None, f"all {look.decoded} decoded images are the same")
+        look.warn("frozen camera", f"all {look.decoded} decoded images are the same")
     return look
 
 
@@ -256,9 +204,7 @@ def _unknown_cameras(looks):
     """One problem per episode, or a single one where no episode has the camera."""
     wrong = [look for look in looks if look.unknown]
     problems = [
-        episodes_lib.Problem(
-            "error", "no such camera", look.episode.id, str(look.episode.file), None, look.unknown
-        )
+        Problem.error("no such camera", look.episode.id, look.episode.file, look.unknown)
         for look in wrong
     ]
     for camera in {look.camera for look in wrong}:
@@ -273,21 +219,14 @@ def _sizes(looks, cameras):
     problems = []
     for camera in cameras:
         mine = [look for look in looks if look.camera == camera and look.size]
-        usual = collections.Counter(look.size for look in mine).most_common(1)
+        counts = collections.Counter(look.size for look in mine)
+        usual, count = max(counts.items(), key=lambda item: item[1], default=(None, 0))
         for look in mine:
-            if look.size != usual[0][0]:
-                problems.append(
-                    episodes_lib.Problem(
-                        "warning",
-                        "other image size",
-                        look.episode.id,
-                        str(look.episode.file),
-                        None,
-                        f"camera {camera!r} gives {_size(look.size)} here and "
-                        f"{_size(usual[0][0])} in "
-                        f"{usual[0][1]} other episodes",
-                    )
-                )
+            if look.size != usual:
+                others = f"{_size(usual)} in {count} other episodes"
+                message = f"camera {camera!r} gives {_size(look.size)} here and {others}"
+                where = look.episode.id, look.episode.file
+                problems.append(Problem.warning("other image size", *where, message))
     return problems
 
 
@@ -307,35 +246,38 @@ def _canvases(looks, data):
         try:
             cameras_lib.canvas({c: np.zeros((*s, 3), np.uint8) for c, s in combination}, data)
         except ValueError as error:
-            problems.append(
-                episodes_lib.Problem(
-                    "error", "does not fit the canvas", episode, files[episode], None, str(error)
-                )
-            )
+            kind, file = "does not fit the canvas", files[episode]
+            problems.append(Problem.error(kind, episode, file, str(error)))
     return problems
 
 
 def _camera(name, looks, videos):
-    sizes = collections.Counter(
-        _size(look.size) for look in looks if look.camera == name and look.size
-    )
-    codecs = collections.Counter(info.codec for camera, info in videos if camera == name)
-    return Camera(name, dict(sizes), dict(codecs))
+    seen = [_size(look.size) for look in looks if look.camera == name and look.size]
+    codecs = [info.codec for camera, info in videos if camera == name]
+    return Camera(name, dict(collections.Counter(seen)), dict(collections.Counter(codecs)))
 
 
 def _size(size):
     return f"{size[0]}x{size[1]}"
 
 
-def _example(episode, data):
-    steps = np.unique([0, episode.length // 2, episode.length - 1])
-    raw = {camera: episode.frames(camera, steps) for camera in data.cameras}
-    return Example(
-        episode.id,
-        episode.task,
-        episode.fps,
-        tuple(steps.tolist()),
-        raw,
-        encoders_base.to_uint8(cameras_lib.canvas(raw, data)),
-        episode.action,
-    )
+def _examples(episodes, data):
+    """Returns (`Example`s of some of the `episodes`, problems); long ones are preferred."""
+    episodes = [e for e in episodes if e.length >= data.num_frames] or episodes
+    if not episodes:
+        return (), []
+    examples, problems = [], []
+    for number in np.unique(np.linspace(0, len(episodes) - 1, _EXAMPLES).astype(int)):
+        episode = episodes[number]
+        steps = np.unique([0, episode.length // 2, episode.length - 1])
+        try:
+            raw = {camera: episode.frames(camera, steps) for camera in data.cameras}
+            canvas = encoders_base.to_uint8(cameras_lib.canvas(raw, data))
+        except FrameError as error:  # of the middle, which "ends" leaves out
+            problems.append(_undecodable(episode, error))
+            continue
+        except ValueError:  # it does not fit the canvas: `_canvases` says so
+            continue
+        known = episode.id, episode.task, episode.fps, tuple(steps.tolist())
+        examples.append(Example(*known, raw, canvas, episode.action))
+    return tuple(examples), problems

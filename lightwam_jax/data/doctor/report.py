@@ -1,4 +1,4 @@
-"""What the dataset doctor found, for the terminal, for programs and for eyes."""
+"""What the dataset doctor found: as text for the terminal, as JSON, and as a page."""
 
 import dataclasses
 import itertools
@@ -59,18 +59,12 @@ def write(report, directory):
     paths = directory / "report.html", directory / "report.json"
     paths[1].write_text(json.dumps(to_json(report), indent=2, allow_nan=False) + "\n")
     tone = "bad" if report.errors else "" if report.warnings else "good"
+    title = f"Dataset doctor · {report.data.source} · {report.data.path}"
+    meaning = f"in {_many(len(report.ids), 'episode')}. Images: {_seen(report.images)}."
+    headline, used = (_counts(report), meaning), {"config.data": dataclasses.asdict(report.data)}
     with tempfile.TemporaryDirectory() as images:
-        sections = _sections(report, pathlib.Path(images))
-        html_report.write_html(
-            paths[0],
-            f"Dataset doctor · {report.data.source} · {report.data.path}",
-            _headline(report),
-            _cards(report),
-            sections,
-            {"config.data": dataclasses.asdict(report.data)},
-            "Examined with",
-            tone,
-        )
+        page = headline, _cards(report), _sections(report, pathlib.Path(images)), used
+        html_report.write_html(paths[0], title, *page, "Examined with", tone)
     return paths
 
 
@@ -78,13 +72,13 @@ def to_json(report):
     """Returns the report without its images as plain JSON types."""
 
     def plain(histogram):
-        return histogram and {
-            "label": histogram.label,
-            "guessed": histogram.guessed,
-            "edges": histogram.edges.tolist(),
-            "counts": histogram.counts.tolist(),
-        }
+        if histogram is None:
+            return None
+        edges, counts = histogram.edges.tolist(), histogram.counts.tolist()
+        known = {"label": histogram.label, "guessed": histogram.guessed}
+        return known | {"edges": edges, "counts": counts}
 
+    images = report.images
     problems = [p._asdict() | {"advice": _advice(p.kind)} for p in report.problems]
     return {
         "verdict": verdict(report),
@@ -97,12 +91,8 @@ def to_json(report):
         "lengths": report.lengths.tolist(),
         "fps": [{"fps": fps, "episodes": n} for fps, n in report.fps.items()],
         "tasks": report.tasks,
-        "cameras": [dataclasses.asdict(c) for c in report.images.cameras],
-        "images": {
-            "which": report.images.which,
-            "decoded": report.images.decoded,
-            "total": report.images.total,
-        },
+        "cameras": [dataclasses.asdict(c) for c in images.cameras],
+        "images": {"which": images.which, "decoded": images.decoded, "total": images.total},
         "columns": [dataclasses.asdict(c) for c in report.columns],
         "grippers": [plain(h) for h in report.grippers],
         "normalized": plain(report.normalized),
@@ -138,18 +128,9 @@ def _where(problem, root=""):
 
 
 def _by_kind(problems):
-    return [
-        (key, list(group))
-        for key, group in itertools.groupby(problems, lambda p: (p.severity, p.kind))
-    ]
-
-
-def _length(lengths):
-    return (
-        f"{lengths.min()} / {np.median(lengths):g} / {lengths.max()} steps"
-        if len(lengths)
-        else "none readable"
-    )
+    """[((severity, kind), its problems)]."""
+    groups = itertools.groupby(problems, lambda p: (p.severity, p.kind))
+    return [(key, list(group)) for key, group in groups]
 
 
 def _time(hours):
@@ -162,43 +143,37 @@ def _rates(report):
     return ", ".join(f"{fps:g}" for fps in sorted(report.fps)) or "unknown"
 
 
-def _cameras(report):
-    return "; ".join(
-        " ".join([c.name, ", ".join(c.sizes) or "not seen", *sorted(c.codecs)])
-        for c in report.images.cameras
-    ) or ", ".join(report.data.cameras)
-
-
 def _seen(images):
-    return (
-        f"{images.decoded:,} of {images.total:,} decoded: {images.which}"
-        if images.decoded
-        else images.which
-    )
+    if not images.decoded:
+        return images.which
+    return f"{images.decoded:,} of {images.total:,} decoded: {images.which}"
 
 
-def _drifts(report):
-    d = report.drift
-    if d is None:
+def _drift(drift):
+    if drift is None:
         return "not recorded"
-    off = f"{d.seconds:.3g} s" if d.seconds >= 1 else f"{d.seconds * 1000:.3g} ms"
-    return f"at most {off} off ({d.episode}, frame {d.frame})"
+    off = f"{drift.seconds:.3g} s" if drift.seconds >= 1 else f"{drift.seconds * 1000:.3g} ms"
+    return f"at most {off} off ({drift.episode}, frame {drift.frame})"
 
 
 def _facts(report):
     """[(label, value)] of the terminal."""
-    tasks = list(report.tasks)
+    tasks, lengths = list(report.tasks), report.lengths
     named = "; ".join(tasks[:3]) + ("; ..." if len(tasks) > 3 else "")
+    steps, long = _many(int(lengths.sum()), "step"), "none readable"
+    if len(lengths):
+        long = f"{lengths.min()} / {np.median(lengths):g} / {lengths.max()} steps"
+    recorded = f"{steps}, {_time(report.hours)} at {_rates(report)} fps; min / median / max {long}"
+    cameras = [
+        " ".join([c.name, ", ".join(c.sizes) or "not seen", *sorted(c.codecs)])
+        for c in report.images.cameras
+    ]
     return [
         ("data", f"{report.data.source}, {report.data.path}"),
-        (
-            "recorded",
-            f"{_many(int(report.lengths.sum()), 'step')}, {_time(report.hours)} at "
-            f"{_rates(report)} fps; min / median / max {_length(report.lengths)}",
-        ),
-        ("cameras", _cameras(report)),
+        ("recorded", recorded),
+        ("cameras", "; ".join(cameras) or ", ".join(report.data.cameras)),
         ("tasks", f"{len(tasks)}: {named}"),
-        ("times", _drifts(report)),
+        ("times", _drift(report.drift)),
         ("images", _seen(report.images)),
     ]
 
@@ -206,79 +181,51 @@ def _facts(report):
 # ---- the page ------------------------------------------------------------------------------------
 
 
-def _headline(report):
-    return _counts(report), (
-        f"in {_many(len(report.ids), 'episode')}. Images: {_seen(report.images)}."
-    )
-
-
 def _cards(report):
-    lengths = report.lengths
+    lengths, long, median = report.lengths, "-", "none readable"
+    if len(lengths):
+        long = f"{lengths.min()} to {lengths.max()}"
+        median = f"steps long, median {np.median(lengths):g}"
     return [
         (f"{len(report.ids):,}", "episodes"),
         (f"{int(lengths.sum()):,}", "steps"),
         (_time(report.hours), f"at {_rates(report)} fps"),
-        (
-            f"{lengths.min()} to {lengths.max()}" if len(lengths) else "-",
-            f"steps long, median {np.median(lengths):g}" if len(lengths) else "none readable",
-        ),
+        (long, median),
         (f"{len(report.tasks):,}", "instructions"),
         (f"{report.seconds:.1f} s", "to examine"),
     ]
 
 
 def _sections(report, directory):
-    sections = [
-        _problems(report, severity, title)
-        for severity, title in (("error", "Errors"), ("warning", "Warnings"))
-        if any(p.severity == severity for p in report.problems)
-    ]
+    """The sections of the page; charts and images are written into `directory`."""
+    found = {p.severity for p in report.problems}
+    if "error" in found:
+        yield _problems(report, "error", "Errors")
+    if "warning" in found:
+        yield _problems(report, "warning", "Warnings")
     if report.images.examples:
-        sections.append(
-            html_report.Section(
-                "What the cameras saw, and the canvas the model will see",
-                "First, middle and last step. Is every image upright, are its colours right, "
-                "does the canvas show what matters?",
-                tuple(
-                    itertools.chain.from_iterable(
-                        _example(example, report, directory) for example in report.images.examples
-                    )
-                ),
-            )
+        yield html_report.Section(
+            "What the cameras saw, and the canvas the model will see",
+            "First, middle and last step. Is every image upright, are its colours right, "
+            "does the canvas show what matters?",
+            tuple(media for e in report.images.examples for media in _example(e, directory)),
         )
     if len(report.lengths):
-        sections.append(
-            html_report.Section(
-                "Lengths and tasks",
-                f"Timestamps: {_drifts(report)}.",
-                (
-                    html_report.Media(
-                        _lengths_chart(report, directory),
-                        "Steps per episode; the dashed line is a window.",
-                        wide=True,
-                    ),
-                ),
-                _task_table(report),
-            )
-        )
+        caption = "Steps per episode; the dashed line is a window."
+        chart = html_report.Media(_lengths_chart(report, directory), caption, wide=True)
+        text = f"Timestamps: {_drift(report.drift)}."
+        yield html_report.Section("Lengths and tasks", text, (chart,), _task_table(report))
     if report.columns:
-        sections.append(
-            html_report.Section(
-                "Actions",
-                _actions_text(report),
-                tuple(html_report.Media(*shown) for shown in _action_charts(report, directory)),
-            )
+        yield html_report.Section(
+            "Actions", _actions_text(report), tuple(_action_charts(report, directory))
         )
-        sections.append(
-            html_report.Section(
-                "State and action, dimension by dimension",
-                "Over all steps of the episodes without errors, each step counting the same, in "
-                "physical units. Beyond 5σ: share of steps further from the mean. Moves: share of "
-                "steps unlike the one before. Clipped: share that normalisation cuts at ±5.",
-                table=_column_table(report),
-            )
+        yield html_report.Section(
+            "State and action, dimension by dimension",
+            "Over all steps of the episodes without errors, each step counting the same, in "
+            "physical units. Beyond 5σ: share of steps further from the mean. Moves: share of "
+            "steps unlike the one before. Clipped: share that normalisation cuts at ±5.",
+            table=_column_table(report),
         )
-    return sections
 
 
 def _problems(report, severity, title):
@@ -287,44 +234,30 @@ def _problems(report, severity, title):
     for (level, kind), found in _by_kind(report.problems):
         if level != severity:
             continue
-        for number, problem in enumerate(found[:_ROWS]):
-            first = number == 0
-            rows.append(
-                (
-                    f"{kind} ({len(found):,})" if first else "",
-                    _where(problem, root),
-                    problem.message,
-                    _advice(kind) if first else "",
-                )
-            )
+        name, advice = f"{kind} ({len(found):,})", _advice(kind)
+        for problem in found[:_ROWS]:
+            rows.append((name, _where(problem, root), problem.message, advice))
+            name = advice = ""  # once per kind
         if len(found) > _ROWS:
             rows.append(("", f"... and {len(found) - _ROWS:,} more", "all are in report.json", ""))
-    flag = exclude_flag(report)
-    advice = {
-        "error": "Nothing is computed from these data until they are repaired"
-        + (f", or left out with {flag}" if flag else "")
-        + ".",
-        "warning": "Training is possible; look at these first.",
-    }[severity]
-    return html_report.Section(title, advice, table=tuple(rows), whole=severity == "error")
+    text, flag = "Training is possible; look at these first.", exclude_flag(report)
+    if severity == "error":
+        instead = f", or left out with {flag}" if flag else ""
+        text = f"Nothing is computed from these data until they are repaired{instead}."
+    return html_report.Section(title, text, table=tuple(rows), whole=severity == "error")
 
 
-def _example(example, report, directory):
-    """The strips of one episode: a camera each, and the canvas."""
-    strips = {f"{name}, {p.shape[1]}x{p.shape[2]}": p for name, p in example.raw.items()}
-    height, width = example.canvas.shape[1:3]
-    strips[f"canvas, {height}x{width}"] = example.canvas
-    for name, images in strips.items():
+def _example(example, directory):
+    """Yields the strips of one episode: one for each camera, and the canvas."""
+    steps = f"steps {', '.join(map(str, example.steps))} of {example.episode}"
+    for name, images in (example.raw | {"canvas": example.canvas}).items():
         path = directory / f"{len(list(directory.iterdir()))}.png"
         _strip(images).save(path)
-        canvas = images is example.canvas
-        caption = f"{name} · steps {', '.join(map(str, example.steps))} of {example.episode}"
-        yield html_report.Media(
-            path,
-            caption + (f" · “{example.task}”" if canvas else ""),
-            "canvas" if canvas else "camera",
-            wide=canvas,
-        )
+        caption = f"{name}, {images.shape[1]}x{images.shape[2]} · {steps}"
+        if images is example.canvas:
+            yield html_report.Media(path, f"{caption} · “{example.task}”", "canvas", wide=True)
+        else:
+            yield html_report.Media(path, caption, "camera")
 
 
 def _strip(images, height=200, gap=6):
@@ -369,26 +302,21 @@ def _actions_text(report):
 
 
 def _action_charts(report, directory):
-    """Yields (path, caption[, tag, wide])."""
+    """Yields the charts of the actions as `Media`."""
     if report.images.examples:
         example = report.images.examples[0]
-        yield (
-            _curves(directory / "actions.png", example),
-            f"Actions of {example.episode}, in physical units.",
-            "",
-            True,
-        )
+        path = _curves(directory / "actions.png", example)
+        caption = f"Actions of {example.episode}, in physical units."
+        yield html_report.Media(path, caption, wide=True)
+    guess = " A guess: config.data.gripper_dims names none, and this dimension has two sides."
     for number, histogram in enumerate(report.grippers):
-        guess = " A guess: config.data.gripper_dims names none, and this dimension has two sides."
-        yield (
-            _histogram(directory / f"gripper_{number}.png", histogram),
-            f"Gripper: {histogram.label}.{guess if histogram.guessed else ''}",
-        )
+        path = _histogram(directory / f"gripper_{number}.png", histogram)
+        caption = f"Gripper: {histogram.label}.{guess if histogram.guessed else ''}"
+        yield html_report.Media(path, caption)
     if report.normalized is not None:
-        yield (
-            _histogram(directory / "normalized.png", report.normalized, log=True),
-            "All dimensions of the action after normalisation; the count is logarithmic.",
-        )
+        path = _histogram(directory / "normalized.png", report.normalized, log=True)
+        caption = "All dimensions of the action after normalisation; the count is logarithmic."
+        yield html_report.Media(path, caption)
 
 
 def _curves(path, example):
@@ -397,8 +325,8 @@ def _curves(path, example):
     rows = -(-width // columns)
     seconds = np.arange(len(example.action)) / example.fps
     with html_report.chart(path, 9.6, 0.5 + 1.3 * rows, rows, columns) as axes:
-        for dim, one in itertools.zip_longest(range(width), np.ravel(axes)):
-            if dim is None:
+        for dim, one in enumerate(np.ravel(axes)):
+            if dim >= width:
                 one.set_visible(False)
                 continue
             one.plot(seconds, example.action[:, dim], color=_BLUE, lw=1.2)
@@ -410,12 +338,8 @@ def _curves(path, example):
 
 def _histogram(path, histogram, log=False):
     with html_report.chart(path, 6.4, 2.6) as axes:
-        axes.stairs(
-            histogram.counts,
-            histogram.edges,
-            fill=True,
-            color=_SOFT if histogram.guessed else _BLUE,
-        )
+        color = _SOFT if histogram.guessed else _BLUE
+        axes.stairs(histogram.counts, histogram.edges, fill=True, color=color)
         if log:
             axes.set_yscale("log")
         axes.set_xlabel(histogram.label)

@@ -17,6 +17,7 @@ Keys are relative to the episode; with a leading "/" to the file.
 """
 
 import collections
+import contextlib
 import fnmatch
 import json
 import os
@@ -28,21 +29,22 @@ import h5py
 import numpy as np
 import tqdm
 
-from lightwam_jax.data import episodes as episodes_lib
+from lightwam_jax.data.episodes import Problem
 from lightwam_jax.data.formats import keys as keys_lib
-from lightwam_jax.data.formats.keys import BadEpisode
+from lightwam_jax.data.formats.keys import no_task
+from lightwam_jax.data.formats.stored import BadEpisode
 
 _OPEN_FILES = 16  # per thread
 _SHOWN = 40  # entries of a file that an error lists
 _DAMAGE = (OSError, KeyError, RuntimeError)  # what h5py raises for damaged files
-# Problems that mean, if every episode has one, that it is the config that is wrong.
+# If every episode has one of these problems, the config is wrong and not the data.
 _MISFIT = ("no episode", "missing dataset", "missing task", "missing fps", "wrong type")
 
 
 class Hdf5Episode(keys_lib.KeyedEpisode):
     """An `episodes.Episode` in an HDF5 file."""
 
-    def stored(self, path):
+    def encoded(self, path):
         """Returns the dataset of the images."""
         try:
             return _opened(self.file)[path]
@@ -79,29 +81,31 @@ def read(config):
       ValueError: no file, a key that is missing or malformed, or keys that fit no episode at all;
         lists what the first file holds.
     """
-    root, keys = pathlib.Path(config.data.path), config.data.fields
-    files = sorted(
-        (path for path in root.rglob("*") if path.suffix.lower() in (".hdf5", ".h5")),
-        key=lambda path: _natural(path.relative_to(root).as_posix()),
-    )
+    root, fields = pathlib.Path(config.data.path), config.data.fields
+    files = [path for path in root.rglob("*") if path.suffix.lower() in (".hdf5", ".h5")]
+    files.sort(key=lambda path: _natural(path.relative_to(root).as_posix()))
     if not files:
         raise ValueError(f"no *.hdf5 or *.h5 file below config.data.path={str(root)!r}")
-    missing = [name for name in ("state", "action", "image", "task") if not getattr(keys, name)]
+    missing = [name for name in ("state", "action", "image", "task") if not getattr(fields, name)]
     if missing:
         raise ValueError(
-            f"config.data.fields.{', '.join(missing)} must say where an HDF5 episode "
-            f"keeps it (lightwam_jax/data/formats/hdf5.py explains how). {_contents(files)}"
+            f"config.data.fields.{', '.join(missing)} must say where an HDF5 episode keeps it "
+            f"(lightwam_jax/data/formats/hdf5.py explains how). {_contents(files)}"
         )
-    for key in (*keys.state, *keys.action, keys.image):
+    for key in (*fields.state, *fields.action, fields.image):
         keys_lib.parse(key)
     found, problems = [], []
     for path in tqdm.tqdm(files, desc="columns", unit="file"):
         name = path.relative_to(root).with_suffix("").as_posix()
-        try:
-            with h5py.File(path, "r") as file:
-                _read_file(file, path, name, config.data, found, problems)
-        except _DAMAGE as error:
-            problems.append(_problem("unreadable file", name, path, error))
+        with _noting(problems, name, path), h5py.File(path, "r") as file:
+            groups = _matching(file, fields.episodes)
+            if not groups:
+                wanted = f"{fields.episodes!r} (config.data.fields.episodes)"
+                raise BadEpisode("no episode", f"it has no group {wanted}")
+            for group in groups:
+                episode = f"{name}/{group}" if group else name
+                with _noting(problems, episode, path):
+                    found.append(_episode(file[group or "/"], path, episode, config.data))
     misfits = [problem for problem in problems if problem.kind in _MISFIT]
     if misfits and not found:
         raise ValueError(
@@ -111,29 +115,15 @@ def read(config):
     return found, problems
 
 
-def _read_file(file, path, name, data, found, problems):
-    groups = _matching(file, data.fields.episodes)
-    if not groups:
-        problems.append(
-            _problem(
-                "no episode",
-                name,
-                path,
-                f"it has no group {data.fields.episodes!r} (config.data.fields.episodes)",
-            )
-        )
-    for group in groups:
-        episode = f"{name}/{group}" if group else name
-        try:
-            found.append(_episode(file[group or "/"], path, episode, data))
-        except BadEpisode as error:
-            problems.append(_problem(error.kind, episode, path, error))
-        except _DAMAGE as error:
-            problems.append(_problem("unreadable file", episode, path, error))
-
-
-def _problem(kind, episode, path, message):
-    return episodes_lib.Problem("error", kind, episode, str(path), None, str(message))
+@contextlib.contextmanager
+def _noting(problems, name, path):
+    """Makes a `Problem` of what is wrong with a file or an episode."""
+    try:
+        yield
+    except BadEpisode as error:
+        problems.append(Problem.error(error.kind, name, path, str(error)))
+    except _DAMAGE as error:
+        problems.append(Problem.error("unreadable file", name, path, str(error)))
 
 
 def _natural(text):
@@ -155,18 +145,17 @@ def _matching(file, pattern):
 
 
 def _episode(group, path, name, data):
-    keys = data.fields
+    fields = data.fields
+    cameras = {camera: fields.image.replace("{camera}", camera) for camera in data.cameras}
     return Hdf5Episode(
         id=name,
         file=str(path),
-        fps=_fps(group, keys.fps),
-        channel_order=keys.channel_order,
-        tasks=keys_lib.instructions(_instruction(group, path, keys.task)),
-        state=keys_lib.join("state", {key: _dataset(group, key)[()] for key in keys.state}),
-        action=keys_lib.join("action", {key: _dataset(group, key)[()] for key in keys.action}),
-        images={
-            camera: _rows(group, keys.image.replace("{camera}", camera)) for camera in data.cameras
-        },
+        fps=_fps(group, fields.fps),
+        channel_order=fields.channel_order,
+        tasks=keys_lib.instructions(_instruction(group, path, fields.task)),
+        state=keys_lib.join("state", {key: _dataset(group, key)[()] for key in fields.state}),
+        action=keys_lib.join("action", {key: _dataset(group, key)[()] for key in fields.action}),
+        images={camera: _images(group, key) for camera, key in cameras.items()},
     )
 
 
@@ -174,14 +163,15 @@ def _dataset(group, key):
     path = keys_lib.parse(key).path
     dataset = group.get(path)
     if not isinstance(dataset, h5py.Dataset):
-        raise BadEpisode(
-            "missing dataset",
-            f"{path} is not there; there are {', '.join(_entries(group)[:_SHOWN])}",
-        )
+        raise BadEpisode("missing dataset", _not_there(path, group))
     return dataset
 
 
-def _rows(group, key):
+def _not_there(path, group):
+    return f"{path} is not there; there are {', '.join(_entries(group)[:_SHOWN])}"
+
+
+def _images(group, key):
     """(absolute path, range of rows) of one camera's images."""
     dataset = _dataset(group, key)
     array = dataset.dtype == np.uint8 and (
@@ -195,26 +185,24 @@ def _rows(group, key):
     if not array and not strings:
         raise BadEpisode(
             "wrong type",
-            f"{dataset.name} is {dataset.dtype} {list(dataset.shape)}; "
-            "expected images: uint8 [n, H, W, 3], or encoded as n byte strings or uint8 "
-            "[n, bytes]",
+            f"{dataset.name} is {dataset.dtype} {list(dataset.shape)}; expected images: uint8 "
+            "[n, H, W, 3], or encoded as n byte strings or uint8 [n, bytes]",
         )
     return dataset.name, range(len(dataset))[keys_lib.parse(key).rows]
 
 
 def _fps(group, fps):
-    stated, node = None, group
-    while stated is None:
-        stated = node.attrs.get("fps")
-        if node.name == "/":
-            break
+    """What the episode or a group above it says, else `fps` of the config."""
+    node, stated = group, group.attrs.get("fps")
+    while stated is None and node.name != "/":
         node = node.parent
-    if stated is None and not fps:
+        stated = node.attrs.get("fps")
+    if stated is None:
+        if fps:
+            return fps
         raise BadEpisode(
             "missing fps", "nothing says how many steps a second has; set config.data.fields.fps"
         )
-    if stated is None:
-        return fps
     if np.ndim(stated) or np.asarray(stated).dtype.kind not in "fiu" or (fps and stated != fps):
         raise BadEpisode(
             "wrong fps",
@@ -229,24 +217,20 @@ def _instruction(group, path, key):
     kind, _, rest = key.partition(":")
     if kind == "text":
         return rest.strip()
-    names = {"{name}": path.stem, "{episode}": group.name.rpartition("/")[2]}
-    for name, value in names.items():
+    for name, value in (("{name}", path.stem), ("{episode}", group.name.rpartition("/")[2])):
         key, rest = key.replace(name, value), rest.replace(name, value)
     place, _, pointer = (rest if kind == "file" else key).partition("#")
+    inside, at, attribute = place.partition("@")
     if kind == "file":
         file = path.parent / place
         try:
             value = file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise BadEpisode("missing task", f"{file} cannot be read: {error}") from error
-    elif "@" in place:
-        inside, _, attribute = place.partition("@")
+            raise no_task(f"{file} cannot be read: {error}") from error
+    elif at:
         node = group.get(inside or ".")
         if node is None or attribute not in node.attrs:
-            raise BadEpisode(
-                "missing task",
-                f"{place} is not there; there are {', '.join(_entries(group.file)[:_SHOWN])}",
-            )
+            raise no_task(_not_there(place, group.file))
         value = node.attrs[attribute]
     else:
         value = _dataset(group, place)[()]
@@ -263,16 +247,13 @@ def _pointed(text, pointer, key):
         for part in pointer.strip("/").split("/"):
             value = value[int(part) if isinstance(value, list) else part]
     except (ValueError, LookupError, TypeError) as error:
-        raise BadEpisode(
-            "missing task",
-            f"{key} leads nowhere ({error!r}); it points into {str(value or text)[:200]}",
-        ) from None
+        within = str(value or text)[:200]
+        raise no_task(f"{key} leads nowhere ({error!r}); it points into {within}") from None
     if isinstance(value, list) and all(isinstance(v, str) and len(v) == 1 for v in value):
         return "".join(value)
     if not isinstance(value, str):
-        raise BadEpisode(
-            "missing task",
-            f"{key} is {str(value)[:200]}; expected one text: point to it, e.g. with /0 at the end",
+        raise no_task(
+            f"{key} is {str(value)[:200]}; expected one text: point to it, e.g. with /0 at the end"
         )
     return value
 
@@ -293,11 +274,8 @@ def _entries(node):
 def _contents(files):
     """What the first readable file holds, for messages."""
     for path in files:
-        try:
-            with h5py.File(path, "r") as file:
-                lines = _entries(file)
-        except _DAMAGE:
-            continue
-        more = [f"... and {len(lines) - _SHOWN} more"] * (len(lines) > _SHOWN)
-        return "\n  ".join([f"{path} holds:", *lines[:_SHOWN], *more])
+        with contextlib.suppress(*_DAMAGE), h5py.File(path, "r") as file:
+            lines = _entries(file)
+            more = [f"... and {len(lines) - _SHOWN} more"] * (len(lines) > _SHOWN)
+            return "\n  ".join([f"{path} holds:", *lines[:_SHOWN], *more])
     return "None of the files can be opened."

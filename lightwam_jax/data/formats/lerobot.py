@@ -1,6 +1,6 @@
 """LeRobot data sets: v2.0 and v2.1 (a file per episode) and v3.0 (several episodes per file).
 
-Columns are read with pyarrow, images by PyAV or Pillow when they are asked for. What meta/ says
+Columns are read with pyarrow, images with PyAV or Pillow when they are asked for. What meta/ says
 of an episode is compared with what data/ holds; every difference is a `Problem`.
 """
 
@@ -18,10 +18,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import tqdm
 
-from lightwam_jax.data import episodes as episodes_lib
-from lightwam_jax.data.formats import keys as keys_lib
-from lightwam_jax.data.formats import lerobot_meta
+from lightwam_jax.data.episodes import FrameError, Problem
+from lightwam_jax.data.formats import lerobot_meta, stored
 from lightwam_jax.data.formats import video as video_lib
+from lightwam_jax.data.formats.stored import BadEpisode
 
 
 class Images(typing.NamedTuple):
@@ -29,35 +29,17 @@ class Images(typing.NamedTuple):
 
     file: pathlib.Path
     key: str
-    keys: tuple  # what is read at once: the columns of all cameras that the config names
+    keys: tuple  # columns that are read together: those of all cameras that the config names
     first: int
     stop: int
-    root: pathlib.Path  # where an image that is a file of its own is looked up
+    root: pathlib.Path  # paths of images that are files of their own start here
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
-class LeRobotEpisode(episodes_lib.Episode):
+class LeRobotEpisode(stored.StoredEpisode):
     """An `episodes.Episode`; `images` maps a camera to its `Video` or `Images`."""
 
-    id: str
-    fps: float
-    task: str
-    state: np.ndarray
-    action: np.ndarray
-    task_index: np.ndarray  # int [n], into `tasks`
-    tasks: dict
-    images: dict
     timestamps: np.ndarray
-    file: str
-
-    @property
-    def length(self):
-        """Steps, and frames per camera."""
-        return len(self.action)
-
-    def task_at(self, step):
-        """Returns the instruction of a step."""
-        return self.tasks[int(self.task_index[step])]
 
     def video(self, camera):
         """Returns (file, index of its first frame in it) of a camera that is a video, or None."""
@@ -67,18 +49,8 @@ class LeRobotEpisode(episodes_lib.Episode):
         return place.file, round(place.begin * self.fps)
 
     def frames(self, camera, indices):
-        """Returns the frames of one camera at `indices` [k] as uint8 [k, H, W, 3].
-
-        Raises:
-          FrameError: a frame is missing, cannot be decoded, or is not at its timestamp.
-          KeyError: no such camera; names those there are.
-        """
-        if camera not in self.images:
-            raise KeyError(
-                f"episode {self.id} has no camera {camera!r}; it has "
-                f"{', '.join(sorted(self.images))}: correct config.data.cameras"
-            )
-        place, indices = self.images[camera], np.arange(self.length)[indices]
+        """Returns uint8 [k, H, W, 3]; see `episodes.Episode.frames`."""
+        place, indices = self.images_of(camera), np.arange(self.length)[indices]
         if isinstance(place, lerobot_meta.Video):
             return video_lib.frames(place.file, place.begin + self.timestamps[indices], indices)
         return _images(place, indices)
@@ -86,24 +58,16 @@ class LeRobotEpisode(episodes_lib.Episode):
 
 def _images(place, indices):
     """Returns the frames of an `Images` at `indices` [k] as uint8 [k, H, W, 3]."""
-    cells = _encoded(place.file, place.keys, place.first, place.stop)[place.key]
-    wanted, order = np.unique(indices, return_inverse=True)
-    found = [_decoded(place, frame, cells[frame]) for frame in wanted.tolist()]
-    for frame, pixels in zip(wanted.tolist(), found):
-        if pixels.shape != found[0].shape:
-            raise episodes_lib.FrameError(
-                place.file,
-                frame,
-                (
-                    f"{place.key} is {list(pixels.shape)} here and {list(found[0].shape)} in frame "
-                    f"{wanted[0]}"
-                ),
-            )
-    return np.stack(found)[order]
+    cells = _cells(place.file, place.keys, place.first, place.stop)[place.key]
+
+    def error(reason, frame):
+        return FrameError(place.file, frame, f"{place.key}: {reason}")
+
+    return stored.stack_frames(indices, lambda frame: _decoded(cells[frame], place.root), error)
 
 
 @functools.lru_cache(maxsize=8)
-def _encoded(path, keys, first, stop):
+def _cells(path, keys, first, stop):
     """Returns {column: its cells} of rows: whole episodes, since parquet has no smaller unit."""
     try:
         with pq.ParquetFile(path) as file:
@@ -114,22 +78,17 @@ def _encoded(path, keys, first, stop):
         rows = table.slice(first - starts[groups[0]], stop - first)
         return {key: rows.column(key).to_pylist() for key in keys}
     except (pa.ArrowException, OSError) as error:
-        raise episodes_lib.FrameError(path, None, f"unreadable: {error}") from error
+        raise FrameError(path, None, f"unreadable: {error}") from error
 
 
-def _decoded(place, frame, cell):
+def _decoded(cell, root):
     """A cell is the encoded image, its path, or a struct of the two with one of them empty."""
     if not isinstance(cell, dict):
         cell = {"path": cell} if isinstance(cell, str) else {"bytes": cell}
     content, path = cell.get("bytes"), cell.get("path")
-    try:
-        if content is None and path is None:
-            raise ValueError("empty")
-        if content is None:
-            content = (place.root / path).read_bytes()
-        return keys_lib.decode_image(content, "rgb")
-    except (OSError, ValueError) as error:
-        raise episodes_lib.FrameError(place.file, frame, f"{place.key}: {error}") from error
+    if content is None and path is None:
+        raise ValueError("empty")
+    return stored.decode_image((root / path).read_bytes() if content is None else content)
 
 
 def read(config):
@@ -142,32 +101,34 @@ def read(config):
     listed = data.listed()
     excluded = [entry for entry in listed if entry.id in config.data.exclude]
     wanted = [entry for entry in listed if entry.id not in config.data.exclude]
-    files = sorted(
-        set(data.root.glob(re.sub(r"\{[^}]*\}", "*", data.info["data_path"])))
-        - ({entry.data for entry in excluded} - {entry.data for entry in wanted})
-    )
+    files = set(data.root.glob(re.sub(r"\{[^}]*\}", "*", data.info["data_path"])))
+    files = sorted(files - ({entry.data for entry in excluded} - {entry.data for entry in wanted}))
     with concurrent.futures.ThreadPoolExecutor(max(1, config.data.threads)) as pool:
         loading = pool.map(functools.partial(_load, data), files)
-        tables = dict(
-            zip(
-                files, tqdm.tqdm(loading, total=len(files), desc="data files", unit="file", delay=1)
-            )
-        )
+        bar = tqdm.tqdm(loading, total=len(files), desc="data files", unit="file", delay=1)
+        loaded = dict(zip(files, bar))
+    tables = {file: rows for file, rows in loaded.items() if isinstance(rows, _Rows)}
+    broken = {file: reason for file, reason in loaded.items() if file not in tables}
     spans = collections.defaultdict(list)
     for file, rows in tables.items():
-        if isinstance(rows, _Rows):
-            for index, first, stop in _runs(rows.episode_index):
-                spans[index].append((file, first, stop))
-    read_ones = [_episode(data, entry, tables, spans.get(entry.index, ())) for entry in wanted]
-    problems = [problem for _, faults in read_ones for problem in faults]
+        for index, first, stop in _runs(rows.episode_index):
+            spans[index].append((file, first, stop))
+    found, problems = [], []
+    for entry in wanted:
+        try:
+            file, first, stop = _span(entry, tables, broken, spans.get(entry.index, ()))
+        except BadEpisode as error:
+            problems.append(Problem.error(error.kind, entry.id, entry.data, str(error)))
+            continue
+        rows = tables[file].part(first, stop)
+        faults = list(_faults(data, entry, file, rows))
+        problems += faults
+        if not faults:
+            found.append(_episode(data, entry, file, first, rows))
     problems += [
-        lerobot_meta.problem("excluded", entry.index, entry.data, "as the config says")
-        for entry in excluded
+        Problem.error("excluded", entry.id, entry.data, "as the config says") for entry in excluded
     ]
-    return (
-        [episode for episode, _ in read_ones if episode],
-        problems + _unlisted(data, listed, tables, spans),
-    )
+    return found, problems + _unlisted(data, listed, broken, spans)
 
 
 class _Rows(typing.NamedTuple):
@@ -180,9 +141,13 @@ class _Rows(typing.NamedTuple):
     episode_index: np.ndarray
     task_index: np.ndarray
 
+    def part(self, first, stop):
+        """Returns the rows from `first` to `stop`."""
+        return _Rows(*(column[first:stop] for column in self))
+
 
 def _load(data, file):
-    """Returns the `_Rows` of a data file, or a sentence: why there are none."""
+    """Returns the `_Rows` of a data file, or a sentence that says why there are none."""
     columns = [*data.state, *data.action, *lerobot_meta.INDEX]
     try:
         with pq.ParquetFile(file) as parquet:
@@ -190,15 +155,13 @@ def _load(data, file):
             if absent:
                 return f"it has no column {', '.join(absent)}, which meta/info.json promises"
             table = parquet.read(columns=columns, use_threads=False)
-        timestamp, *index = (_numbers(table, key).reshape(-1) for key in lerobot_meta.INDEX)
-        return _Rows(
-            *(
-                np.concatenate([_numbers(table, key) for key in keys], 1).astype(np.float32)
-                for keys in (data.state, data.action)
-            ),
-            timestamp.astype(np.float64),
-            *(column.astype(np.int64) for column in index),
+        state, action = (
+            np.concatenate([_numbers(table, key) for key in keys], 1).astype(np.float32)
+            for keys in (data.state, data.action)
         )
+        timestamp, *index = (_numbers(table, key).reshape(-1) for key in lerobot_meta.INDEX)
+        index = [column.astype(np.int64) for column in index]
+        return _Rows(state, action, timestamp.astype(np.float64), *index)
     except (pa.ArrowException, OSError, ValueError) as error:
         return f"{error}; copy it again"
 
@@ -232,46 +195,59 @@ def _runs(episode_index):
             yield int(episode_index[first]), int(first), int(stop)
 
 
-def _episode(data, entry, tables, spans):
-    """Returns (`LeRobotEpisode` or None, problems) of an episode whose rows lie in `spans`."""
+def _span(entry, tables, broken, spans):
+    """Returns (file, first row, row behind the last) of an episode; `BadEpisode`: there are none.
 
-    # The column episode_index decides which rows are whose, not the file numbers of meta/: those
-    # LeRobot's first converter to v3.0 wrote are wrong (mended in its commit 0d1be72).
-    def fault(kind, message, file=entry.data):
-        return lerobot_meta.problem(kind, entry.index, file, message)
-
-    if not spans and entry.data not in tables:
-        return None, [fault("missing data file", "no such file; copy it again")]
-    if not spans and isinstance(tables[entry.data], str):
-        return None, [fault("unreadable data file", tables[entry.data])]
+    The column episode_index decides which rows are whose, not the file numbers of meta/: LeRobot's
+    first converter to v3.0 wrote wrong ones (corrected in its commit 0d1be72).
+    """
     if len(spans) > 1:
-        return None, [
-            fault(
-                "scattered rows",
-                "its rows lie in several places: "
-                + ", ".join(f"{file} from row {first} on" for file, first, _ in spans),
-            )
-        ]
-    file, first, stop = spans[0] if spans else (entry.data, 0, 0)
-    rows, length = _Rows(*(column[first:stop] for column in tables[file])), stop - first
+        places = ", ".join(f"{file} from row {first} on" for file, first, _ in spans)
+        raise BadEpisode("scattered rows", f"its rows lie in several places: {places}")
+    if spans:
+        return spans[0]
+    if entry.data in broken:
+        raise BadEpisode("unreadable data file", broken[entry.data])
+    if entry.data not in tables:
+        raise BadEpisode("missing data file", "no such file; copy it again")
+    return entry.data, 0, 0
 
-    faults = []
+
+def _faults(data, entry, file, rows):
+    """Yields a `Problem` for everything that is wrong with the rows of an episode."""
+    length = len(rows.action)
     if length not in (0, entry.length):
-        faults.append(fault("wrong length", f"{length} rows, meta/ says {entry.length}", file))
+        message = f"{length} rows, meta/ says {entry.length}"
+        yield Problem.error("wrong length", entry.id, file, message)
     if (np.diff(rows.frame_index) != 1).any():
-        faults.append(fault("rows out of order", "frame_index does not count up by one", file))
+        message = "frame_index does not count up by one"
+        yield Problem.error("rows out of order", entry.id, entry.data, message)
     if unknown := sorted(set(rows.task_index.tolist()) - set(data.tasks)):
-        faults.append(
-            fault("unknown task", f"task_index {unknown} of {len(data.tasks)} tasks in meta/", file)
+        message = f"task_index {unknown} of {len(data.tasks)} tasks in meta/"
+        yield Problem.error("unknown task", entry.id, file, message)
+    for key in data.needed if length else ():
+        if key in entry.videos:
+            yield from _video_faults(data, entry, key, length)
+
+
+def _video_faults(data, entry, key, length):
+    """Yields a `Problem` for what is wrong with a video; it is not opened."""
+    file, frame = entry.videos[key].file, 1 / data.info["fps"]
+    if not file.is_file():
+        message = f"no such file ({key}); copy it again"
+        yield Problem.error("missing video", entry.id, file, message)
+    missing = length * frame - entry.seconds.get(key, np.inf)
+    if missing > frame / 2:  # the next episode in the file would be read as the end of this one
+        message = (
+            f"meta/ gives {key} {entry.seconds[key]:.3f} s, {missing:.3f} s less than its "
+            f"{length} rows last"
         )
-    faults += [
-        fault(*found)
-        for key in data.needed
-        if length and key in entry.videos
-        for found in _video_faults(data, entry, key, length)
-    ]
-    if faults:
-        return None, faults
+        yield Problem.error("wrong length", entry.id, file, message)
+
+
+def _episode(data, entry, file, first, rows):
+    """Returns the `LeRobotEpisode` of sound `rows`, the first of them row `first` of the file."""
+    stop = first + len(rows.action)
     together = tuple(key for key in data.needed if key not in entry.videos)
     images = {
         camera: entry.videos.get(key)
@@ -281,62 +257,29 @@ def _episode(data, entry, tables, spans):
     return LeRobotEpisode(
         id=entry.id,
         fps=float(data.info["fps"]),
+        tasks=stored.one_or_each([data.tasks[index] for index in rows.task_index.tolist()]),
         state=rows.state,
         action=rows.action,
         timestamps=rows.timestamp,
         file=str(file),
         images=images,
-        tasks=data.tasks,
-        task=data.tasks[int(rows.task_index[0])] if length else "",
-        task_index=rows.task_index,
-    ), []
+    )
 
 
-def _video_faults(data, entry, key, length):
-    """Yields (kind, message, file) for what is wrong with a video; it is not opened."""
-    file, frame = entry.videos[key].file, 1 / data.info["fps"]
-    if not file.is_file():
-        yield "missing video", f"no such file ({key}); copy it again", file
-    missing = length * frame - entry.seconds.get(key, np.inf)
-    if missing > frame / 2:  # the next episode in the file would be read as the end of this one
-        yield (
-            "wrong length",
-            (
-                f"meta/ gives {key} {entry.seconds[key]:.3f} s, {missing:.3f} s "
-                f"less than its {length} rows last"
-            ),
-            file,
-        )
-
-
-def _unlisted(data, listed, tables, spans):
+def _unlisted(data, listed, broken, spans):
     """Returns a `Problem` for every episode, or data file, that meta/ does not list."""
     known, files = {entry.index for entry in listed}, {entry.data for entry in listed}
-    total = data.info.get("total_episodes", 0)
+    total, name = data.info.get("total_episodes", 0), lerobot_meta.episode_id
     lost = range(total) if total > len(known) else ()
+    extra, absent = sorted(spans.keys() - known), sorted(set(lost) - known - spans.keys())
+    forgotten = "it has rows, but meta/ does not list it"
+    counted = f"info.json counts {total} episodes, {len(known)} are listed and not this one"
     return [
+        *(Problem.error("unlisted episode", name(i), spans[i][0][0], forgotten) for i in extra),
+        *(Problem.error("unlisted episode", name(i), data.root / "meta", counted) for i in absent),
         *(
-            lerobot_meta.problem(
-                "unlisted episode", index, places[0][0], "it has rows, but meta/ does not list it"
-            )
-            for index, places in sorted(spans.items())
-            if index not in known
-        ),
-        *(
-            lerobot_meta.problem(
-                "unlisted episode",
-                index,
-                data.root / "meta",
-                f"info.json counts {total} episodes, {len(known)} are listed and not this one",
-            )
-            for index in lost
-            if index not in known and index not in spans
-        ),
-        *(
-            episodes_lib.Problem(
-                "error", "unreadable data file", file.stem, str(file), None, reason
-            )
-            for file, reason in tables.items()
-            if isinstance(reason, str) and file not in files
+            Problem.error("unreadable data file", file.stem, file, reason)
+            for file, reason in broken.items()
+            if file not in files
         ),
     ]

@@ -14,7 +14,7 @@ CHUNK = 1000  # files per directory
 
 
 class _Layout:
-    """What both have: `open_video(path, fps)` is a `video.Writer`; sizes are v3.0's."""
+    """What both share: `open_video(path, fps)` returns a `video.Writer`; the sizes are v3.0's."""
 
     def __init__(self, root, open_video, data_bytes, video_bytes):
         self.root, self.open_video = pathlib.Path(root), open_video
@@ -29,7 +29,7 @@ class _Layout:
 class Single(_Layout):
     """v2.1: a parquet file per episode, and a video for each of its cameras.
 
-    Each is whole or not there, so that a killed writing can go on with the next episode.
+    Each file is complete or missing, so that a killed writing can go on with the next episode.
     """
 
     data_path = "data/chunk-{episode_chunk:03d}/episode_{episode_index:06d}.parquet"
@@ -37,9 +37,8 @@ class Single(_Layout):
     stats = lerobot_stats.BASIC
 
     def _of(self, template, number, key=""):
-        return self._place(
-            template, episode_chunk=number // CHUNK, episode_index=number, video_key=key
-        )
+        at = {"episode_chunk": number // CHUNK, "episode_index": number, "video_key": key}
+        return self._place(template, **at)
 
     def rows(self, number, table):
         """Writes the table of an episode; returns nothing to list."""
@@ -49,9 +48,10 @@ class Single(_Layout):
 
     def video(self, number, key, chunks, fps):
         """Writes the video of an episode; returns nothing to list."""
+        path = self._of(self.video_path, number, key)
         with (
-            resumable.writing(self._of(self.video_path, number, key), sync=False) as path,
-            self.open_video(path, fps) as writer,
+            resumable.writing(path, sync=False) as partial,
+            self.open_video(partial, fps) as writer,
         ):
             for frames in chunks:
                 writer.add(frames)
@@ -67,15 +67,11 @@ class Single(_Layout):
 
     def finish(self, entries, tasks):
         """Writes what is known only at the end; see `lerobot_write.Writer` for the entries."""
-        rows = [entry["row"] for entry in entries]
+        listed, numbered = ("episode_index", "tasks", "length"), list(enumerate(entries))
         lines = {
             "tasks": [{"task_index": i, "task": task} for i, task in enumerate(tasks)],
-            "episodes": [
-                {key: row[key] for key in ("episode_index", "tasks", "length")} for row in rows
-            ],
-            "episodes_stats": [
-                {"episode_index": i, "stats": entry["stats"]} for i, entry in enumerate(entries)
-            ],
+            "episodes": [{key: entry["row"][key] for key in listed} for entry in entries],
+            "episodes_stats": [{"episode_index": i, "stats": e["stats"]} for i, e in numbered],
         }
         for name, content in lines.items():
             text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in content)
@@ -105,7 +101,6 @@ class Packed(_Layout):
 
     def rows(self, number, table):
         """Writes the table of an episode as a row group; returns where."""
-        del number
         if self._data and os.path.getsize(self._data.where) >= self.data_bytes:
             self._data.close()
             self._data = None
@@ -116,7 +111,6 @@ class Packed(_Layout):
 
     def video(self, number, key, chunks, fps):
         """Appends the video of an episode; returns where."""
-        del number
         writer = self._videos.get(key)
         if writer and writer.bytes >= self.video_bytes:
             writer.close()
@@ -138,7 +132,6 @@ class Packed(_Layout):
 
     def counts(self, episodes, cameras):
         """Returns what info.json has beside the fields of both versions."""
-        del episodes, cameras
         return {
             "data_files_size_in_mb": max(1, round(self.data_bytes / 2**20)),
             "video_files_size_in_mb": max(1, round(self.video_bytes / 2**20)),
@@ -150,21 +143,13 @@ class Packed(_Layout):
         for writer in self._videos.values():
             writer.close()
         here = {"meta/episodes/chunk_index": 0, "meta/episodes/file_index": 0}
-        rows = [
-            {
-                **entry["row"],
-                **here,
-                **{
-                    f"stats/{key}/{name}": value
-                    for key, found in entry["stats"].items()
-                    for name, value in found.items()
-                },
-            }
-            for entry in entries
-        ]
-        pq.write_table(
-            pa.Table.from_pylist(rows), self._place("meta/episodes/chunk-000/file-000.parquet")
-        )
+        rows = []
+        for entry in entries:
+            rows.append(entry["row"] | here)
+            for key, found in entry["stats"].items():
+                rows[-1] |= {f"stats/{key}/{name}": value for name, value in found.items()}
+        file = self._place("meta/episodes/chunk-000/file-000.parquet")
+        pq.write_table(pa.Table.from_pylist(rows), file)
         pq.write_table(_indexed_by_task(tasks), self._place("meta/tasks.parquet"))
         stats = lerobot_stats.joined([entry["stats"] for entry in entries])
         resumable.write_json(self._place("meta/stats.json"), lerobot_stats.lists(stats))
@@ -177,13 +162,8 @@ def _indexed_by_task(tasks):
     """Returns the table of instructions, which pandas reads as the index LeRobot expects."""
 
     def column(name, kind, numpy):
-        return {
-            "name": name,
-            "field_name": name,
-            "pandas_type": kind,
-            "numpy_type": numpy,
-            "metadata": None,
-        }
+        types = {"pandas_type": kind, "numpy_type": numpy}
+        return {"name": name, "field_name": name, **types, "metadata": None}
 
     pandas = {
         "index_columns": ["task"],

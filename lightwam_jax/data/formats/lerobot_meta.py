@@ -8,8 +8,6 @@ import typing
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lightwam_jax.data import episodes
-
 VERSIONS = ("v2.0", "v2.1", "v3.0")
 STATE, ACTION = ("observation.state",), ("action",)  # where config.data.fields names none
 IMAGE = "observation.images.{camera}"
@@ -58,19 +56,23 @@ class LeRobotInfo(typing.NamedTuple):
         found = _packed(self) if self.info["codebase_version"] == "v3.0" else _single(self)
         return sorted(found, key=lambda entry: entry.index)
 
+    def videos(self):
+        """Returns the features that are videos."""
+        features = self.info["features"]
+        return [key for key in self.cameras.values() if features[key]["dtype"] == "video"]
+
+    def file(self, template, **place):
+        """Returns the path of a file from its template in info.json, e.g. "data_path"."""
+        return self.root / self.info[template].format(**place)
+
 
 def episode_id(index):
     """Returns the id of episode number `index`."""
     return f"episode_{index:06d}"
 
 
-def problem(kind, index, file, message):
-    """Returns the `Problem` that makes episode number `index` unreadable."""
-    return episodes.Problem("error", kind, episode_id(index), str(file), None, message)
-
-
 def open_set(config):
-    """Returns the `DataSet` at config.data.path.
+    """Returns the `LeRobotInfo` of config.data.path.
 
     Raises:
       ValueError: not a data set of a known version, or one that lacks what config.data.fields or
@@ -78,27 +80,11 @@ def open_set(config):
     """
     root, fields = pathlib.Path(config.data.path), config.data.fields
     file = root / "meta" / "info.json"
-    if not file.exists():
-        raise ValueError(
-            f"config.data.path={str(root)!r} has no meta/info.json: it is not a "
-            "LeRobot data set, or its writing was interrupted"
-        )
-    info = _json(file.read_text(), file)
-    version = info.get("codebase_version")
-    if version not in VERSIONS:
-        raise ValueError(
-            f"{file}: codebase_version is {version!r}; readable are "
-            f"{', '.join(VERSIONS)}: convert the data set with LeRobot's own scripts"
-        )
-    _require(
-        info, file, "fps", "features", "data_path", *(() if version == "v3.0" else ("chunks_size",))
-    )
-    if any(f["dtype"] == "video" for f in info["features"].values()) and not info.get("video_path"):
-        raise ValueError(f"{file} has features of dtype video, but no video_path")
+    info = _info(root, file)
     if fields.episodes or fields.task or fields.channel_order != "rgb":
         raise ValueError(
-            "config.data.fields.episodes, task and channel_order do nothing for LeRobot "
-            "data, whose meta/ has all that; remove them"
+            "config.data.fields.episodes, task and channel_order do nothing for LeRobot data, "
+            "whose meta/ has all that; remove them"
         )
     if fields.fps and fields.fps != info["fps"]:
         raise ValueError(
@@ -109,13 +95,32 @@ def open_set(config):
     for key in (*state, *action, *INDEX):
         if not re.match("float|int|uint|bool", info["features"].get(key, {}).get("dtype", "")):
             raise ValueError(
-                f"{file} has no feature {key!r} of numbers; correct config.data.fields"
-                f". It has {_names(info['features'])}"
+                f"{file} has no feature {key!r} of numbers; correct config.data.fields. "
+                f"It has {_names(info['features'])}"
             )
     needed, others = _cameras(info, config, file)
-    return LeRobotInfo(
-        root, info, state, action, others | needed, tuple(needed.values()), _tasks(root, version)
-    )
+    tasks = _tasks(root, info["codebase_version"])
+    return LeRobotInfo(root, info, state, action, others | needed, tuple(needed.values()), tasks)
+
+
+def _info(root, file):
+    """The content of meta/info.json, if the data set is of a version that can be read."""
+    if not file.exists():
+        raise ValueError(
+            f"config.data.path={str(root)!r} has no meta/info.json: it is not a LeRobot data set, "
+            "or its writing was interrupted"
+        )
+    info = _json(file.read_text(), file)
+    version = info.get("codebase_version")
+    if version not in VERSIONS:
+        raise ValueError(
+            f"{file}: codebase_version is {version!r}; readable are {', '.join(VERSIONS)}: "
+            "convert the data set with LeRobot's own scripts"
+        )
+    _require(info, file, "fps", "features", "data_path", *["chunks_size"] * (version != "v3.0"))
+    if any(f["dtype"] == "video" for f in info["features"].values()) and not info.get("video_path"):
+        raise ValueError(f"{file} has features of dtype video, but no video_path")
+    return info
 
 
 def _cameras(info, config, file):
@@ -129,22 +134,19 @@ def _cameras(info, config, file):
     head, mark, tail = pattern.partition("{camera}")
     if not mark and len(config.data.cameras) > 1:
         raise ValueError(
-            f"config.data.fields.image={pattern!r} is one feature for all of "
-            f"config.data.cameras; it needs {{camera}} where their names stand"
+            f"config.data.fields.image={pattern!r} is one feature for all of config.data.cameras; "
+            "it needs {camera} where their names stand"
         )
     needed = {camera: pattern.replace("{camera}", camera) for camera in config.data.cameras}
     for camera, key in needed.items():
         if key not in images:
             raise ValueError(
-                f"{file} has no feature {key!r} of colour images (camera "
-                f"{camera!r}); correct config.data.cameras or config.data.fields."
-                f"image. It has {_names(info['features'])}"
+                f"{file} has no feature {key!r} of colour images (camera {camera!r}); correct "
+                "config.data.cameras or config.data.fields.image. It has "
+                f"{_names(info['features'])}"
             )
-    return needed, {
-        key[len(head) : len(key) - len(tail)]: key
-        for key in images
-        if mark and key.startswith(head) and key.endswith(tail)
-    }
+    found = [key for key in images if mark and key.startswith(head) and key.endswith(tail)]
+    return needed, {key[len(head) : len(key) - len(tail)]: key for key in found}
 
 
 def _is_depth(feature):
@@ -175,7 +177,7 @@ def _require(entry, place, *keys):
 def _json_lines(file, *keys):
     """Yields the dicts of a JSON-lines file, each with `keys`."""
     if not file.exists():
-        raise ValueError(f"{file} does not exist, and the data set cannot be read without it")
+        raise ValueError(f"{file} does not exist; the data set cannot be read without it")
     for number, line in enumerate(file.read_text().splitlines(), 1):
         if line.strip():
             place = f"{file}, line {number}"
@@ -189,9 +191,7 @@ def _rows(file, *keys, skip=()):
             names = parquet.schema_arrow.names
             table = parquet.read(columns=[n for n in names if not n.startswith(skip)])
     except (pa.ArrowException, OSError) as error:
-        raise ValueError(
-            f"{file} cannot be read, and the data set not without it: {error}"
-        ) from error
+        raise ValueError(f"{file} cannot be read, nor the data set without it: {error}") from error
     _require(dict.fromkeys(names), file, *keys)
     return table.to_pylist()
 
@@ -206,61 +206,36 @@ def _tasks(root, version):
 
 
 def _single(data):
-    """Returns the `Listed` of v2.0 and v2.1, where the number of an episode names its files."""
-    lines = _json_lines(data.root / "meta" / "episodes.jsonl", "episode_index", "length")
-    out = []
-    for line in lines:
+    """Yields the `Listed` of v2.0 and v2.1, where the number of an episode names its files."""
+    for line in _json_lines(data.root / "meta" / "episodes.jsonl", "episode_index", "length"):
         index = line["episode_index"]
         at = {"episode_chunk": index // data.info["chunks_size"], "episode_index": index}
         videos = {
-            key: Video(data.root / data.info["video_path"].format(video_key=key, **at), 0.0)
-            for key in _video_keys(data)
+            key: Video(data.file("video_path", video_key=key, **at), 0.0) for key in data.videos()
         }
-        out.append(
-            Listed(
-                index, line["length"], data.root / data.info["data_path"].format(**at), videos, {}
-            )
-        )
-    return out
+        yield Listed(index, line["length"], data.file("data_path", **at), videos, {})
 
 
 def _packed(data):
-    """Returns the `Listed` of v3.0, where each row says where it lies, camera by camera."""
-    files = sorted((data.root / "meta" / "episodes").glob("*/*.parquet"))
+    """Yields the `Listed` of v3.0, where each row says where it lies, camera by camera."""
+    directory = data.root / "meta" / "episodes"
+    files = sorted(directory.glob("*/*.parquet"))
     if not files:
-        raise ValueError(f"{data.root / 'meta' / 'episodes'} has no parquet file; copy it again")
+        raise ValueError(f"{directory} has no parquet file; copy it again")
     parts = ("chunk_index", "file_index", "from_timestamp", "to_timestamp")
-    keys = _video_keys(data)
-    needed = [f"videos/{key}/{part}" for key in keys for part in parts]
-    out = []
-    for file in files:
-        for row in _rows(
-            file,
-            "episode_index",
-            "length",
-            "data/chunk_index",
-            "data/file_index",
-            *needed,
-            skip="stats/",
-        ):
-            videos, seconds = {}, {}
-            for key in keys:
-                chunk, number, begin, end = (row[f"videos/{key}/{part}"] for part in parts)
-                if end is None:  # recorded, but never encoded: named as what is missing
-                    videos[key] = Video(data.root / "videos" / key / "not encoded", 0.0)
-                    continue
-                path = data.info["video_path"].format(
-                    video_key=key, chunk_index=int(chunk), file_index=int(number)
-                )
-                videos[key], seconds[key] = Video(data.root / path, begin), end - begin
-            path = data.info["data_path"].format(
-                chunk_index=row["data/chunk_index"], file_index=row["data/file_index"]
-            )
-            out.append(
-                Listed(row["episode_index"], row["length"], data.root / path, videos, seconds)
-            )
-    return out
-
-
-def _video_keys(data):
-    return [key for key in data.cameras.values() if data.info["features"][key]["dtype"] == "video"]
+    columns = {key: [f"videos/{key}/{part}" for part in parts] for key in data.videos()}
+    needed = ["episode_index", "length", "data/chunk_index", "data/file_index"]
+    needed += [name for names in columns.values() for name in names]
+    for row in (row for file in files for row in _rows(file, *needed, skip="stats/")):
+        videos, seconds = {}, {}
+        for key, names in columns.items():
+            chunk, number, begin, end = (row[name] for name in names)
+            if end is None:  # recorded, but never encoded: named as what is missing
+                videos[key] = Video(data.root / "videos" / key / "not encoded", 0.0)
+                continue
+            place = {"chunk_index": int(chunk), "file_index": int(number)}
+            videos[key] = Video(data.file("video_path", video_key=key, **place), begin)
+            seconds[key] = end - begin
+        place = {name: row[f"data/{name}"] for name in ("chunk_index", "file_index")}
+        file = data.file("data_path", **place)
+        yield Listed(row["episode_index"], row["length"], file, videos, seconds)

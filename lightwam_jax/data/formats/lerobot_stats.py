@@ -1,6 +1,6 @@
-"""Statistics as LeRobot keeps them in meta/: of each episode, and of all from those.
+"""Statistics as LeRobot keeps them in meta/: of each episode, and from those of all together.
 
-Training does not use them (`normalize.py` makes its own); LeRobot does.
+LeRobot uses them; our training does not (`normalize.py` computes its own).
 """
 
 import numpy as np
@@ -28,9 +28,7 @@ def columns(values, names=ALL):
 
 def histogram(images):
     """Returns how often each channel of uint8 [k, H, W, 3] has each value, int [3, 256]."""
-    return np.stack(
-        [np.bincount(images[..., channel].reshape(-1), minlength=256) for channel in range(3)]
-    )
+    return np.stack([np.bincount(images[..., c].reshape(-1), minlength=256) for c in range(3)])
 
 
 def images(counts, number, names=ALL):
@@ -56,19 +54,13 @@ def joined(episodes):
     As LeRobot does, a quantile is the outermost of the episodes'.
     """
     out = {}
-    for feature in episodes[0]:
-        parts = {
-            name: np.stack([stats[feature][name] for stats in episodes])
-            for name in episodes[0][feature]
-        }
+    for feature, names in episodes[0].items():
+        parts = {name: np.stack([stats[feature][name] for stats in episodes]) for name in names}
         count = parts["count"]
         weight = count.reshape(-1, *[1] * (parts["mean"].ndim - 1)) / count.sum()
         mean = (weight * parts["mean"]).sum(0)
         variance = (weight * (parts["std"] ** 2 + (parts["mean"] - mean) ** 2)).sum(0)
-        outermost = {
-            name: values.min(0) if name in _LOWER else values.max(0)
-            for name, values in parts.items()
-        }
+        outermost = {n: x.min(0) if n in _LOWER else x.max(0) for n, x in parts.items()}
         out[feature] = outermost | {"mean": mean, "std": np.sqrt(variance), "count": count.sum(0)}
     return out
 

@@ -13,13 +13,6 @@ from PIL import Image
 from lightwam_jax.data.caches import resumable
 from lightwam_jax.data.formats import lerobot_layouts, lerobot_meta, lerobot_stats, video
 
-_INDEX = {
-    "timestamp": "float32",
-    "frame_index": "int64",
-    "episode_index": "int64",
-    "index": "int64",
-    "task_index": "int64",
-}
 _FRAMES = 64  # held in memory at once
 _SAMPLED = 100  # images of an episode that statistics are made of
 # A third of the time of zlib's default, for a tenth more bytes.
@@ -27,15 +20,15 @@ _PNG = {"format": "PNG", "compress_type": zlib.Z_RLE}
 
 
 def write(episodes, directory, version="2.1", cameras=(), **options):
-    """Writes a complete dataset; until it is, it is called `<directory>.partial`.
+    """Writes a whole dataset; its directory is `<directory>.partial` until it is complete.
 
     Args:
-      episodes: `Episode`s, one after the other; equal fps and widths. Read once.
+      episodes: iterable of `Episode`s of equal fps and widths.
       directory: that of the new dataset.
       version, cameras, **options: see `Writer`.
 
     Raises:
-      FileExistsError: the directory is there, or the rest of an interrupted writing.
+      FileExistsError: the directory exists, or the rest of an interrupted writing does.
       ValueError: no episode, one without a step, or one unlike the others.
     """
     growing = f"{directory}.partial"
@@ -54,11 +47,11 @@ def write(episodes, directory, version="2.1", cameras=(), **options):
 class Writer:
     """A dataset under construction: `add` its episodes, then `finish`.
 
-    Frame i of a video is shown at i / fps, and that is also its timestamp.
+    Frame i of a video is shown at i / fps, which is also its timestamp.
 
     Attributes:
-      entries: of each episode what `add` returned. With those of an interrupted writing of v2.1,
-        another Writer goes on; the directory is then the same as without the interruption.
+      entries: what `add` returned for each episode. A Writer that is given the entries of an
+        interrupted one continues it (v2.1 only), as if there had been no interruption.
     """
 
     def __init__(
@@ -87,7 +80,7 @@ class Writer:
           image: name of a camera's feature.
           robot_type: for readers of the dataset.
           names: {"observation.state" or "action": names of its dimensions}.
-          entries: of the episodes that are there, v2.1 only.
+          entries: of the episodes that were written before, v2.1 only.
           data_mb, video_mb: size at which v3.0 begins another file.
           codec, encoder: see `video.Writer`.
 
@@ -103,19 +96,15 @@ class Writer:
         self._videos = videos
         self._tasks = {}  # {instruction: task_index}
         self._number_tasks(task for entry in self.entries for task in entry["row"]["tasks"])
-        self._layout = layouts[version](
-            directory,
-            lambda path, fps: video.Writer(path, fps, codec, **encoder),
-            data_mb * 2**20,
-            video_mb * 2**20,
-        )
+        open_video = lambda path, fps: video.Writer(path, fps, codec, **encoder)
+        self._layout = layouts[version](directory, open_video, data_mb * 2**20, video_mb * 2**20)
 
     def add(self, episode):
         """Writes an episode.
 
         Returns:
           {"row": its place and its tasks, "stats": {feature: {name: list}}}, JSON; that of the
-          first has "form" too: what all have in common.
+          first also has "form": what all episodes have in common.
 
         Raises:
           ValueError: an episode without a step, or unlike the first.
@@ -148,18 +137,19 @@ class Writer:
         }
         entry = {"row": row, "stats": lerobot_stats.lists(stats)}
         if not form:
-            entry["form"] = {
-                "fps": _whole(episode.fps),
-                "features": _features(columns, shapes, self._names, self._videos),
-            }
+            features = _features(columns, shapes, self._names, self._videos)
+            entry["form"] = {"fps": _whole(episode.fps), "features": features}
         self.entries.append(entry)
         return entry
 
     def finish(self):
         """Writes what is known only at the end: meta/."""
         form, total = self.entries[0]["form"], len(self.entries)
-        filmed = self._keys.values() if self._videos else ()
+        filmed = list(self._keys.values()) if self._videos else []
         self._layout.finish(self.entries, list(self._tasks))
+        features = dict(form["features"])
+        for key in filmed:
+            features[key] = features[key] | {"info": _video_info(self._layout.first_video(key))}
         info = {
             "codebase_version": f"v{self._version}",
             "robot_type": self._robot_type,
@@ -172,11 +162,7 @@ class Writer:
             "data_path": self._layout.data_path,
             "video_path": self._layout.video_path if filmed else None,
             **self._layout.counts(total, len(filmed)),
-            "features": {
-                key: feature
-                | ({"info": _video_info(self._layout.first_video(key))} if key in filmed else {})
-                for key, feature in form["features"].items()
-            },
+            "features": features,
         }
         resumable.write_json(self._layout.root / "meta" / "info.json", info)
 
@@ -185,63 +171,55 @@ class Writer:
             self._tasks.setdefault(task, len(self._tasks))
 
 
+def _bad(episode, reason):
+    return ValueError(f"episode {episode.id} {reason}")
+
+
 def _check(episode, form):
     """Refuses an episode that has no step or is unlike the first, whose `form` is given."""
-
-    def bad(reason):
-        return ValueError(f"episode {episode.id} {reason}")
-
-    if not episode.length:
-        raise bad("has no step; leave it out")
-    shapes = {"observation.state": episode.state.shape, "action": episode.action.shape}
-    for key, shape in shapes.items():
-        width = form["features"][key]["shape"][0] if form else shape[-1]
-        if shape != (episode.length, width):
-            raise bad(f"has {key} of shape {list(shape)}, expected [{episode.length}, {width}]")
-    if form and episode.fps != form["fps"]:
-        raise bad(f"has {episode.fps:g} frames per second, the first {form['fps']:g}")
+    length, fps = episode.length, episode.fps
+    if not length:
+        raise _bad(episode, "has no step; leave it out")
+    for key, values in (("observation.state", episode.state), ("action", episode.action)):
+        shape = list(values.shape)
+        wanted = [length, form["features"][key]["shape"][0] if form else shape[-1]]
+        if shape != wanted:
+            raise _bad(episode, f"has {key} of shape {shape}, expected {wanted}")
+    if form and fps != form["fps"]:
+        raise _bad(episode, f"has {fps:g} frames per second, the first {form['fps']:g}")
     if episode.timestamps is not None:
-        off = np.abs(episode.timestamps - np.arange(episode.length) / episode.fps).max()
-        if off > 0.5 / episode.fps:
-            raise bad(
-                f"has timestamps up to {off:.3f} s from {episode.fps:g} per second, which "
-                "LeRobot demands: resample it"
+        off = np.abs(episode.timestamps - np.arange(length) / fps).max()
+        if off > 0.5 / fps:
+            raise _bad(
+                episode,
+                f"has timestamps up to {off:.3f} s from {fps:g} per second, which LeRobot "
+                "requires: resample it",
             )
 
 
 def _columns(episode, number, begin, task_index):
     """Returns {feature: [n] or [n, D]} without images."""
-    steps = np.arange(episode.length)
-    values = {
-        "timestamp": steps / episode.fps,
-        "frame_index": steps,
-        "episode_index": np.full(episode.length, number),
-        "index": begin + steps,
-        "task_index": np.array(task_index),
-    }
+    steps = np.arange(episode.length, dtype=np.int64)
     return {
         "observation.state": episode.state.astype(np.float32),
         "action": episode.action.astype(np.float32),
-        **{key: values[key].astype(dtype) for key, dtype in _INDEX.items()},
+        "timestamp": (steps / episode.fps).astype(np.float32),
+        "frame_index": steps,
+        "episode_index": np.full_like(steps, number),
+        "index": begin + steps,
+        "task_index": np.array(task_index, np.int64),
     }
 
 
 def _features(columns, shapes, names, videos):
     """Returns the features of info.json: of columns, and of cameras whose images have `shapes`."""
-    features = {
-        key: {
-            "dtype": str(values.dtype),
-            "shape": list(values.shape[1:]) or [1],
-            "names": names.get(key),
-        }
-        for key, values in columns.items()
-    }
+    features = {}
+    for key, values in columns.items():
+        shape = list(values.shape[1:]) or [1]
+        features[key] = {"dtype": str(values.dtype), "shape": shape, "names": names.get(key)}
+    kind, axes = "video" if videos else "image", ["height", "width", "channels"]
     for key, shape in shapes.items():
-        features[key] = {
-            "dtype": "video" if videos else "image",
-            "shape": shape,
-            "names": ["height", "width", "channels"],
-        }
+        features[key] = {"dtype": kind, "shape": shape, "names": axes}
     return features
 
 
@@ -254,15 +232,12 @@ def _table(columns, images):
             array = pa.FixedSizeListArray.from_arrays(array, values.shape[1])
             kind = {"feature": kind, "length": values.shape[1], "_type": "Sequence"}
         arrays[key], types[key] = array, kind
+    cell = pa.struct({"bytes": pa.binary(), "path": pa.string()})
     for key, encoded in images.items():
-        cells = [
-            {"bytes": content, "path": f"frame_{i:06d}.png"} for i, content in enumerate(encoded)
-        ]
-        arrays[key] = pa.array(cells, pa.struct({"bytes": pa.binary(), "path": pa.string()}))
-        types[key] = {"_type": "Image"}
-    return pa.table(arrays).replace_schema_metadata(
-        {"huggingface": json.dumps({"info": {"features": types}})}
-    )
+        cells = [{"bytes": png, "path": f"frame_{i:06d}.png"} for i, png in enumerate(encoded)]
+        arrays[key], types[key] = pa.array(cells, cell), {"_type": "Image"}
+    metadata = json.dumps({"info": {"features": types}})
+    return pa.table(arrays).replace_schema_metadata({"huggingface": metadata})
 
 
 class _Frames:
@@ -287,9 +262,9 @@ class _Frames:
             shape = list(images.shape[1:])
             self.shape = self.shape or shape
             if shape != self.shape:
-                raise ValueError(
-                    f"episode {episode.id} has images {shape} of camera {self._camera!r}, the "
-                    f"first {self.shape}"
+                raise _bad(
+                    episode,
+                    f"has images {shape} of camera {self._camera!r}, the first {self.shape}",
                 )
             self._counts += lerobot_stats.histogram(images[np.isin(indices, sampled)])
             yield images

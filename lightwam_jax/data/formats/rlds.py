@@ -17,6 +17,7 @@ checksum behind it. Every record is read once, and checked, when the data set is
 images are decoded when asked for. Files in the array_record format are read too.
 """
 
+import contextlib
 import dataclasses
 import functools
 import operator
@@ -31,9 +32,9 @@ import tqdm
 from array_record.python import array_record_module
 from google.protobuf import message
 
-from lightwam_jax.data import episodes as episodes_lib
+from lightwam_jax.data.episodes import Problem
 from lightwam_jax.data.formats import keys as keys_lib
-from lightwam_jax.data.formats.keys import BadEpisode
+from lightwam_jax.data.formats.stored import BadEpisode
 
 _DEFAULTS = {
     "state": ("observation/state",),
@@ -53,7 +54,7 @@ class RldsEpisode(keys_lib.KeyedEpisode):
 
     record: tuple
 
-    def stored(self, path):
+    def encoded(self, path):
         """Returns the encoded images of the episode [n]."""
         try:
             return _parse(_record(self.file, self.record), {path: _BYTES})[path]
@@ -83,35 +84,26 @@ def read(config):
 
 
 def _read_shard(path, ids, source, found, problems, bar):
-    def problem(kind, name, message):
-        problems.append(episodes_lib.Problem("error", kind, name, path, None, message))
-
-    records, kind, reason = _scan(path)
+    records, lost = [], None
+    try:
+        for record in _records(path):
+            records.append(record)
+    except BadEpisode as error:
+        lost = error
+    announced = f"dataset_info.json speaks of {len(ids)} records"
+    lost = lost or BadEpisode("missing record", f"the file ends after {len(records)}; {announced}")
     if len(records) > len(ids):
-        problem(
-            "too many records",
-            os.path.basename(path),
-            f"dataset_info.json speaks of "
-            f"{len(ids)} records, {len(records)} are there; the rest has no id and is not read",
-        )
+        reason = f"{announced}, {len(records)} are there; the rest has no id and is not read"
+        problems.append(Problem.error("too many records", os.path.basename(path), path, reason))
     for number, name in enumerate(ids):
         bar.update()
-        if number >= len(records):
-            problem(
-                kind or "missing record",
-                name,
-                f"record {number}: "
-                + (
-                    reason
-                    or f"the file ends after {len(records)} records; dataset_info.json "
-                    f"speaks of {len(ids)}"
-                ),
-            )
-            continue
         try:
+            if number >= len(records):
+                raise lost
             found.append(source.episode(path, records[number], name))
         except BadEpisode as error:
-            problem(error.kind, name, f"record {number}: {error}")
+            reason = f"record {number}: {error}"
+            problems.append(Problem.error(error.kind, name, path, reason))
 
 
 def _directory(path):
@@ -131,67 +123,57 @@ def _directory(path):
 # --- the files -----------------------------------------------------------------------------------
 
 
-def _scan(path):
-    """([where each record lies], kind and reason why there are no more, or None); reads headers."""
+def _records(path):
+    """Yields where each record of a file lies; `BadEpisode`: why there are no more."""
     if not os.path.exists(path):
-        return [], "missing file", "its file is not there"
-    if ".array_record" in os.path.basename(path):
+        raise BadEpisode("missing file", "its file is not there")
+    if _is_array_record(path):
         try:
             reader = array_record_module.ArrayRecordReader(path)
-            records = [(number, 0) for number in range(reader.num_records())]
+            count = reader.num_records()
             reader.close()
         except (RuntimeError, ValueError) as error:
-            return [], "damaged file", str(error)
-        return records, None, None
-    records, position, end = [], 0, os.path.getsize(path)
+            raise BadEpisode("damaged file", str(error)) from error
+        yield from ((number, 0) for number in range(count))
+        return
+    position, end = 0, os.path.getsize(path)
     with open(path, "rb") as file:
         while position < end:
             file.seek(position)
             header = file.read(12)
             if len(header) < 12:
-                return records, "truncated file", f"the file ends in a header, at byte {end}"
+                raise BadEpisode("truncated file", f"the file ends in a header, at byte {end}")
             (length,) = struct.unpack("<Q", header[:8])
             if not _intact(header[:8], header[8:]):
-                return (
-                    records,
-                    "damaged file",
-                    (
-                        f"the length at byte {position} does not match "
-                        "its checksum; nothing behind it can be found"
-                    ),
-                )
-            if position + length + 16 > end:
-                return (
-                    records,
-                    "truncated file",
-                    (f"it ends at byte {position + length + 16}, the file at {end}"),
-                )
-            records.append((position + 12, length))
-            position += length + 16
-    return records, None, None
+                wrong = f"the length at byte {position} does not match its checksum"
+                raise BadEpisode("damaged file", f"{wrong}; nothing behind it can be found")
+            following = position + length + 16
+            if following > end:
+                reason = f"it ends at byte {following}, the file at {end}"
+                raise BadEpisode("truncated file", reason)
+            yield position + 12, length
+            position = following
+
+
+def _is_array_record(path):
+    return ".array_record" in os.path.basename(path)
 
 
 def _record(path, place):
-    """The bytes of a record; Unfit where they are gone or do not match their checksum."""
+    """The bytes of a record; `BadEpisode` if they are gone or do not match their checksum."""
     position, length = place
     try:
-        if ".array_record" in os.path.basename(path):
-            reader = array_record_module.ArrayRecordReader(path)
-            try:
+        if _is_array_record(path):
+            with contextlib.closing(array_record_module.ArrayRecordReader(path)) as reader:
                 return reader.read([position])[0]
-            finally:
-                reader.close()
         with open(path, "rb") as file:
             file.seek(position)
             data, checksum = file.read(length), file.read(4)
     except (OSError, RuntimeError, ValueError, IndexError) as error:
-        raise BadEpisode("unreadable record", f"{error}") from error
+        raise BadEpisode("unreadable record", str(error)) from error
     if not _intact(data, checksum):
-        raise BadEpisode(
-            "bad checksum",
-            f"the {length} bytes from {position} on do not match their "
-            "checksum; copy the file again",
-        )
+        wrong = f"the {length} bytes from {position} on do not match their checksum"
+        raise BadEpisode("bad checksum", f"{wrong}; copy the file again")
     return data
 
 
@@ -217,65 +199,55 @@ class _Source:
                 f"{directory} has no nested steps, so it is not RLDS; its features: "
                 f"{', '.join(features)}"
             )
+        self.fps, self.channel_order = data.fields.fps, data.fields.channel_order
+        if not self.fps:
+            raise ValueError(
+                "config.data.fields.fps is 0 and RLDS data do not say how many steps a second "
+                "has; set it"
+            )
         self.leaves = dict(_leaves(features))
         self.keys = {
             name: getattr(data.fields, name) or default for name, default in _DEFAULTS.items()
         }
-        self.fps, self.channel_order = data.fields.fps, data.fields.channel_order
-        if not self.fps:
-            raise ValueError(
-                "config.data.fields.fps is 0 and RLDS data do not say how many steps "
-                "a second has; set it"
-            )
-        self.columns = {}
-        for name in ("state", "action"):
-            for key in self.keys[name]:
-                path, feature = self._leaf(key, name)
-                if _kind(feature) not in "fiub" or len(feature.shape) > 1:
-                    raise ValueError(
-                        f"config.data.fields.{name}: {key} is {feature!r}; expected "
-                        "numbers, [] or [d] in each step"
-                    )
-                self.columns[path] = feature
+        numbers = lambda feature: _kind(feature) in "fiub" and len(feature.shape) < 2
+        text = lambda feature: _kind(feature) == "O" and not feature.shape
+        image = lambda feature: isinstance(feature, tfds.features.Image) and _kind(feature) == "u"
+        wanted = [
+            self._path(name, key, numbers, "numbers, [] or [d] in each step")
+            for name in ("state", "action")
+            for key in self.keys[name]
+        ]
         if not self.keys["task"].startswith("text:"):
-            path, feature = self._leaf(self.keys["task"], "task")
-            if _kind(feature) != "O" or feature.shape:
-                raise ValueError(f"config.data.fields.task: {path} is {feature!r}; expected text")
-            self.columns[path] = feature
-        self.images = {
-            camera: self.keys["image"].replace("{camera}", camera) for camera in data.cameras
-        }
+            wanted.append(self._path("task", self.keys["task"], text, "text"))
+        self.columns = {path: self.leaves[path] for path in wanted}
+        pattern = self.keys["image"]
+        self.images = {camera: pattern.replace("{camera}", camera) for camera in data.cameras}
         for key in self.images.values():
-            feature = self._leaf(key, "image")[1]
-            if not isinstance(feature, tfds.features.Image) or _kind(feature) != "u":
-                raise ValueError(
-                    f"config.data.fields.image: {key} is {feature!r}; expected a "
-                    "tfds.features.Image of uint8"
-                )
+            self._path("image", key, image, "a tfds.features.Image of uint8")
 
-    def _leaf(self, key, name):
-        """(path in the record, feature) of a key of the config."""
-        path = _path(key)
+    def _path(self, name, key, fits, expected):
+        """The path in the record of a key of the config, if its feature fits."""
+        path, entry = _path(key), f"config.data.fields.{name}: "
         if path not in self.leaves:
             there = "\n  ".join(
                 f"{f'/{p}'.removeprefix('/steps/')}: {feature!r}"
                 for p, feature in self.leaves.items()
             )
-            raise ValueError(
-                f"config.data.fields.{name}: the data have no {key!r}; they have\n  {there}"
-            )
+            raise ValueError(f"{entry}the data have no {key!r}; they have\n  {there}")
         if name != "task" and not path.startswith("steps/"):
-            raise ValueError(f"config.data.fields.{name}: {key} is not in the steps of an episode")
-        return path, self.leaves[path]
+            raise ValueError(f"{entry}{key} is not in the steps of an episode")
+        if not fits(self.leaves[path]):
+            raise ValueError(f"{entry}{key} is {self.leaves[path]!r}; expected {expected}")
+        return path
 
     def episode(self, file, place, name):
-        """Returns the `RldsEpisode` of a record; Unfit says why not."""
+        """Returns the `RldsEpisode` of a record; `BadEpisode` says why not."""
         columns = _parse(_record(file, place), self.columns)
-        task, values = self.keys["task"], self.keys["task"].removeprefix("text:")
-        if task == values:
-            values = columns[_path(task)]
-        if isinstance(values, list):
-            values = values[keys_lib.parse(task).rows]
+        task, tasks = self.keys["task"], self.keys["task"].removeprefix("text:")
+        if task == tasks:
+            tasks = columns[_path(task)]
+        if isinstance(tasks, list):
+            tasks = tasks[keys_lib.parse(task).rows]
         steps = len(columns[_path(self.keys["action"][0])])
         state, action = (
             keys_lib.join(what, {k: np.asarray(columns[_path(k)]) for k in self.keys[what]})
@@ -289,7 +261,7 @@ class _Source:
             channel_order=self.channel_order,
             state=state,
             action=action,
-            tasks=keys_lib.instructions(values),
+            tasks=keys_lib.instructions(tasks),
             images={
                 camera: (_path(key), range(steps)[keys_lib.parse(key).rows])
                 for camera, key in self.images.items()

@@ -225,6 +225,11 @@ def test_a_camera_that_nobody_has_is_one_error():
     assert one.kind == "no such camera" and "it has scene, wrist" in one.message
 
 
+def test_images_that_do_not_fit_the_canvas_are_one_error():
+    (one,) = examined(healthy(), **{"data.canvas": (32, 63)}).problems
+    assert one.kind == "does not fit the canvas" and "1 rows and 2 columns" in one.message
+
+
 def test_the_report(tmp_path):
     found = healthy()
     found[3] = dataclasses.replace(found[3], action=put(found[3].action, (7, 2), np.nan))

@@ -15,11 +15,9 @@ def episode(begin, fps, length=6):
     return lerobot.LeRobotEpisode(
         id="episode_000001",
         fps=fps,
-        task="reach",
         state=np.zeros((length, 2), np.float32),
         action=np.zeros((length, 3), np.float32),
-        task_index=np.array([4, 4, 7, 7, 4, 7]),
-        tasks={4: "reach", 7: "lift"},
+        tasks=("reach", "reach", "lift", "lift", "reach", "lift"),
         images={
             "top": lerobot_meta.Video(file, begin),
             "side": lerobot_meta.Video(pathlib.Path("side.mp4"), 5.0),
@@ -73,6 +71,22 @@ def test_every_step_has_its_own_instruction():
     assert said == ["reach", "reach", "lift", "lift", "reach", "lift"]
 
 
+def test_instructions_are_found_by_their_numbers():
+    def tasks(*index):
+        zeros = np.zeros((len(index), 1), np.float32)
+        rows = lerobot._Rows(zeros, zeros, zeros[:, 0], *3 * [np.array(index, int)])
+        data = types.SimpleNamespace(
+            info={"fps": 10}, needed=(), cameras={}, tasks={4: "reach", 7: "lift"}
+        )
+        entry = lerobot_meta.Listed(1, len(index), pathlib.Path("data.parquet"), {}, {})
+        one = lerobot._episode(data, entry, entry.data, 0, rows)
+        return one.task, [one.task_at(step) for step in range(one.length)]
+
+    assert tasks(4, 7, 4) == ("reach", ["reach", "lift", "reach"])
+    assert tasks(7, 7) == ("lift", ["lift", "lift"])
+    assert tasks() == ("", [])
+
+
 @pytest.mark.parametrize(
     "index, runs",
     [
@@ -101,11 +115,11 @@ def test_a_video_may_end_half_a_frame_early(tmp_path, seconds, missing):
     )
     data = types.SimpleNamespace(info={"fps": 10})
     found = list(lerobot._video_faults(data, listed, "top", 6))
-    assert [kind for kind, *_ in found] == (["wrong length"] if missing else [])
+    assert [fault.kind for fault in found] == (["wrong length"] if missing else [])
     if missing:
-        assert f"{missing} s less than its 6 rows" in found[0][1]
+        assert f"{missing} s less than its 6 rows" in found[0].message
     (tmp_path / "top.mp4").unlink()
-    assert next(iter(lerobot._video_faults(data, listed, "top", 6)))[0] == "missing video"
+    assert next(iter(lerobot._video_faults(data, listed, "top", 6))).kind == "missing video"
 
 
 def listed(*numbers):
@@ -114,9 +128,9 @@ def listed(*numbers):
 
 def test_what_meta_does_not_list_is_found():
     data = types.SimpleNamespace(info={"total_episodes": 5}, root=pathlib.Path("root"))
-    tables = {pathlib.Path("0.parquet"): "broken", pathlib.Path("x.parquet"): "cut off"}
+    broken = {pathlib.Path("0.parquet"): "broken", pathlib.Path("x.parquet"): "cut off"}
     spans = {9: [("nine.parquet", 0, 3)], 1: [("one.parquet", 0, 3)], 3: [("three.parquet", 4, 9)]}
-    found = lerobot._unlisted(data, listed(0, 1), tables, spans)
+    found = lerobot._unlisted(data, listed(0, 1), broken, spans)
     assert [(p.kind, p.episode, p.file) for p in found] == [
         ("unlisted episode", "episode_000003", "three.parquet"),
         ("unlisted episode", "episode_000009", "nine.parquet"),

@@ -28,9 +28,7 @@ def test_images_of_an_episode_that_begins_within_a_row_group(tmp_path):
 
 def test_a_single_row_out_of_order_is_a_fault(tmp_path):
     file = tmp_path / "file-000.parquet"
-    data = types.SimpleNamespace(
-        tasks={0: "go"}, needed=(), cameras={}, info={"fps": 10}, root=tmp_path
-    )
+    data = types.SimpleNamespace(tasks={0: "go"}, needed=())
     entry = lerobot_meta.Listed(0, 4, file, {}, {})
 
     def faults(*frames):
@@ -42,7 +40,7 @@ def test_a_single_row_out_of_order_is_a_fault(tmp_path):
             np.zeros(4, int),
             np.zeros(4, int),
         )
-        return [p.kind for p in lerobot._episode(data, entry, {file: rows}, [(file, 0, 4)])[1]]
+        return [fault.kind for fault in lerobot._faults(data, entry, file, rows)]
 
     assert faults(0, 1, 2, 3) == []
     assert faults(0, 1, 3, 2) == ["rows out of order"]

@@ -248,6 +248,21 @@ def test_frame_i_is_shown_at_i_over_fps(tmp_path, fps):
     assert {0, 7, 30, 31} <= set(keyframes)
 
 
+def test_a_video_for_browsers(tmp_path):
+    """Its index comes before its frames; images of odd size get another row and column."""
+    images = counted(3, 63, 96)[:, :, :95]
+    video.write(tmp_path / "a.mp4", images, FPS, crf="1", pad=True, faststart=True)
+    content = (tmp_path / "a.mp4").read_bytes()
+    assert content.index(b"moov") < content.index(b"mdat")
+    seen = video.frames(tmp_path / "a.mp4", np.arange(3) / FPS).astype(int)
+    assert seen.shape == (3, 64, 96, 3)
+    assert np.abs(seen[:, :63, :95] - images).mean() < 3
+    assert np.abs(seen[:, 63, :95] - images[:, 62]).mean() < 3
+    video.write(tmp_path / "b.mp4", counted(3), FPS)
+    content = (tmp_path / "b.mp4").read_bytes()
+    assert content.index(b"moov") > content.index(b"mdat")
+
+
 def test_images_that_make_no_video(tmp_path):
     for images, reason in (
         (counted(2, 63, 96), "even sides"),
