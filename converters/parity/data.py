@@ -251,9 +251,7 @@ def _dataset_info(group):
     for key, want in told.get("splits", {}).items():
         name, fraction = key.rsplit("_", 1)
         count = int(name) if name.isdigit() else len(told["episode_lengths"])
-        train, val = episodes_lib.split(
-            [types.SimpleNamespace(id=i) for i in range(count)], float(fraction)
-        )
+        train, val = episodes_lib.split(range(count), float(fraction))
         got = {"train": train, "val": val}
         for part, numbers in want.items():
             ids = got[re.fullmatch(r"(?:n_)?(train|val).*", part)[1]]

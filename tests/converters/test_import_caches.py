@@ -141,10 +141,9 @@ def reference(weights, tmp_path_factory):
     config = make_config(root, weights)
     codec = wan.WanCodec(weights / "vae", "wan21", "float32")
     found = synthetic.make_episodes(4)
-    by_id = {episode.id: episode for episode in found}
-    for split, names in zip(("train", "val"), episodes_lib.split(found, config.data.val_fraction)):
+    for split, part in zip(("train", "val"), episodes_lib.split(found, config.data.val_fraction)):
         videos = []
-        for episode in (by_id[name] for name in names):
+        for episode in part:
             for start in range(episode.length):
                 window = windows_lib.window_at(episode.length, start, 9, 2, 8)
                 videos.append(windows_lib.canvases(episode, window.frames, config))

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import shutil
+import types
 import warnings
 
 import jax
@@ -405,6 +406,12 @@ def test_precomputed_text_outlives_its_encoder(run, monkeypatch, capsys):
         precompute.precompute(other, ("text",))
 
 
+def of_process_0(config, directory):
+    """What `make_codec` needs of a `precompute.Data`."""
+    assets = lambda name: str(directory / name)
+    return types.SimpleNamespace(config=config, index=0, assets=assets)
+
+
 def test_another_codec_takes_the_place_of_a_fitted_one(weights, tmp_path):
     pca.PcaCodec.fit(clips(4), 16).save(tmp_path / "codec")
     for dtype in ("float32", "bfloat16"):
@@ -416,7 +423,7 @@ def test_another_codec_takes_the_place_of_a_fitted_one(weights, tmp_path):
                 "model.dtype": dtype,
             },
         )
-        done = [precompute._wan_codec(config, str(tmp_path / "codec")) for _ in range(2)]
+        done = [precompute.make_codec(of_process_0(config, tmp_path)) for _ in range(2)]
         assert [note for _, note in done] == ["copied", "kept"]
         assert {made.dtype for made, _ in done} == {dtype}
 
@@ -431,4 +438,4 @@ def test_latent_channels_have_to_agree(run, weights, tmp_path):
         },
     )
     with pytest.raises(ValueError, match=r"48 latent channels, config.model.latent_channels is 16"):
-        precompute._wan_codec(config, str(tmp_path / "codec"))
+        precompute.make_codec(of_process_0(config, tmp_path))

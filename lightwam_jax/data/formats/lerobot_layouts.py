@@ -7,7 +7,7 @@ import pathlib
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lightwam_jax.data.caches import resumable
+from lightwam_jax import atomic
 from lightwam_jax.data.formats import lerobot_stats
 
 CHUNK = 1000  # files per directory
@@ -43,14 +43,14 @@ class Single(_Layout):
 
     def rows(self, number, table):
         """Writes the table of an episode; returns nothing to list."""
-        with resumable.writing(self._of(self.data_path, number)) as path:
+        with atomic.writing(self._of(self.data_path, number)) as path:
             pq.write_table(table, path)
         return {}
 
     def video(self, number, key, chunks, fps):
         """Writes the video of an episode; returns nothing to list."""
         with (
-            resumable.writing(self._of(self.video_path, number, key)) as path,
+            atomic.writing(self._of(self.video_path, number, key)) as path,
             self.open_video(path, fps) as writer,
         ):
             for frames in chunks:
@@ -167,7 +167,7 @@ class Packed(_Layout):
         )
         pq.write_table(_indexed_by_task(tasks), self._place("meta/tasks.parquet"))
         stats = lerobot_stats.joined([entry["stats"] for entry in entries])
-        resumable.write_json(self._place("meta/stats.json"), lerobot_stats.lists(stats))
+        atomic.write_json(self._place("meta/stats.json"), lerobot_stats.lists(stats))
 
 
 VERSIONS = {"2.1": Single, "3.0": Packed}

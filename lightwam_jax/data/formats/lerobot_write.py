@@ -9,7 +9,7 @@ import pyarrow as pa
 import tqdm
 from PIL import Image
 
-from lightwam_jax.data.caches import resumable
+from lightwam_jax import atomic
 from lightwam_jax.data.formats import lerobot_layouts, lerobot_meta, lerobot_stats, video
 
 _INDEX = {
@@ -177,7 +177,7 @@ class Writer:
                 for key, feature in form["features"].items()
             },
         }
-        resumable.write_json(self._layout.root / "meta" / "info.json", info)
+        atomic.write_json(self._layout.root / "meta" / "info.json", info)
 
     def _number_tasks(self, tasks):
         for task in tasks:
