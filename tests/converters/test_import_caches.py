@@ -18,8 +18,7 @@ from lightwam_jax.data.doctor import report as doctor_report
 from lightwam_jax.encoders import text as text_lib
 from lightwam_jax.encoders import umt5 as umt5_lib
 from lightwam_jax.encoders import wan
-from tests import synthetic
-from tests.encoders import test_wan
+from tests import pretrained, synthetic
 
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.torch
@@ -128,9 +127,9 @@ def test_damaged_and_foreign_caches(tmp_path):
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
     root = tmp_path_factory.mktemp("weights")
-    test_wan.save_vae(root / "vae")
-    test_wan.save_vae(root / "other", seed=1)
-    test_wan.save_t5(root / "t5")
+    pretrained.save_vae(root / "vae")
+    pretrained.save_vae(root / "other", seed=1)
+    pretrained.save_t5(root / "t5")
     return root
 
 
