@@ -20,9 +20,8 @@ def read_json(path):
 
 
 def write_json(path, content):
-    """Writes a JSON file; it is the old one or the new one, never half of it."""
-    with writing(path) as partial, open(partial, "w") as f:
-        json.dump(content, f, indent=2)
+    """Writes a JSON file; see `write_text`."""
+    write_text(path, json.dumps(content, indent=2))
 
 
 def write_text(path, text):

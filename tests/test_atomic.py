@@ -16,10 +16,13 @@ def test_a_json_file_that_cannot_be_written_stays_what_it_was(tmp_path):
     assert os.listdir(tmp_path) == ["plan.json"]
 
 
-def test_text_replaces_the_old_one_whatever_its_length(tmp_path):
+def test_text_replaces_the_old_one_or_leaves_it(tmp_path):
     for text in ("a long text\n", "short"):
         atomic.write_text(tmp_path / "notes.txt", text)
         assert (tmp_path / "notes.txt").read_text() == text
+    with pytest.raises(UnicodeEncodeError):
+        atomic.write_text(tmp_path / "notes.txt", "no text: \ud800")
+    assert (tmp_path / "notes.txt").read_text() == "short"
     assert os.listdir(tmp_path) == ["notes.txt"]
     assert atomic.read_json(tmp_path / "nothing.json") is None
 
