@@ -122,13 +122,13 @@ def visualize(policy, workdir, out, began):
     from lightwam_jax.evaluation import closed_loop as closed_loop_lib
     from lightwam_jax.evaluation import draw
 
-    recorded = {episode.id: episode for episode in episodes.load_episodes(policy.config)}
-    _, held_out = episodes.split(list(recorded.values()), policy.config.data.val_fraction)
+    recorded = episodes.load_episodes(policy.config)
+    _, held_out = episodes.split(recorded, policy.config.data.val_fraction)
     if not held_out:
         raise ValueError(
             "config.data.val_fraction holds no episode out: every image would show training data"
         )
-    chosen = [recorded[name] for name in held_out[:6]]
+    chosen = held_out[:6]
     directory = out / "visualize"
     directory.mkdir(parents=True, exist_ok=True)
     seen = [

@@ -44,9 +44,8 @@ class LatentFiles:
             raise IndexError(f"window {index} of the {len(self)} in {self.name}")
         if index not in self:
             raise KeyError(
-                f"{self.name} lacks the latents of window {index}; finish it with the "
-                "reference's precompute, or make a cache with python -m "
-                "lightwam_jax.precompute"
+                f"{self.name} lacks the latents of window {index}; finish it with the reference's "
+                "precompute, or make a cache with python -m lightwam_jax.precompute"
             )
         shard, offset = int(self._shard_of[index]), int(self._offset_of[index])
         if self._open[0] != shard:
@@ -55,8 +54,8 @@ class LatentFiles:
         number, latents = self._open[1]
         if not 0 <= offset < len(latents) or (number is not None and number[offset] != index):
             raise ValueError(
-                f"{self._paths[shard]} of {self.name} does not hold window {index} at "
-                f"place {offset}, as index.pt says: one of them is damaged"
+                f"{self._paths[shard]} of {self.name} does not hold window {index} at place "
+                f"{offset}, as index.pt says: one of them is damaged"
             )
         return np.ascontiguousarray(np.moveaxis(files.to_numpy(latents[offset]), 0, -1))
 
@@ -69,8 +68,8 @@ class LatentFiles:
             latents = latents[None]
         if not hasattr(latents, "ndim") or latents.ndim != 5:
             raise ValueError(
-                f"{path} holds {', '.join(content) or 'nothing'}; expected "
-                "video_latents [C, F, H, W], or [n, C, F, H, W] in a shard"
+                f"{path} holds {', '.join(content) or 'nothing'}; expected video_latents "
+                "[C, F, H, W], or [n, C, F, H, W] in a shard"
             )
         return (None if number is None else number.tolist()), latents
 
@@ -87,13 +86,13 @@ def read_latent_cache(directory):
     directory = Path(directory)
     if (directory / "index.pt").is_file():
         return _open_index(directory)
-    names = [path.name for path in directory.glob("*.pt") if re.fullmatch(r"\d{8}\.pt", path.name)]
-    if not names:
+    names = (path.name for path in directory.glob("*.pt"))
+    paths = sorted(name for name in names if re.fullmatch(r"\d{8}\.pt", name))
+    if not paths:
         raise FileNotFoundError(
-            f"{directory} holds no latent cache; expected index.pt and its "
-            "shards, or 00000000.pt, 00000001.pt, ..."
+            f"{directory} holds no latent cache; expected index.pt and its shards, or 00000000.pt, "
+            "00000001.pt, ..."
         )
-    paths = sorted(names)
     numbers = np.array([int(name[:8]) for name in paths])
     shard_of = np.full(numbers[-1] + 1, -1)
     shard_of[numbers] = np.arange(len(paths))
@@ -104,19 +103,17 @@ def _open_index(directory):
     index = files.read_torch(directory / "index.pt")
     if index.get("storage_format", _STORAGE[0]) not in _STORAGE:
         raise ValueError(
-            f"{directory}/index.pt is of storage_format "
-            f"{index['storage_format']!r}; expected one of {', '.join(_STORAGE)}"
+            f"{directory}/index.pt is of storage_format {index['storage_format']!r}; expected one "
+            f"of {', '.join(_STORAGE)}"
         )
     lacks = {"sample_to_shard", "sample_to_offset", "shard_paths"} - set(index)
     if lacks:
         raise ValueError(
-            f"{directory}/index.pt lacks {', '.join(sorted(lacks))}; expected the "
-            "index of a latent cache"
+            f"{directory}/index.pt lacks {', '.join(sorted(lacks))}; expected the index of a "
+            "latent cache"
         )
-    shard_of, offset_of = (
-        files.to_numpy(index[key]).astype(np.int64)
-        for key in ("sample_to_shard", "sample_to_offset")
-    )
+    shard_of = files.to_numpy(index["sample_to_shard"]).astype(np.int64)
+    offset_of = files.to_numpy(index["sample_to_offset"]).astype(np.int64)
     paths = [str(path) for path in index["shard_paths"]]
     count = index.get("num_samples", len(shard_of))
     if not len(shard_of) == len(offset_of) == count or (shard_of >= len(paths)).any():
@@ -173,9 +170,8 @@ class TextFiles:
         mask = mask.astype(bool)
         if context.ndim != 2 or mask.shape != (self.text_len,) or len(context) != self.text_len:
             raise ValueError(
-                f"{path} holds context {list(context.shape)} and mask "
-                f"{list(mask.shape)}; expected [{self.text_len}, dim] and "
-                f"[{self.text_len}]"
+                f"{path} holds context {list(context.shape)} and mask {list(mask.shape)}; expected "
+                f"[{self.text_len}, dim] and [{self.text_len}]"
             )
         return np.where(mask[:, None], context, np.zeros((), context.dtype)), mask
 
@@ -199,8 +195,8 @@ def read_text_cache(directory, text_len=0):
     if not found:
         length = f" of {text_len} rows" if text_len else ""
         raise FileNotFoundError(
-            f"{directory} holds no text embeddings{length}; expected files "
-            "<sha256 of the prompt>.t5_len<L>.<encoder>.pt"
+            f"{directory} holds no text embeddings{length}; expected files <sha256 of the "
+            "prompt>.t5_len<L>.<encoder>.pt"
         )
     if len(found) > 1:
         kinds = ", ".join(f"t5_len{length}.{encoder}" for length, encoder in sorted(found))

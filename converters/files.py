@@ -5,7 +5,6 @@ read with `weights_only=True`, which refuses anything but tensors and plain cont
 """
 
 import json
-import os
 from pathlib import Path
 
 import ml_dtypes
@@ -15,6 +14,7 @@ from safetensors.numpy import save_file
 
 from converters import lightwam
 from converters.rules import Entry
+from lightwam_jax import atomic
 
 _NUMPY = {
     "F64": np.float64,
@@ -146,7 +146,8 @@ def write_checkpoint(path, flat, rest):
     torch = _torch(path)
     tensors = {key: _to_torch(torch, value) for key, value in flat.items()}
     content = lightwam.unflatten_checkpoint(tensors, rest)
-    _write(path, lambda partial: torch.save(content, partial))
+    with atomic.writing(path) as partial:
+        torch.save(content, partial)
 
 
 def write_tensors(path, tensors):
@@ -154,11 +155,13 @@ def write_tensors(path, tensors):
     path = Path(path)
     if path.suffix == ".safetensors":
         whole = {key: np.ascontiguousarray(array) for key, array in tensors.items()}
-        _write(path, lambda partial: save_file(whole, partial))
+        with atomic.writing(path) as partial:
+            save_file(whole, partial)
     elif path.suffix in (".pt", ".pth"):
         torch = _torch(path)
         content = {key: _to_torch(torch, value) for key, value in tensors.items()}
-        _write(path, lambda partial: torch.save(content, partial))
+        with atomic.writing(path) as partial:
+            torch.save(content, partial)
     else:
         raise ValueError(f"{path}: expected a name that ends in .safetensors, .pt or .pth")
 
@@ -170,17 +173,6 @@ def read_json(path):
         return json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path} is no JSON file: {error}") from error
-
-
-def _write(path, save):
-    """Writes beside the place and moves in when complete: what fails leaves nothing."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        save(partial)
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
 
 
 def existing(path):

@@ -1,16 +1,14 @@
-"""Our caches from the reference's: hours of encoding need not be done again.
+"""Our caches from the reference's, without the hours of encoding.
 
-Windows are matched by number, so episodes, their order and the split must be the reference's own;
-what a cache holds is compared with the data, and a few windows are encoded to see that they agree.
+Windows are matched by number: episodes, their order and the split must be those of the reference. A
+few windows of each split are encoded and compared with what the reference's cache holds.
 """
 
 import numpy as np
 
 from converters import caches
-from lightwam_jax import encoders as encoders_lib
-from lightwam_jax import precompute
-from lightwam_jax.data import spec
-from lightwam_jax.data import windows as windows_lib
+from lightwam_jax import encoders, precompute
+from lightwam_jax.data import spec, windows
 from lightwam_jax.data.caches import build_latents, resumable
 from lightwam_jax.data.caches import latents as latent_cache
 from lightwam_jax.data.caches import text as text_cache
@@ -19,6 +17,10 @@ from lightwam_jax.data.caches import text as text_cache
 # bfloat16, which makes 0.012 (the fixtures' VAE); images from another decoder add about as much.
 _NOISE = 0.05
 _CHECKED = 6  # windows of each split
+_REASONS = (
+    "They are of other weights, episodes (or another order of them) or images (order of the "
+    "cameras, size, orientation); --trust takes them as they are"
+)
 
 
 def import_latents(directory, config, val="", trust=False, say=print):
@@ -36,14 +38,14 @@ def import_latents(directory, config, val="", trust=False, say=print):
     """
     if config.data.codec == "pca":
         raise ValueError(
-            "config.data.codec is 'pca', which is fitted here; the reference's "
-            "latents are of 'wan21' or 'wan22'"
+            "config.data.codec is 'pca', which is fitted here; the reference's latents are of "
+            "'wan21' or 'wan22'"
         )
     data = precompute.Data(config)
     if len(data.sets) > 1:
         raise ValueError(
-            "config.data.mixture has several data sets; import one at a time, with a "
-            "config whose data.path and data.cache are its own"
+            "config.data.mixture has several data sets; import one at a time, with a config whose "
+            "data.path and data.cache are its own"
         )
     with resumable.alone_in(config.data.cache):
         splits, (codec, _) = data.sets[0].splits, precompute.make_codec(data)
@@ -65,11 +67,7 @@ class _Latents:
     """The latents of the windows of a split: [i] -> [F, H, W, C], checked."""
 
     def __init__(self, directory, split, episodes, config):
-        self._files, self._episodes, self._config = (
-            caches.read_latent_cache(directory),
-            episodes,
-            config,
-        )
+        self._files, self._config = caches.read_latent_cache(directory), config
         self._places = [(episode, start) for episode in episodes for start in range(episode.length)]
         self._shape = spec.latents_shape(config)
         if len(self._files) != len(self._places):
@@ -81,9 +79,9 @@ class _Latents:
         missing = [i for i in range(len(self._files)) if i not in self._files]
         if missing:
             raise ValueError(
-                f"{directory} lacks {len(missing)} of its {len(self._files)} windows, "
-                f"the first is {missing[0]}; finish it with the reference's "
-                "precompute, or make a cache with python -m lightwam_jax.precompute"
+                f"{directory} lacks {len(missing)} of its {len(self._files)} windows, the first is "
+                f"{missing[0]}; finish it with the reference's precompute, or make a cache with "
+                "python -m lightwam_jax.precompute"
             )
 
     def __getitem__(self, index):
@@ -96,37 +94,26 @@ class _Latents:
             )
         if not np.isfinite(latents.astype(np.float32)).all():
             raise ValueError(
-                f"{self._files.name}: window {index} is not finite; encode it again "
-                "with the reference's precompute"
+                f"{self._files.name}: window {index} is not finite; encode it again with the "
+                "reference's precompute"
             )
         return latents
 
     def check(self, codec):
-        """Encodes a few windows and compares; returns their numbers."""
-        picked = np.unique(np.linspace(0, len(self._places) - 1, _CHECKED).astype(int))
-        places = [self._places[index] for index in picked]
+        """Compares a few windows with what the codec makes of the data; returns their numbers."""
+        picked = windows.spread(len(self._places), _CHECKED)
         got = np.stack([self[index] for index in picked])
-        want, before, after = (
-            codec.encode(
-                np.stack(
-                    [
-                        self._video(episode, min(max(start + step, 0), episode.length - 1))
-                        for episode, start in places
-                    ]
-                )
-            )
-            for step in (0, -1, 1)
-        )
+        want, before, after = (codec.encode(self._videos(picked, step)) for step in (0, -1, 1))
         errors = _deviations(got, want)
         worst = errors.argmax()
         if errors[worst] > _NOISE:
-            episode, start = places[worst]
+            episode, start = self._places[picked[worst]]
             raise ValueError(
                 f"{self._files.name}: the latents of window {picked[worst]} (episode {episode.id}, "
-                f"step {start}) are {errors[worst]:.0%} from what {codec.id} makes of its "
-                f"images; rounding is 1 to 2 %, up to {_NOISE:.0%} is accepted. {_REASONS}"
+                f"step {start}) are {errors[worst]:.0%} from what {codec.id} makes of its images; "
+                f"rounding is 1 to 2 %, up to {_NOISE:.0%} is accepted. {_REASONS}"
             )
-        # Scenes may look alike: to be near one's own window says little where any window is near.
+        # Images may look alike: a small error says little where other images have one as small.
         own, early, late, other = (
             np.sqrt(np.mean(_deviations(got, against) ** 2))
             for against in (want, before, after, np.roll(want, 1, axis=0))
@@ -134,32 +121,27 @@ class _Latents:
         if own > min(early, late) or (len(picked) > 1 and own > other / 2):
             raise ValueError(
                 f"{self._files.name}: the latents of windows {', '.join(map(str, picked))} are "
-                f"{own:.2%} from what {codec.id} makes of their images, {early:.2%} and "
-                f"{late:.2%} from the images a step before and after, {other:.2%} from each "
-                f"other's. {_REASONS}"
+                f"{own:.2%} from what {codec.id} makes of their images, {early:.2%} and {late:.2%} "
+                f"from the images a step before and after, {other:.2%} from each other's. "
+                f"{_REASONS}"
             )
-        return picked.tolist()
+        return picked
 
-    def _video(self, episode, start):
-        data = self._config.data
-        window = windows_lib.window_at(
-            episode.length, start, data.num_frames, data.frame_stride, data.action_horizon
-        )
-        return windows_lib.canvases(episode, window.frames, self._config)
-
-
-_REASONS = (
-    "They are of other weights, episodes (or another order of them) or images (order of "
-    "the cameras, size, orientation); --trust takes them as they are"
-)
+    def _videos(self, picked, step):
+        """Videos [n, frames, H, W, 3] of windows, all moved by a step within their episodes."""
+        videos = []
+        for episode, start in (self._places[index] for index in picked):
+            moved = min(max(start + step, 0), episode.length - 1)
+            window = windows.window_of(episode, moved, self._config.data)
+            videos.append(windows.canvases(episode, window.frames, self._config))
+        return np.stack(videos)
 
 
 def _deviations(got, want):
-    """Roots of the mean square differences [n] of [n, ...], as shares of the deviation of want."""
+    """Root mean square differences [n] of [n, ...], as shares of the standard deviation of want."""
     got, want = got.astype(np.float64), want.astype(np.float64)
-    return np.sqrt(np.mean((got - want) ** 2, axis=tuple(range(1, got.ndim)))) / max(
-        want.std(), 1e-6
-    )
+    squares = np.mean((got - want) ** 2, axis=tuple(range(1, got.ndim)))
+    return np.sqrt(squares) / max(want.std(), 1e-6)
 
 
 def import_texts(directory, config, trust=False, say=print):
@@ -177,8 +159,8 @@ def import_texts(directory, config, trust=False, say=print):
     """
     if config.data.text_encoder != "umt5":
         raise ValueError(
-            f"config.data.text_encoder is {config.data.text_encoder!r}; the "
-            "reference's embeddings are of 'umt5'"
+            f"config.data.text_encoder is {config.data.text_encoder!r}; the reference's embeddings "
+            "are of 'umt5'"
         )
     data = precompute.Data(config)
     prompts = precompute.data_prompts(data)
@@ -186,27 +168,19 @@ def import_texts(directory, config, trust=False, say=print):
     missing = [prompt for prompt in prompts if prompt not in files]
     if missing:
         raise ValueError(
-            f"{directory} lacks {len(missing)} of {len(prompts)} prompts, such as "
-            f"{missing[0]!r}: compare config.data.prompt_template with the "
-            "reference's, or encode them with python -m lightwam_jax.precompute"
+            f"{directory} lacks {len(missing)} of {len(prompts)} prompts, such as {missing[0]!r}: "
+            "compare config.data.prompt_template with the reference's, or encode them with python "
+            "-m lightwam_jax.precompute"
         )
     encoder = _TextFiles(files, config, prompts)
-    if config.data.text_weights:
-        own = encoders_lib.make_text_encoder(
-            "umt5", config.model.text_dim, config.data.text_weights
-        )
+    if weights := config.data.text_weights:
+        own = encoders.make_text_encoder("umt5", config.model.text_dim, weights)
         encoder.id = own.id
         if not trust:
             encoder.check(own, min(prompts, key=len))
     with resumable.alone_in(config.data.cache):
-        text_cache.write_cache(
-            data.assets("text"),
-            encoder,
-            prompts,
-            config.data.text_len,
-            "umt5",
-            config.data.prompt_template,
-        )
+        form = config.data.text_len, "umt5", config.data.prompt_template
+        text_cache.write_cache(data.assets("text"), encoder, prompts, *form)
     say(f"{data.assets('text')}: {len(prompts)} prompts of {directory}")
 
 
@@ -219,8 +193,8 @@ class _TextFiles:
         context, _ = files.table(prompts[:1])
         if context.shape[-1] != self.dim:
             raise ValueError(
-                f"{files.name} holds rows of width {context.shape[-1]}, "
-                f"config.model.text_dim is {self.dim}"
+                f"{files.name} holds rows of width {context.shape[-1]}, config.model.text_dim is "
+                f"{self.dim}"
             )
 
     def encode(self, prompts, text_len):
@@ -229,7 +203,7 @@ class _TextFiles:
         return context.astype(np.float32), mask
 
     def check(self, encoder, prompt):
-        """Compares one prompt with what the encoder says."""
+        """Compares one prompt with what the encoder makes of it."""
         (got, got_mask), (want, mask) = (
             source.encode([prompt], self._files.text_len) for source in (self, encoder)
         )

@@ -29,18 +29,14 @@ import numpy as np
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from lightwam_jax import atomic, encoders
 from lightwam_jax import config as config_lib
-from lightwam_jax import encoders as encoders_lib
-from lightwam_jax.data import actions, normalize
-from lightwam_jax.data import assets as assets_lib
+from lightwam_jax.data import actions, assets, normalize, windows
 from lightwam_jax.data import episodes as episodes_lib
-from lightwam_jax.data import windows as windows_lib
 from lightwam_jax.data.caches import build_latents, resumable
 from lightwam_jax.data.caches import latents as latent_cache
 from lightwam_jax.data.caches import text as text_cache
-from lightwam_jax.encoders import base as encoders_base
-from lightwam_jax.encoders import pca as pca_lib
-from lightwam_jax.encoders import text as text_lib
+from lightwam_jax.encoders import pca
 
 STEPS = ("stats", "text", "latents")
 _FIT_EPISODES = 64  # more of them show more colours and places; the fit then takes 2 seconds
@@ -61,40 +57,42 @@ def precompute(config, what=("all",), process_index=0, process_count=1):
       ValueError: unknown step or source, data that contradict the config.
       FileNotFoundError: no data.
       resumable.FullDisk: what is finished is kept.
-      resumable.InUse: the same command runs already.
+      atomic.InUse: the same command runs already.
       TimeoutError: process 0 did not begin what this one was to share.
     """
     unknown = sorted(set(what) - {*STEPS, "all"})
     if unknown or not what:
         raise ValueError(
-            f"--what={','.join(what)}: {', '.join(unknown) or 'nothing'} is not a "
-            f"step; expected some of {', '.join(STEPS)}, all"
+            f"--what={','.join(what)}: {', '.join(unknown) or 'nothing'} is not a step; expected "
+            f"some of {', '.join(STEPS)}, all"
         )
     if not 0 <= process_index < process_count:
         raise ValueError(
-            f"--process_index={process_index} of --process_count={process_count}; "
-            "expected 0 to process_count - 1"
+            f"--process_index={process_index} of --process_count={process_count}; expected 0 to "
+            "process_count - 1"
         )
     if config.data.source == "fake":
         print("config.data.source='fake' makes its batches on the fly: nothing to precompute")
         return
-    steps = [step for step in STEPS if step in what or "all" in what]
-    if not config.data.cache:
+    cache = config.data.cache
+    if not cache:
         raise ValueError(
             "config.data.cache is empty; give the directory to write to: --config.data.cache=DIR"
         )
+    steps = [step for step in STEPS if step in what or "all" in what]
+    work = {"stats": _statistics, "text": _text, "latents": _latents}
     data = Data(config, process_index, process_count)
-    os.makedirs(config.data.cache, exist_ok=True)
-    with contextlib.nullcontext() if process_index else resumable.alone_in(config.data.cache):
+    os.makedirs(cache, exist_ok=True)
+    with contextlib.nullcontext() if process_index else resumable.alone_in(cache):
         for step in steps:
             started = time.monotonic()
-            with resumable.explaining_full_disk(config.data.cache):
-                note = {"stats": _statistics, "text": _text, "latents": _latents}[step](data)
+            with resumable.explaining_full_disk(cache):
+                note = work[step](data)
             print(f"{step}: {note} ({time.monotonic() - started:.1f} s)", flush=True)
 
 
 class SourceEpisodes:
-    """The episodes of one data set. What is asked of it raises ValueError if they have errors.
+    """The episodes of one data set. Its properties raise ValueError if the episodes have errors.
 
     Attributes:
       config: of a `config.Dataset`. found, problems: see `episodes.read`.
@@ -109,9 +107,8 @@ class SourceEpisodes:
     @functools.cached_property
     def splits(self):
         episodes_lib.refuse_errors(self.problems, self.config)
-        by_id = {episode.id: episode for episode in self.found}
         train, val = episodes_lib.split(self.found, self.config.data.val_fraction)
-        return {"train": [by_id[name] for name in train], "val": [by_id[name] for name in val]}
+        return {"train": train, "val": val}
 
     @functools.cached_property
     def everything(self):
@@ -146,72 +143,64 @@ def _statistics(data):
         _examine(one)
     files = {}
     for one in data.sets:
-        files.setdefault(assets_lib.statistics_file(one.config), []).append(one)
+        files.setdefault(assets.statistics_file(one.config), []).append(one)
     return "; ".join(_fit(data.assets(name), sets) for name, sets in files.items())
 
 
 def _examine(one):
     """Has the dataset doctor look at data, or at questions about them, that are new."""
     from lightwam_jax.data.doctor import examine
-    from lightwam_jax.data.doctor import (
-        report as doctor_report,  # draws figures; only this step does
-    )
+    from lightwam_jax.data.doctor import report as doctor_report  # draws figures; only here
 
     directory = doctor_report.directory(one.config)
     done = os.path.join(directory, "examined.json")
-    broken = any(problem.severity == "error" for problem in one.problems)
-    if not broken:
-        keys = {
-            key: value
-            for key, value in dataclasses.asdict(one.config.data).items()
-            if key not in ("cache", "workers", "threads", "prefetch")
-        }
+    asked = None
+    if not any(problem.severity == "error" for problem in one.problems):
+        keys = dataclasses.asdict(one.config.data)
+        for key in ("cache", "workers", "threads", "prefetch"):
+            del keys[key]
         asked = json.loads(json.dumps({"data": one.everything, "config": keys}))
-        if resumable.read_json(done) == asked:
+        if atomic.read_json(done) == asked:
             return
     report = examine.examine(one.config, (one.found, one.problems))
     print(doctor_report.text(report), flush=True)
     print(f"report: {doctor_report.write(report, directory)[0]}", flush=True)
     episodes_lib.refuse_errors(report.problems, one.config)
     os.makedirs(directory, exist_ok=True)
-    resumable.write_json(done, asked)
+    atomic.write_json(done, asked)
 
 
 def _fit(path, sets):
     """Statistics of the data sets of one embodiment together."""
-    wanted, *others = (assets_lib.statistics_keys(one.config) for one in sets)
+    config = sets[0].config
+    wanted, *others = (assets.statistics_keys(one.config) for one in sets)
     if any(other != wanted for other in others):
         raise ValueError(
-            f"data sets of config.data.embodiment={sets[0].config.data.embodiment!r} "
-            f"differ in {', '.join(wanted)}; give them embodiments of their own"
+            f"data sets of config.data.embodiment={config.data.embodiment!r} differ in "
+            f"{', '.join(wanted)}; give them embodiments of their own"
         )
     made_from = {"data": "+".join(one.training for one in sets), "config": wanted}
-    have = resumable.read_json(path)
+    have = atomic.read_json(path)
     if have is not None:
         if have.get("made_from") == made_from:
             return f"up to date in {path}"
         if "made_from" not in have:  # somebody's released statistics: theirs, but they must fit
-            normalize.read_statistics(
-                path,
-                config_lib.state_width(sets[0].config),
-                config_lib.action_width(sets[0].config),
-            )
+            widths = config_lib.state_width(config), config_lib.action_width(config)
+            normalize.read_statistics(path, *widths)
             return f"{path} was not computed here; kept as given (delete it to compute)"
-    statistics = normalize.fit_statistics(
-        [episode for one in sets for episode in one.splits["train"]],
-        sets[0].config.data.action_horizon,
-        actions.from_config(sets[0].config),
-    )
+    train = [episode for one in sets for episode in one.splits["train"]]
+    transform = actions.from_config(config)
+    statistics = normalize.fit_statistics(train, config.data.action_horizon, transform)
     statistics["made_from"] = made_from
-    normalize.write_statistics(statistics, path)
+    atomic.write_json(path, statistics)
     print(normalize.describe(statistics))
     for name in ("state", "action"):
-        unsafe = normalize.unsafe_dimensions(statistics, name, sets[0].config.data.normalization)
+        unsafe = normalize.unsafe_dimensions(statistics, name, config.data.normalization)
         if unsafe:
             print(
-                f"WARNING: {name} dimensions {unsafe} never move, and z_score_reference "
-                "divides by their deviation of about 0: any other value at run time is clipped "
-                "to +-5. config.data.normalization='z_score' does not scale such dimensions.",
+                f"WARNING: {name} dimensions {unsafe} never move, and z_score_reference divides by "
+                "their deviation of about 0: any other value at run time is clipped to +-5. "
+                "config.data.normalization='z_score' does not scale such dimensions.",
                 file=sys.stderr,
             )
     return f"wrote {path}"
@@ -221,49 +210,42 @@ def _fit(path, sets):
 
 
 def _text(data):
-    config, directory = data.config, data.assets("text")
+    config, directory = data.config.data, data.assets("text")
     if not data.index:
         resumable.recover(directory)
     prompts = data_prompts(data)
-    have = text_cache.TextCache(directory) if os.path.exists(directory) else None
-    wanted = (config.data.text_encoder, config.model.text_dim)
-    complete = (
-        have is not None
-        and (have.kind, have.dim) == wanted
-        and have.template == config.data.prompt_template
-        and have.text_len in (None, config.data.text_len)
-        and all(prompt in have for prompt in prompts)
-    )
+    cache = _complete_texts(directory, data.config, prompts)
     # Where every prompt is cached, the encoder's weights may be elsewhere.
-    encoder = encoders_lib.make_text_encoder(
-        *wanted, config.data.text_weights, have if complete else None
+    encoder = encoders.make_text_encoder(
+        config.text_encoder, data.config.model.text_dim, config.text_weights, cache
     )
-    if complete and have.encoder_id == encoder.id:
+    if cache is not None and cache.encoder_id == encoder.id:
         if not data.index:
             resumable.put_away(directory)
-        return f"up to date, {len(have.prompts)} prompts in {directory}"
-    if not text_cache.write_cache(
-        directory,
-        encoder,
-        prompts,
-        config.data.text_len,
-        config.data.text_encoder,
-        config.data.prompt_template,
-        data.index,
-        data.count,
-    ):
-        return _SHARED
-    return f"wrote {len(prompts)} prompts to {directory}"
+        return f"up to date, {len(cache.prompts)} prompts in {directory}"
+    form = config.text_len, config.text_encoder, config.prompt_template
+    finished = text_cache.write_cache(directory, encoder, prompts, *form, data.index, data.count)
+    return f"wrote {len(prompts)} prompts to {directory}" if finished else _SHARED
+
+
+def _complete_texts(directory, config, prompts):
+    """The text cache in `directory`, None where it lacks prompts or is of another form."""
+    if not os.path.exists(directory):
+        return None
+    cache, data = text_cache.TextCache(directory), config.data
+    form = data.text_encoder, config.model.text_dim, data.prompt_template
+    if (cache.kind, cache.dim, cache.template) != form:
+        return None
+    same_length = cache.text_len in (None, data.text_len)
+    return cache if same_length and all(prompt in cache for prompt in prompts) else None
 
 
 def data_prompts(data):
     """Returns the texts of all instructions in `Data`, each once."""
-    tasks = episodes_lib.tasks(
-        [episode for one in data.sets for episodes in one.splits.values() for episode in episodes]
-    )
-    return list(
-        dict.fromkeys(text_lib.prompt(task, data.config.data.prompt_template) for task in tasks)
-    )
+    parts = [part for one in data.sets for part in one.splits.values()]
+    tasks = episodes_lib.tasks([episode for part in parts for episode in part])
+    template = data.config.data.prompt_template
+    return list(dict.fromkeys(encoders.text.prompt(task, template) for task in tasks))
 
 
 # ---- latents -------------------------------------------------------------------------------------
@@ -290,91 +272,91 @@ def _windows(one, data, codec, how):
             if not differing:
                 return f"up to date, {count} windows"
             if not data.index:
-                resumable.write_json(
-                    os.path.join(directory, "cache.json"), {**meta, "config": wanted}
-                )
+                path = os.path.join(directory, "cache.json")
+                atomic.write_json(path, {**meta, "config": wanted})
             return f"up to date, {count} windows of the same episodes in {one.config.data.path}"
     meta = build_latents.build(one.config, one.splits, codec, data.index, data.count)
     if meta is None:
         return _SHARED
-    psnr = meta["psnr"]
+    psnr, records = meta["psnr"], meta["records"]
     return (
-        f"wrote {meta['records']['train']} training and {meta['records']['val']} validation "
-        f"windows; codec {codec.id} {how}, PSNR on {psnr['frames']} frames: first "
-        f"{psnr['first']:.1f} dB, later {psnr['later']:.1f} dB"
+        f"wrote {records['train']} training and {records['val']} validation windows; codec "
+        f"{codec.id} {how}, PSNR on {psnr['frames']} frames: first {psnr['first']:.1f} dB, later "
+        f"{psnr['later']:.1f} dB"
     )
+
+
+# ---- codec ---------------------------------------------------------------------------------------
 
 
 def make_codec(data):
-    """Returns (the codec of a `Data`, in the assets, and "fitted now", "copied" or "kept")."""
-    config, directory = data.config, data.assets("codec")
-    if config.data.codec not in encoders_base.STRIDES:
-        raise ValueError(
-            f"config.data.codec is {config.data.codec!r}; known codecs: "
-            f"{', '.join(map(repr, encoders_base.STRIDES))}"
-        )
-    made = _pca_codec if config.data.codec == "pca" else _wan_codec
-    about = data if config.data.codec == "pca" else config
-    if not data.index:
-        resumable.recover(directory)
-        return made(about, directory)
-    resumable.wait(
-        lambda: made(about, directory, only_kept=True), f"process 0 to write {directory}"
-    )
-    return made(about, directory, only_kept=True)
+    """Returns (the codec of a `Data`, in the assets, and "fitted now", "copied" or "kept").
 
-
-def _wan_codec(config, directory, only_kept=False):
-    """The pretrained VAE, put into the assets (hard-linked where possible)."""
-    from lightwam_jax.encoders import wan  # imports the models, which the PCA codec does not need
-
-    kept = encoders_lib.load_codec(directory) if os.path.exists(directory) else None
-    fits = kept is not None and kept.kind == config.data.codec and kept.dtype == config.model.dtype
-    if fits and not config.data.codec_weights:
+    Process 0 makes it where the assets hold none that fits; the others wait for that.
+    """
+    kind, directory = data.config.data.codec, data.assets("codec")
+    if kind not in encoders.base.STRIDES:
+        known = ", ".join(map(repr, encoders.base.STRIDES))
+        raise ValueError(f"config.data.codec is {kind!r}; known codecs: {known}")
+    prepare = _pca_codec if kind == "pca" else _wan_codec
+    if data.index:
+        find = lambda: prepare(data, directory)[0]
+        return resumable.wait(find, f"process 0 to write {directory}"), "kept"
+    resumable.recover(directory)
+    kept, make = prepare(data, directory)
+    if kept is not None:
         return kept, "kept"
-    codec = wan.WanCodec(config.data.codec_weights, config.data.codec, config.model.dtype)
-    if codec.latent_channels != config.model.latent_channels:
-        raise ValueError(
-            f"config.data.codec_weights={config.data.codec_weights!r} has {codec.latent_channels} "
-            f"latent channels, config.model.latent_channels is {config.model.latent_channels}"
-        )
-    if fits and kept.id == codec.id:
-        return kept, "kept"
-    if only_kept:
-        return None
-    _save_codec(codec, directory)
-    return encoders_lib.load_codec(directory), "copied"
-
-
-def _pca_codec(data, directory, only_kept=False):
-    """The codec fitted on the training episodes."""
-    fitted_on = [{**latent_cache.wanted(one.config), "data": one.training} for one in data.sets]
-    for key in latent_cache.WHEREABOUTS:  # the same episodes may lie elsewhere
-        for entry in fitted_on:
-            del entry[key]
-    if resumable.read_json(os.path.join(directory, "fitted_on.json")) == fitted_on:
-        return encoders_lib.load_codec(directory), "kept"
-    if only_kept:
-        return None
-    clips = []
-    for one in data.sets:
-        train = one.splits["train"]
-        per_episode = -(-_FIT_CLIPS // min(_FIT_EPISODES, len(train)))
-        clips.append(
-            encoders_base.to_uint8(windows_lib.clips(train, one.config, _FIT_EPISODES, per_episode))
-        )
-    codec = pca_lib.PcaCodec.fit(np.concatenate(clips), data.config.model.latent_channels)
-    _save_codec(codec, directory, fitted_on)
-    return codec, "fitted now"
-
-
-def _save_codec(codec, directory, fitted_on=None):
     new = directory + ".partial"
     shutil.rmtree(new, ignore_errors=True)
-    codec.save(new)
-    if fitted_on is not None:
-        resumable.write_json(os.path.join(new, "fitted_on.json"), fitted_on)
+    make(new)
     resumable.replace(new, directory)
+    return encoders.load_codec(directory), "fitted now" if kind == "pca" else "copied"
+
+
+def _wan_codec(data, directory):
+    """The pretrained VAE: (the kept codec if it fits, function that saves one in a directory)."""
+    from lightwam_jax.encoders import wan  # imports the models, which the PCA codec does not need
+
+    config = data.config
+    weights, form = config.data.codec_weights, (config.data.codec, config.model.dtype)
+    kept = encoders.load_codec(directory) if os.path.exists(directory) else None
+    if kept is not None and (kept.kind == "pca" or (kept.kind, kept.dtype) != form):
+        kept = None
+    if kept is not None and not weights:
+        return kept, None
+    codec = wan.WanCodec(weights, *form)
+    if codec.latent_channels != config.model.latent_channels:
+        raise ValueError(
+            f"config.data.codec_weights={weights!r} has {codec.latent_channels} latent channels, "
+            f"config.model.latent_channels is {config.model.latent_channels}"
+        )
+    if kept is not None and kept.id != codec.id:
+        kept = None
+    return kept, codec.save
+
+
+def _pca_codec(data, directory):
+    """The codec fitted on the training episodes: see `_wan_codec`."""
+    fitted_on = [{**latent_cache.wanted(one.config), "data": one.training} for one in data.sets]
+    for entry in fitted_on:
+        for key in latent_cache.WHEREABOUTS:  # the same episodes may lie elsewhere
+            del entry[key]
+    if atomic.read_json(os.path.join(directory, "fitted_on.json")) == fitted_on:
+        return encoders.load_codec(directory), None
+
+    def fit(new):
+        clips = np.concatenate([_fit_clips(one) for one in data.sets])
+        pca.PcaCodec.fit(clips, data.config.model.latent_channels).save(new)
+        atomic.write_json(os.path.join(new, "fitted_on.json"), fitted_on)
+
+    return None, fit
+
+
+def _fit_clips(one):
+    """Clips of the training episodes of a data set, uint8 [N, frames, H, W, 3]."""
+    train = one.splits["train"]
+    per_episode = -(-_FIT_CLIPS // min(_FIT_EPISODES, len(train)))
+    return encoders.base.to_uint8(windows.clips(train, one.config, _FIT_EPISODES, per_episode))
 
 
 def main(argv):
@@ -383,14 +365,10 @@ def main(argv):
         raise app.UsageError(f"unexpected argument {argv[1]!r}; steps go into --what")
     given = flags.FLAGS
     try:
-        precompute(
-            config_lib.from_config_dict(given.config),
-            given.what,
-            given.process_index,
-            given.process_count,
-        )
+        config = config_lib.from_config_dict(given.config)
+        precompute(config, given.what, given.process_index, given.process_count)
     # A missing file, a full disk and a timeout are OSErrors.
-    except (ValueError, OSError, resumable.InUse) as error:
+    except (ValueError, OSError, atomic.InUse) as error:
         logging.debug("Where it was found:", exc_info=True)  # shown by --verbosity=1
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

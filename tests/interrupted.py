@@ -123,7 +123,8 @@ def main(directory, seed, kills, processes):
             patch.setattr(
                 pca_lib.PcaCodec, "encode", _slowly(pca_lib.PcaCodec.encode, 0.1 * processes)
             )
-            patch.setattr(text_cache, "_write_parts", _slowly(text_cache._write_parts, 0.02))
+            work = text_cache._TextBuild
+            patch.setattr(work, "_encode", _slowly(work._encode, 0.02))
         _codec()  # once, before forking
         config = make_config(directory)
         for delay in _kill_and_restart(config, random.Random(seed), kills, processes):

@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from lightwam_jax import precompute
+from lightwam_jax import atomic, precompute
 from lightwam_jax.data import assets, normalize
 from lightwam_jax.data import episodes as episodes_lib
 from lightwam_jax.data import windows as windows_lib
@@ -62,18 +62,16 @@ def changed(config, section, **values):
 
 def test_records_are_the_raw_windows(config, members):
     opened = latent_cache.open_cache(config)
-    by_id = {e.id: e for e in members}
     codec = assets.load_assets(assets.assets_directory(config), config).codec
     train, val = episodes_lib.split(members, config.data.val_fraction)
-    for split, names in (("train", train), ("val", val)):
+    for split, chosen in (("train", train), ("val", val)):
         source = opened.source(split)
-        assert len(source) == opened.size(split) == sum(by_id[name].length for name in names)
-        places = [(name, start) for name in names for start in range(by_id[name].length)]
+        assert len(source) == opened.size(split) == sum(episode.length for episode in chosen)
+        places = [(episode, start) for episode in chosen for start in range(episode.length)]
         for row in (0, len(places) // 2, len(places) - 1):
-            record, (name, start) = source[row], places[row]
-            episode = by_id[name]
+            record, (episode, start) = source[row], places[row]
             window = windows_lib.window_at(episode.length, start, 9, 2, 8)
-            assert (record["episode"].decode(), record["start"]) == (name, start)
+            assert (record["episode"].decode(), record["start"]) == (episode.id, start)
             assert opened.meta["tasks"][record["task"]] == episode.task
             np.testing.assert_array_equal(record["proprio"], episode.state[start])
             np.testing.assert_array_equal(record["actions"], episode.action[window.actions])
@@ -110,7 +108,7 @@ def test_second_run_changes_nothing(config, capsys):
 
 def test_statistics_are_of_the_training_episodes_and_printed(config, members, capsys):
     train, _ = episodes_lib.split(members, config.data.val_fraction)
-    want = normalize.fit_statistics([e for name in train for e in members if e.id == name], 8)
+    want = normalize.fit_statistics(train, 8)
     path = os.path.join(assets.assets_directory(config), "dataset_stats.json")
     got = normalize.read_statistics(path, 8, 7)
     assert got["action"] == want["action"] and got["num_episodes"] == len(train)
@@ -149,7 +147,7 @@ def test_given_statistics_are_kept(config, capsys):
         statistics = json.load(f)
     del statistics["made_from"]
     statistics["action"]["default"]["global_max"][2] = 8.5  # not of these data
-    normalize.write_statistics(statistics, path)
+    atomic.write_json(path, statistics)
     given = pathlib.Path(path).read_bytes()
     precompute.precompute(config, ("stats",))
     assert "kept as given" in capsys.readouterr().out
@@ -158,7 +156,7 @@ def test_given_statistics_are_kept(config, capsys):
     _, _, action = assets.load_normalizers(assets.assets_directory(config), config)
     np.testing.assert_allclose(action.inverse(np.ones(7))[2], 8.5)
     statistics["action"]["default"]["global_max"][2] = None
-    normalize.write_statistics(statistics, path)
+    atomic.write_json(path, statistics)
     with pytest.raises(ValueError, match="global_max is not finite in dimension 2"):
         precompute.precompute(config, ("stats",))
 
@@ -241,8 +239,7 @@ def test_an_interrupted_build_leaves_the_old_cache(config, members):
 
 def test_other_images_of_the_same_motion_are_noticed(config, members):
     train, _ = episodes_lib.split(members, config.data.val_fraction)
-    first = next(e for e in members if e.id == train[0])
-    first.images["wrist"] = first.images["wrist"] // 2
+    train[0].images["wrist"] = train[0].images["wrist"] // 2
     before = latent_cache.read_meta(config)["data"]
     precompute.precompute(config, ("latents",))
     assert latent_cache.read_meta(config)["data"] != before

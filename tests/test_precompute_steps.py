@@ -1,18 +1,18 @@
 """Which steps precompute runs, in which order, on which episodes: with stand-ins for the work."""
 
 import dataclasses
+import os
 import types
 
 import numpy as np
 import pytest
 
+from lightwam_jax import atomic, precompute
 from lightwam_jax import encoders as encoders_lib
-from lightwam_jax import precompute
 from lightwam_jax.data import actions, assets
 from lightwam_jax.data import episodes as episodes_lib
 from lightwam_jax.data import windows as windows_lib
 from lightwam_jax.data.caches import latents as latent_cache
-from lightwam_jax.data.caches import resumable
 from lightwam_jax.encoders import pca as pca_lib
 from lightwam_jax.encoders import text as text_lib
 from tests import synthetic
@@ -69,8 +69,7 @@ def test_validation_episodes_are_in_no_fingerprint_of_the_training(config):
     one = precompute.SourceEpisodes(config)
     assert {name: len(found) for name, found in one.splits.items()} == {"train": 4, "val": 2}
     train, val = episodes_lib.split(one.found, config.data.val_fraction)
-    assert [e.id for e in one.splits["train"]] == train
-    assert [e.id for e in one.splits["val"]] == val
+    assert one.splits == {"train": train, "val": val}
     assert one.training == latent_cache.fingerprint(one.splits["train"], config)
     assert one.everything == latent_cache.fingerprint(
         one.splits["train"] + one.splits["val"], config
@@ -98,7 +97,7 @@ class Codec:
     id, latent_channels = "stand-in", 16
 
     def save(self, directory):
-        resumable.os.makedirs(directory)
+        os.makedirs(directory)
 
 
 @pytest.mark.parametrize("train, clips", [(None, 96), (64, 6), (65, 6), (50, 8), (1, 384)])
@@ -151,7 +150,7 @@ def test_statistics_are_fitted_on_the_training_episodes_of_one_embodiment(
     assert precompute._fit(path, [one, two]) == f"wrote {path}"
     ids = [e.id for e in one.splits["train"]]
     assert asked == [(ids + ids, config.data.action_horizon, actions.from_config(config))]
-    written = resumable.read_json(path)
+    written = atomic.read_json(path)
     assert written["number"] == 1 and written["made_from"]["data"] == "+".join([one.training] * 2)
     assert written["made_from"]["config"] == assets.statistics_keys(config)
     assert precompute._fit(path, [one, two]) == f"up to date in {path}"

@@ -214,8 +214,7 @@ def _dataset_info(group):
     for key, want in told.get("splits", {}).items():
         name, fraction = key.rsplit("_", 1)
         count = int(name) if name.isdigit() else len(told["episode_lengths"])
-        numbered = [types.SimpleNamespace(id=i) for i in range(count)]
-        train, val = episodes_lib.split(numbered, float(fraction))
+        train, val = episodes_lib.split(range(count), float(fraction))
         for part, numbers in want.items():
             got = {"train": train, "val": val}[re.fullmatch(r"(?:n_)?(train|val).*", part)[1]]
             if part.startswith("n_"):

@@ -1,10 +1,10 @@
-"""From the actions in the data to those the model sees, and back: declared once, in config.data.
+"""From the actions in the data to those the model sees, and back, as config.data declares.
 
 Training applies `forward` to every window, the policy `inverse` to every predicted chunk. Both work
 on numpy and on traced jax arrays, in physical units: normalisation comes after `forward` and before
-`inverse`, and what the model is wider than the data is zeros (`pad`).
+`inverse`. Where the model is wider than the data, the rest is zeros (`pad`).
 
-Each dimension goes through one of these, which is why their order does not matter:
+Each dimension goes through only one of these, so their order does not matter:
 
   delta_mask      the data hold deltas; past the end of an episode they become 0, "do not move"
   action_as       the data hold targets, the model sees differences. Past the end the last target is
@@ -64,11 +64,8 @@ class ActionTransform:
         if self._deltas:
             start = self._start(state)
             previous = xp.concatenate([start, x[..., :-1, :]], axis=-2)
-            x = x - xp.where(
-                self._are("delta_previous"),
-                previous,
-                xp.where(self._are("delta_state"), start, np.float32(0)),
-            )
+            to_state = xp.where(self._are("delta_state"), start, np.float32(0))
+            x = x - xp.where(self._are("delta_previous"), previous, to_state)
         if self.gripper_dims:
             closed, opened = map(np.float32, self.closed_open)
             x = xp.where(self._grippers(x), (x - closed) / (opened - closed), x)
@@ -79,11 +76,9 @@ class ActionTransform:
         x, xp = actions, actions.__array_namespace__()
         if self.gripper_dims:
             closed, opened = map(np.float32, self.closed_open)
-            physical = (
-                xp.where(x < np.float32(0.5), closed, opened)
-                if self.snap
-                else closed + x * (opened - closed)
-            )
+            physical = closed + x * (opened - closed)
+            if self.snap:
+                physical = xp.where(x < np.float32(0.5), closed, opened)
             x = xp.where(self._grippers(x), physical, x)
         if self._deltas:
             x = xp.where(self._are("delta_previous"), xp.cumsum(x, axis=-2), x)
@@ -136,16 +131,15 @@ def from_config(config):
             )
         if kind != "absolute" and not 0 <= state < states:
             raise ValueError(
-                f"action {dim} is {kind!r} to state {state}, and there are {states} "
-                "states: name the state it belongs to in config.data.action_state_dims"
-                " or make it 'absolute' in config.data.action_as"
+                f"action {dim} is {kind!r} to state {state}, and there are {states} states: name "
+                "the state it belongs to in config.data.action_state_dims or make it 'absolute' in "
+                "config.data.action_as"
             )
         if dim in data.gripper_dims and (kind != "absolute" or is_delta):
             key = "delta_mask" if is_delta else "action_as"
             raise ValueError(
                 f"config.data.gripper_dims names action {dim}, which is a delta by "
-                f"config.data.{key}: a delta is not closed or open, change one of "
-                "them"
+                f"config.data.{key}: a delta is not closed or open, change one of them"
             )
     wrong = sorted(set(data.gripper_dims) - set(range(width)))
     if wrong:
@@ -154,13 +148,13 @@ def from_config(config):
         )
     if len(data.gripper_closed_open) != 2 or len(set(data.gripper_closed_open)) != 2:
         raise ValueError(
-            f"config.data.gripper_closed_open is {data.gripper_closed_open}; expected "
-            "two different numbers, (closed, open)"
+            f"config.data.gripper_closed_open is {data.gripper_closed_open}; expected two "
+            "different numbers, (closed, open)"
         )
     if data.gripper_snap and not data.gripper_dims:
         raise ValueError(
-            "config.data.gripper_snap=True without config.data.gripper_dims: name the "
-            "dimensions that are grippers"
+            "config.data.gripper_snap=True without config.data.gripper_dims: name the dimensions "
+            "that are grippers"
         )
     return made
 

@@ -11,11 +11,9 @@ import dataclasses
 import os
 
 from lightwam_jax import config as config_lib
-from lightwam_jax import encoders as encoders_lib
+from lightwam_jax import encoders
 from lightwam_jax.data import normalize
 from lightwam_jax.data.caches import text as text_cache
-from lightwam_jax.encoders import base as encoders_base
-from lightwam_jax.encoders import text as text_lib
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -32,8 +30,8 @@ class Assets:
 
     state: normalize.Normalizer
     action: normalize.Normalizer
-    codec: encoders_base.Codec
-    text_encoder: text_lib.CachedTextEncoder
+    codec: encoders.base.Codec
+    text_encoder: encoders.text.CachedTextEncoder
     statistics: dict
 
 
@@ -50,18 +48,18 @@ def load_assets(directory, config):
       ValueError: widths, codec channels or text encoder are not the config's.
     """
     statistics, state, action = load_normalizers(directory, config)
-    codec = encoders_lib.load_codec(os.path.join(directory, "codec"))
+    codec = encoders.load_codec(os.path.join(directory, "codec"))
     if codec.latent_channels != config.model.latent_channels:
         raise ValueError(
             f"the codec in {directory}/codec has {codec.latent_channels} channels, "
             f"config.model.latent_channels is {config.model.latent_channels}: run python -m "
             "lightwam_jax.precompute --config CONFIG --what latents, or change the config"
         )
-    cache = load_text(directory, config)
-    encoder = encoders_lib.make_text_encoder(
-        config.data.text_encoder, config.model.text_dim, config.data.text_weights, cache
+    cache, data = load_text(directory, config), config.data
+    encoder = encoders.make_text_encoder(
+        data.text_encoder, config.model.text_dim, data.text_weights, cache
     )
-    cached = text_lib.CachedTextEncoder(encoder, cache)
+    cached = encoders.text.CachedTextEncoder(encoder, cache)
     return Assets(state, action, codec, cached, statistics)
 
 
@@ -82,17 +80,9 @@ def load_normalizers(directory, config):
         for key, value in statistics_keys(config).items()
         if have.get(key, value) != value
     ]
-    if lines:
-        raise ValueError(
-            f"{path} was computed for another config:\n  "
-            + "\n  ".join(lines)
-            + "\nCompute it again with: python -m lightwam_jax.precompute --config "
-            "CONFIG --what stats"
-        )
-    return (
-        statistics,
-        *(normalize.from_statistics(statistics, name, config.data) for name in ("state", "action")),
-    )
+    _refuse(lines, f"{path} was computed", "stats")
+    state = normalize.from_statistics(statistics, "state", config.data)
+    return statistics, state, normalize.from_statistics(statistics, "action", config.data)
 
 
 def statistics_file(config):
@@ -103,18 +93,9 @@ def statistics_file(config):
 
 def statistics_keys(config):
     """Returns {"config.data.key": JSON} of the keys that decide statistics, beside the data."""
-    keys = (
-        "action_horizon",
-        "action_as",
-        "action_state_dims",
-        "gripper_dims",
-        "gripper_closed_open",
-    )
-    values = {key: getattr(config.data, key) for key in keys}
-    return {
-        f"config.data.{key}": list(value) if isinstance(value, tuple) else value
-        for key, value in values.items()
-    }
+    keys = "action_as", "action_state_dims", "gripper_dims", "gripper_closed_open"
+    tuples = {f"config.data.{key}": list(getattr(config.data, key)) for key in keys}
+    return {"config.data.action_horizon": config.data.action_horizon, **tuples}
 
 
 def load_text(directory, config):
@@ -134,11 +115,14 @@ def load_text(directory, config):
         for key, (have, want) in pairs.items()
         if have != want
     ]
-    if lines:
-        raise ValueError(
-            f"the text embeddings in {directory}/text were made for another config:\n  "
-            + "\n  ".join(lines)
-            + "\nMake them again with: python -m lightwam_jax.precompute "
-            "--config CONFIG --what text"
-        )
+    _refuse(lines, f"the text embeddings in {directory}/text were made", "text")
     return cache
+
+
+def _refuse(differing, what, step):
+    """Raises ValueError where there are lines that say what differs from the config."""
+    if differing:
+        raise ValueError(
+            f"{what} for another config:\n  " + "\n  ".join(differing) + "\nMake it again with: "
+            f"python -m lightwam_jax.precompute --config CONFIG --what {step}"
+        )

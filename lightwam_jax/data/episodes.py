@@ -1,7 +1,6 @@
-"""What a data source hands over: episodes, and the windows cut from them.
+"""What a data source gives: episodes, checked and split.
 
-A source differs from another only in how it reads an episode; everything behind this file is
-shared.
+Sources differ only in how they read an episode. All code after this file is shared.
 """
 
 import collections
@@ -137,26 +136,26 @@ class ArrayEpisode(Episode):
 
 
 def split(episodes, val_fraction):
-    """Returns (train ids, val ids), the reference's seeded split by episode.
+    """Returns (training episodes, validation episodes), the reference's seeded split.
 
-    Without validation the order is kept; otherwise both lists come in shuffled order, which is
-    then the order of the samples in a latent cache.
+    Without validation the order is kept. Otherwise both lists are shuffled, and their order is that
+    of the samples in a latent cache.
 
     Raises:
       ValueError: the split leaves no training episode.
     """
-    ids = [episode.id for episode in episodes]
+    episodes = list(episodes)
     if val_fraction < 1e-6:
-        return ids, []
-    order = np.arange(len(ids))
+        return episodes, []
+    order = np.arange(len(episodes))
     np.random.default_rng(42).shuffle(order)
-    train = int(len(ids) * (1 - val_fraction))
+    train = int(len(episodes) * (1 - val_fraction))
     if train == 0:
         raise ValueError(
-            f"config.data.val_fraction={val_fraction} of {len(ids)} episodes leaves none to train "
-            "on; record more episodes or set config.data.val_fraction=0"
+            f"config.data.val_fraction={val_fraction} of {len(episodes)} episodes leaves none to "
+            "train on; record more episodes or set config.data.val_fraction=0"
         )
-    return [ids[i] for i in order[:train]], [ids[i] for i in order[train:]]
+    return [episodes[i] for i in order[:train]], [episodes[i] for i in order[train:]]
 
 
 def load_episodes(config):
@@ -212,10 +211,8 @@ def read(config):
             )
     # Imported here: each source needs packages that the others do not.
     reader = importlib.import_module(f"lightwam_jax.data.formats.{source}")
-    if len(paths) == 1:
-        found, problems = reader.read(config)
-    else:
-        found, problems = _read_several(reader, config, paths)
+    several = len(paths) > 1
+    found, problems = _read_several(reader, config, paths) if several else reader.read(config)
     names = {e.id for e in found} | {p.episode for p in problems}
     unknown = sorted(set(config.data.exclude) - names)
     if unknown:
@@ -256,23 +253,19 @@ def _read_several(reader, config, paths):
         )
     found, problems = [], []
     for name, path in zip(names, paths):
-        own = tuple(
-            i.removeprefix(f"{name}/") for i in config.data.exclude if i.startswith(f"{name}/")
-        )
-        data = dataclasses.replace(config.data, path=path, exclude=own)
+        prefix = f"{name}/"
+        excluded = [i.removeprefix(prefix) for i in config.data.exclude if i.startswith(prefix)]
+        data = dataclasses.replace(config.data, path=path, exclude=tuple(excluded))
         episodes, wrong = reader.read(dataclasses.replace(config, data=data))
-        found += [dataclasses.replace(e, id=f"{name}/{e.id}") for e in episodes]
-        problems += [p._replace(episode=f"{name}/{p.episode}") for p in wrong]
+        found += [dataclasses.replace(e, id=prefix + e.id) for e in episodes]
+        problems += [p._replace(episode=prefix + p.episode) for p in wrong]
     return found, problems
 
 
 def tasks(episodes):
     """Returns the distinct instructions of all steps, in the order of their first use."""
-    return list(
-        dict.fromkeys(
-            episode.task_at(step) for episode in episodes for step in range(episode.length)
-        )
-    )
+    steps = (episode.task_at(step) for episode in episodes for step in range(episode.length))
+    return list(dict.fromkeys(steps))
 
 
 def check(episode, config):
@@ -281,47 +274,32 @@ def check(episode, config):
     Errors: no step at all, state or action of another length or width than the config says,
     numbers that are not finite.
     """
-
-    def problem(kind, message, frame=None):
-        return Problem("error", kind, episode.id, episode.file, frame, message)
-
-    out = []
     if not episode.length:
-        return [problem("empty episode", "it has no step")]
-    for name, key, width in (
-        ("state", "state_dim", config_lib.state_width(config)),
-        ("action", "action_dim", config_lib.action_width(config)),
-    ):
+        return [_error(episode, "empty episode", "it has no step")]
+    widths = config_lib.state_width(config), config_lib.action_width(config)
+    out = []
+    for name, key, width in zip(("state", "action"), ("proprio_dim", "action_dim"), widths):
         values = getattr(episode, name)
+        bad = np.argwhere(~np.isfinite(values))
         if values.ndim != 2 or len(values) != episode.length:
-            out.append(
-                problem(
-                    "wrong length",
-                    f"{name} has shape {list(values.shape)}; expected [{episode.length}, {width}]",
-                )
-            )
+            said = f"{name} has shape {list(values.shape)}; expected [{episode.length}, {width}]"
+            out.append(_error(episode, "wrong length", said))
         elif values.shape[1] != width:
-            out.append(
-                problem(
-                    "wrong width",
-                    (
-                        f"{name} has {values.shape[1]} dimensions, the config says {width}; set "
-                        f"config.model.{'proprio_dim' if name == 'state' else 'action_dim'} to "
-                        f"{values.shape[1]}, or config.data.{key} where the model's is larger"
-                    ),
-                )
+            has = values.shape[1]
+            said = (
+                f"{name} has {has} dimensions, the config says {width}; set config.model.{key} to "
+                f"{has}, or config.data.{name}_dim where the model's is larger"
             )
-        elif not np.isfinite(values).all():
-            bad = np.argwhere(~np.isfinite(values))
+            out.append(_error(episode, "wrong width", said))
+        elif len(bad):
             step, dim = bad[0]
-            out.append(
-                problem(
-                    "not finite",
-                    f"{name}[{dim}] is {values[step, dim]} ({len(bad)} such values in all)",
-                    int(step),
-                )
-            )
+            said = f"{name}[{dim}] is {values[step, dim]} ({len(bad)} such values in all)"
+            out.append(_error(episode, "not finite", said, int(step)))
     return out
+
+
+def _error(episode, kind, message, frame=None):
+    return Problem.error(kind, episode.id, episode.file, message, frame)
 
 
 def _duplicates(episodes):

@@ -4,8 +4,8 @@ Global batch k of a run is a function of config.seed and k alone, whatever the t
 restarts. Each process reads its own rows of it: rows p * b ... (p + 1) * b - 1 for process p and b
 rows per process.
 
-The datasets of a mixture are shuffled each by itself, anew in every epoch of its own, and turned
-into finished samples with their own statistics and transforms; then they are interleaved.
+Each data set of a mixture is shuffled by itself, anew in every epoch of its own, and turned into
+finished samples with its own statistics and transforms. Then the data sets are interleaved.
 """
 
 import dataclasses
@@ -22,11 +22,10 @@ from absl import flags
 from tensorflow_datasets.proto import tf_example_pb2
 
 from lightwam_jax import config as config_lib
+from lightwam_jax import encoders
 from lightwam_jax.data import actions as actions_lib
-from lightwam_jax.data import assets, normalize, spec
-from lightwam_jax.data import windows as windows_lib
+from lightwam_jax.data import assets, normalize, spec, windows
 from lightwam_jax.data.caches import latents as latent_cache
-from lightwam_jax.encoders import text as text_lib
 
 _FAKE_RECORDS = {"train": 1024, "val": 64}
 _AS_READ = ("latents", "video", "action_is_pad", "image_is_pad")
@@ -50,11 +49,9 @@ def train_loader(config, process_index=0, process_count=1, start_step=0):
         grain.MapDataset.source(samples).seed(config.seed + number).shuffle().repeat(None)
         for number, samples in enumerate(sets)
     ]
-    data = (
-        shuffled[0]
-        if len(sets) == 1
-        else grain.MapDataset.select_from_datasets(shuffled, _Shares(weights))
-    )
+    data = shuffled[0]
+    if len(sets) > 1:
+        data = grain.MapDataset.select_from_datasets(shuffled, _Shares(weights))
     # Batches before slices: a process then holds a contiguous block of the rows of every batch.
     # Without a remainder: Grain rounds that length up in floating point, beyond what is allowed.
     data = data.batch(rows, drop_remainder=True)
@@ -83,30 +80,21 @@ def val_batches(config, process_index=0, process_count=1):
     if not sets or not config.train.eval_batches:
         return []
     most = max(1, config.train.eval_batches * config.train.batch_size // len(sets))
-    chosen = [
-        (samples, int(row))
-        for samples in sets
-        for row in np.unique(
-            np.linspace(0, len(samples) - 1, min(most, len(samples))).astype(np.int64)
-        )
-    ]
+    chosen = [(one, row) for one in sets for row in windows.spread(len(one), most)]
     count = -(-len(chosen) // config.train.batch_size)
 
     def load(number):
         first = (number * process_count + process_index) * rows
-        batch = _stack(
-            [
-                samples[row]
-                for samples, row in (chosen[i % len(chosen)] for i in range(first, first + rows))
-            ]
-        )
+        picked = [chosen[i % len(chosen)] for i in range(first, first + rows)]
+        samples = [one[row] for one, row in picked]
+        batch = {name: np.stack([sample[name] for sample in samples]) for name in samples[0]}
         return {**batch, "valid": np.arange(first, first + rows) < len(chosen)}
 
     return grain.MapDataset.range(count).map(load)
 
 
 def _end_with_parent(worker, workers):
-    """Run in every worker: where the training is killed, it would wait for it for ever."""
+    """Run in every worker: ends it with the training, which it would wait for after a kill."""
     del worker, workers
 
     def watch():
@@ -126,12 +114,14 @@ def _rows_per_process(config, process_count):
     return rows
 
 
-def _stack(samples):
-    return {name: np.stack([sample[name] for sample in samples]) for name in samples[0]}
-
-
 class _Shares(grain.transforms.DatasetSelectionMap):
     """Sample i of a mixture -> (dataset, number of its sample): evenly interleaved, exact shares.
+
+    With weights 7 and 3, i * 3 // 10 of the first i samples are of dataset 1. It gets sample i
+    where that number grows from i to i + 1: samples 3, 6 and 9 of every ten. Sample 6 is thus
+    number 6 * 3 // 10 = 1 of dataset 1, and sample 5 is number 5 - 5 * 3 // 10 = 4 of dataset 0.
+    With more datasets, "dataset 1" stands for all after the first; the samples that they get are
+    numbered anew and divided among them in the same way.
 
     `grain.MapDataset.mix` does the same with weights cut to hundredths of the smallest.
     """
@@ -145,13 +135,12 @@ class _Shares(grain.transforms.DatasetSelectionMap):
         return sys.maxsize
 
     def __getitem__(self, index):
-        left = sum(self._shares)
+        left = sum(self._shares)  # shares of this dataset and of those after it
         for dataset, share in enumerate(self._shares):
-            # Of the first `index` samples that are left, `later` go to the datasets behind.
-            later, and_next = (i * (left - share) // left for i in (index, index + 1))
-            if later == and_next:
-                return dataset, index - later
-            index, left = later, left - share
+            after, and_next = (i * (left - share) // left for i in (index, index + 1))
+            if after == and_next:  # sample `index` is not for the datasets after this one
+                return dataset, index - after
+            index, left = after, left - share
         raise AssertionError("the last dataset takes what is left")
 
 
@@ -169,7 +158,7 @@ class _Samples:
     action: normalize.Normalizer
     transform: actions_lib.ActionTransform
     widths: tuple  # of the model's proprio and actions
-    keys: dict  # what every sample carries besides
+    keys: dict = dataclasses.field(default_factory=dict)  # what every sample carries besides
 
     def __len__(self):
         return len(self.records)
@@ -193,14 +182,12 @@ def _datasets(config, split):
     """[(weight, `_Samples`)] of the data sets of a run that have samples in a split."""
     if config.data.source == "fake":
         return [(1.0, _fake_samples(config, split))]
-    found = []
+    found, directory = [], assets.assets_directory(config)
     for number, dataset in enumerate(config_lib.datasets(config)):
         records, tasks = _records(dataset.config, split)
         if len(records):
             keys = {"dataset": np.int32(number)} if config.data.mixture else {}
-            samples = _samples(
-                dataset.config, assets.assets_directory(config), records, tasks, keys
-            )
+            samples = _samples(dataset.config, directory, records, tasks, keys)
             found.append((dataset.weight, samples))
     return found
 
@@ -208,40 +195,28 @@ def _datasets(config, split):
 def _records(config, split):
     """The raw records of a split of one data set, and the tasks of all of its splits."""
     if config.data.encode_online:
-        return windows_lib.open_windows(config, split)
+        return windows.open_windows(config, split)
     cache = latent_cache.open_cache(config)
     return _CacheRecords(cache.source(split)) if cache.size(split) else (), cache.meta["tasks"]
 
 
 def _samples(config, directory, records, tasks, keys):
-    prompts = [text_lib.prompt(task, config.data.prompt_template) for task in tasks]
+    prompts = [encoders.text.prompt(task, config.data.prompt_template) for task in tasks]
     context, mask = assets.load_text(directory, config).table(prompts, config.data.text_len)
     _, state, action = assets.load_normalizers(directory, config)
-    return _Samples(
-        records,
-        context,
-        mask,
-        state,
-        action,
-        actions_lib.from_config(config),
-        (config.model.proprio_dim, config.model.action_dim),
-        keys,
-    )
+    transform, widths = actions_lib.from_config(config), _widths(config)
+    return _Samples(records, context, mask, state, action, transform, widths, keys)
 
 
 def _fake_samples(config, split):
     context, mask = spec.fake_context(config, config.seed)
     same = normalize.Normalizer(np.float32(1), np.float32(0))
-    return _Samples(
-        _FakeRecords(config, split),
-        context,
-        mask,
-        same,
-        same,
-        actions_lib.ActionTransform(),
-        (config.model.proprio_dim, config.model.action_dim),
-        {},
-    )
+    records, transform = _FakeRecords(config, split), actions_lib.ActionTransform()
+    return _Samples(records, context, mask, same, same, transform, _widths(config))
+
+
+def _widths(config):
+    return config.model.proprio_dim, config.model.action_dim
 
 
 class _CacheRecords:
@@ -253,8 +228,7 @@ class _CacheRecords:
     def __init__(self, source):
         self._bytes, features = source.data_source, source.dataset_info.features
         self._tensors = {
-            name: (features[name].np_dtype, features[name].shape)
-            for name in ("latents", "proprio", "actions", "action_is_pad", "image_is_pad")
+            name: (features[name].np_dtype, features[name].shape) for name in latent_cache.TENSORS
         }
 
     def __len__(self):

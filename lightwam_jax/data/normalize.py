@@ -5,11 +5,11 @@ statistics load here and ours load there.
 """
 
 import dataclasses
-import json
-import os
 
 import numpy as np
 import tqdm
+
+from lightwam_jax import atomic
 
 CLIP = 5.0
 MODES = ("min_max", "quantile", "z_score", "z_score_reference", "constants", "none")
@@ -88,12 +88,13 @@ def from_statistics(statistics, name, data):
         return z_score_reference(table["global_mean"], table["global_std"])
     width = len(table["global_min"])
     if mode == "constants":
-        if len(data.normalization_range) != 2 or np.diff(data.normalization_range) < _MIN_RANGE:
+        ends = data.normalization_range
+        if len(ends) != 2 or np.diff(ends) < _MIN_RANGE:
             raise ValueError(
-                f"config.data.normalization_range is {data.normalization_range}; "
-                "expected (low, high), mapped to -1 and 1"
+                f"config.data.normalization_range is {ends}; expected (low, high), mapped to -1 "
+                "and 1"
             )
-        return min_max(*(np.full(width, end) for end in data.normalization_range))
+        return min_max(*(np.full(width, end) for end in ends))
     if mode == "none":
         return Normalizer(np.ones(width, np.float32), np.zeros(width, np.float32), np.inf)
     raise ValueError(f"config.data.normalization is {mode!r}; expected one of {', '.join(MODES)}")
@@ -193,13 +194,6 @@ def _join(episodes):
     return {key: value.tolist() for key, value in out.items()}
 
 
-def write_statistics(statistics, path):
-    """Writes dataset_stats.json; the file is either the old or the new one, never half of it."""
-    with open(path + ".tmp", "w") as f:
-        json.dump(statistics, f, indent=2)
-    os.replace(path + ".tmp", path)
-
-
 def read_statistics(path, state_dim, action_dim):
     """Returns the dictionary of `path`, checked against the model's widths.
 
@@ -207,18 +201,15 @@ def read_statistics(path, state_dim, action_dim):
       FileNotFoundError: no such file; the message says how to make it.
       ValueError: another width, a missing entry, or a number that is not finite.
     """
-    if not os.path.exists(path):
+    statistics = atomic.read_json(path)
+    if statistics is None:
         raise FileNotFoundError(f"{path} is missing; make it with: {_COMPUTE}")
-    with open(path) as f:
-        statistics = json.load(f)
-    for name, key, width in (
-        ("state", "proprio_dim", state_dim),
-        ("action", "action_dim", action_dim),
-    ):
+    parts = ("state", "proprio_dim", state_dim), ("action", "action_dim", action_dim)
+    for name, key, width in parts:
         if name not in statistics:
             raise ValueError(
-                f"{path} has no {name!r} entry (it has "
-                f"{', '.join(sorted(statistics))}); expected a dataset_stats.json"
+                f"{path} has no {name!r} entry (it has {', '.join(sorted(statistics))}); expected "
+                "a dataset_stats.json"
             )
         table = table_of(statistics, name)
         for field in _FIELDS:
@@ -232,8 +223,7 @@ def read_statistics(path, state_dim, action_dim):
             if not np.isfinite(values).all():
                 raise ValueError(
                     f"{path}: {name} global_{field} is not finite in dimension "
-                    f"{int(np.argmin(np.isfinite(values)))}: compute the statistics again from "
-                    "clean data"
+                    f"{int(np.argmin(np.isfinite(values)))}: compute it again from clean data"
                 )
     return statistics
 
@@ -251,8 +241,8 @@ def table_of(statistics, name):
     entries = {frozenset(table) for table in tables.values()}
     if len(entries) != 1:
         raise ValueError(
-            f"the statistics of {name!r} hold tables ({', '.join(tables)}) of "
-            "different entries; expected at least one, and the same in each"
+            f"the statistics of {name!r} hold tables ({', '.join(tables)}) of different entries; "
+            "expected at least one, and the same in each"
         )
     return {
         key: np.concatenate([np.asarray(table[key]) for table in tables.values()], -1).tolist()
@@ -270,13 +260,11 @@ def describe(statistics):
         table = table_of(statistics, name)
         columns = np.array([table[f"global_{field}"] for field in _FIELDS])  # [6, D]
         for dim, row in enumerate(columns.T):
-            flags = []
+            flag = "constant" if row[1] - row[0] < _MIN_RANGE else ""
             if not np.isfinite(row).all():
-                flags.append("NOT FINITE")
-            elif row[1] - row[0] < _MIN_RANGE:
-                flags.append("constant")
+                flag = "NOT FINITE"
             numbers = "".join(f"{value:>11.4f}" for value in row)
-            lines.append(f"{name + f'[{dim}]':<12}{numbers}  {' '.join(flags)}".rstrip())
+            lines.append(f"{f'{name}[{dim}]':<12}{numbers}  {flag}".rstrip())
     return "\n".join(lines)
 
 

@@ -9,16 +9,16 @@
   action_is_pad  [B, T]           bool      step lies past the end of the episode
   image_is_pad   [B, frames]      bool      video frame lies past the end of the episode
   index          [B]              int64     sample id: row of the split
-  dataset         [B]              int32     only in a mixture: number of the data set, in its order
+  dataset        [B]              int32     only in a mixture: number of the data set, in its order
 
-Validation batches have one key more: valid [B] bool, false on rows repeated to fill the last batch.
+Validation batches also have valid [B] bool: false on rows repeated to fill the last batch.
 """
 
 import jax
 import ml_dtypes
 import numpy as np
 
-from lightwam_jax.encoders import base as encoders_base
+from lightwam_jax import encoders
 
 FAKE_TASKS = 4
 
@@ -51,12 +51,9 @@ def batch_spec(config, batch):
 
 def model_batch_spec(config, rows):
     """Returns {name: ShapeDtypeStruct} of what the losses read: latents, whatever is loaded."""
-    batch = {
-        name: x
-        for name, x in batch_spec(config, rows).items()
-        if name not in ("index", "dataset", "video")
-    }
-    return batch | {"latents": _struct((rows, *latents_shape(config)), ml_dtypes.bfloat16)}
+    latents = _struct((rows, *latents_shape(config)), ml_dtypes.bfloat16)
+    batch = batch_spec(config, rows) | {"latents": latents}
+    return {k: x for k, x in batch.items() if k not in ("index", "dataset", "video")}
 
 
 def latents_shape(config):
@@ -66,25 +63,21 @@ def latents_shape(config):
       ValueError: the canvas does not divide into latent cells, pooled cells and 2x2 patches.
     """
     data = config.data
-    stride = encoders_base.STRIDES[data.codec]
+    stride = encoders.base.STRIDES[data.codec]
     unit = stride * config.loss.downsample * 2
     if any(side <= 0 or side % unit for side in data.canvas) or len(data.canvas) != 2:
         raise ValueError(
             f"config.data.canvas={tuple(data.canvas)}: both sides must be multiples of {unit} "
-            f"({stride} pixels per latent cell x config.loss.downsample="
-            f"{config.loss.downsample} x patches of 2)"
+            f"({stride} pixels per latent cell x config.loss.downsample={config.loss.downsample} x "
+            "patches of 2)"
         )
-    return (
-        data.latent_frames,
-        *(side // stride for side in data.canvas),
-        config.model.latent_channels,
-    )
+    height, width = (side // stride for side in data.canvas)
+    return data.latent_frames, height, width, config.model.latent_channels
 
 
 def check_batch(batch, config):
     """Raises ValueError, naming every key, shape or dtype of a batch that breaks the contract."""
-    wrong = []
-    rows = len(batch["index"]) if "index" in batch else 0
+    wrong, rows = [], len(batch.get("index", ()))
     spec = batch_spec(config, rows)
     if "valid" in batch:
         spec["valid"] = _struct((rows,), np.bool_)

@@ -10,7 +10,9 @@ GROUP = 4  # video frames per latent frame, after the first
 
 
 class Codec(typing.Protocol):
-    """What the cache, the policy and the figures use.
+    """Video to latents and back: used by the cache, the policy and the figures.
+
+    Canvases are uint8, or float32 in 0..1 where they were resampled: see `cameras.canvas`.
 
     Attributes:
       kind: of `STRIDES`.
@@ -29,12 +31,13 @@ class Codec(typing.Protocol):
     def encode(self, video):
         """Canvases [B, T, H, W, 3], T = 1 + 4k -> latents f32 [B, 1 + k, H/stride, W/stride, C].
 
-        Canvases are uint8, or float32 in 0..1 where they were resampled: see `cameras.canvas`.
+        Raises:
+          ValueError: see `check_video`.
         """
         ...
 
     def decode(self, latents):
-        """Latents [B, F, h, w, C] -> uint8 [B, 4F - 3, h * stride, w * stride, 3]."""
+        """Latents [B, F, h, w, C] -> uint8 [B, 4F - 3, h * stride, w * stride, 3], on the host."""
         ...
 
     def encode_with(self, arrays, video):
@@ -42,7 +45,21 @@ class Codec(typing.Protocol):
         ...
 
     def save(self, directory):
-        """Writes codec.json and the weights; `load` reads them."""
+        """Writes codec.json and the weights; `encoders.load_codec` reads them."""
+        ...
+
+
+class TextEncoder(typing.Protocol):
+    """Prompts to rows of text features.
+
+    Attributes: dim, the width of a row; id, which tells encoders (and their weights) apart.
+    """
+
+    dim: int
+    id: str
+
+    def encode(self, prompts, text_len):
+        """Returns (context f32 [n, L, dim], zero past the text; mask bool [n, L], true on it)."""
         ...
 
 
@@ -53,8 +70,8 @@ def check_video(video, stride=STRIDE):
     """
     if video.dtype not in (np.uint8, np.float32) or video.ndim != 5 or video.shape[-1] != 3:
         raise ValueError(
-            f"video is {video.dtype} {list(video.shape)}; expected uint8, or float32 "
-            "in 0..1, [B, T, H, W, 3]"
+            f"video is {video.dtype} {list(video.shape)}; expected uint8, or float32 in 0..1, "
+            "[B, T, H, W, 3]"
         )
     if video.dtype == np.float32 and not (-1 < video.min(initial=0) <= video.max(initial=1) < 2):
         raise ValueError(
@@ -69,29 +86,29 @@ def check_video(video, stride=STRIDE):
         )
 
 
-def in_255(pixels):
-    """Pixels of canvases as float32 in 0..255, the unit of the components."""
-    return pixels.astype(np.float32) if pixels.dtype == np.uint8 else pixels * np.float32(255)
+def check_latents(latents, channels):
+    """Raises ValueError unless `latents` are [B, F, h, w, channels]."""
+    if latents.ndim != 5 or latents.shape[-1] != channels:
+        raise ValueError(
+            f"latents have shape {list(latents.shape)}; expected [B, F, h, w, {channels}]"
+        )
 
 
-class TextEncoder(typing.Protocol):
-    """Attributes: dim, the width of a row; id, which tells encoders (and their weights) apart."""
-
-    dim: int
-    id: str
-
-    def encode(self, prompts, text_len):
-        """Returns (context f32 [n, L, dim], zero past the text; mask bool [n, L], true on it)."""
-        ...
+# Canvases are uint8 in 0..255 or float32 in 0..1. These convert either; numpy or traced jax arrays.
 
 
 def to_float(canvas):
-    """Returns a canvas as float32 in 0..1, as codecs see it; numpy or traced jax arrays."""
+    """Returns a canvas as float32 in 0..1, as codecs see it."""
     return canvas.astype(np.float32) / np.float32(255) if canvas.dtype == np.uint8 else canvas
 
 
+def in_255(canvas):
+    """Returns a canvas as float32 in 0..255, the unit of the PCA components."""
+    return canvas.astype(np.float32) if canvas.dtype == np.uint8 else canvas * np.float32(255)
+
+
 def to_uint8(canvas):
-    """Returns a canvas as uint8 in 0..255, for eyes and for transport; uint8 comes back as is."""
+    """Returns a numpy canvas as uint8 in 0..255, for eyes and transport; uint8 comes back as is."""
     if canvas.dtype == np.uint8:
         return canvas
     return np.clip(np.rint(canvas * np.float32(255)), 0, 255).astype(np.uint8)

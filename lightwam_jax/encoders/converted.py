@@ -1,7 +1,7 @@
 """Opening weights that the converters wrote, and running a module on many rows.
 
-Their meta item holds the fields of the module: {"config": {"vae": {"version": "wan21", "dim": 96,
-...}}} or {"config": {"text_encoder": {"vocab": 256384, ...}}}.
+The meta item of such weights holds the fields of the module: {"config": {"vae": {"version":
+"wan21", "dim": 96, ...}}} or {"config": {"text_encoder": {"vocab": 256384, ...}}}.
 """
 
 import dataclasses
@@ -14,38 +14,43 @@ from lightwam_jax.checkpoint import run as checkpoint
 from lightwam_jax.checkpoint import storage
 
 
-def open_converted(directory, section, key, command):
+def open_converted(directory, section, key, kind):
     """Opens converted weights: (checkpoint directory, meta item, the section of its config).
+
+    Args:
+      directory: the value of config.`key`.
+      section: what the config in the meta item must have: "vae" or "text_encoder".
+      kind: the converter that makes such weights.
 
     Raises:
       FileNotFoundError: nothing there. ValueError: it holds something else.
     """
+    make = command(kind)
     if not directory:
-        raise ValueError(f"config.{key} is empty; give the directory that {command(command)} wrote")
+        raise ValueError(f"config.{key} is empty; give the directory that {make} wrote")
     try:
         path = checkpoint.find_checkpoint(directory)
     except FileNotFoundError as error:
         raise FileNotFoundError(
-            f"config.{key}={str(directory)!r} holds no converted weights; make "
-            f"them with: {command(command)}"
+            f"config.{key}={str(directory)!r} holds no converted weights; make them with: {make}"
         ) from error
     meta = storage.read_meta(path)
     sections = meta["config"] or {}
     if section not in sections:
         raise ValueError(
             f"config.{key}={str(directory)!r} holds weights of "
-            f"{', '.join(sections) or 'something unnamed'}, expected {section}: "
-            f"{command(command)}"
+            f"{', '.join(sections) or 'something unnamed'}, expected {section}: {make}"
         )
     return path, meta, dict(sections[section])
 
 
 def command(kind):
+    """Returns the command that converts weights: kind "vae" or "t5"."""
     return f"python -m converters {kind} --in FILE --out DIR"
 
 
 def make_module(kind, fields, path, **given):
-    """A module from JSON fields, whose lists were tuples."""
+    """Returns the module `kind` with the fields of a meta item; `given` are set besides."""
     names = {field.name for field in dataclasses.fields(kind)}
     unknown = sorted(set(fields) - names)
     if unknown:
@@ -58,6 +63,7 @@ def make_module(kind, fields, path, **given):
 
 
 def checksum(*values):
+    """Returns 16 hexadecimal digits that depend on JSON values."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -2,16 +2,19 @@
 
 import functools
 import hashlib
-import json
 import os
 
 import einops
 import jax
 import numpy as np
 
-from lightwam_jax.encoders import base as encoders_base
+from lightwam_jax import atomic
+from lightwam_jax.encoders import base
+from lightwam_jax.encoders.base import GROUP, STRIDE
 
-_CHUNK_BYTES = 1 << 20  # pixels encoded at once: four times as fast as chunks beyond the cache
+_CHUNK_BYTES = (
+    1 << 20
+)  # pixels encoded at once; larger than the CPU's cache takes four times as long
 PLACES = 4  # latent channels that tell a cell's place on the canvas
 _CHROMA = 3.0  # weight of colour differences against brightness when components are chosen
 
@@ -19,24 +22,23 @@ _CHROMA = 3.0  # weight of colour differences against brightness when components
 class PcaCodec:
     """Principal components of 8x8 patches (frame 0) and of 4x8x8 patches (later groups of four).
 
-    Fitted on the data in seconds, so that a demo needs no pretrained weights.
+    Metric: colour differences count `_CHROMA` times as much as brightness when components are
+    chosen. Otherwise a small object keeps its outline and loses its colour, and instructions name
+    objects by colour.
 
-    Metric: components are chosen with colour differences counted `_CHROMA` times as much as
-    brightness; otherwise a small object keeps its outline and loses its colour, which is what an
-    instruction names it by.
-
-    Scaling: component i, of standard deviation s_i, becomes a latent of deviation ~ sqrt(s_i), the
-    mean variance over channels being 1 per frame kind (`whitening` = 0.5). Unit variance for every
+    Scaling: component i, of standard deviation s_i, becomes a latent of deviation ~ sqrt(s_i), with
+    a mean variance over channels of 1 per frame kind (`whitening` = 0.5). Unit variance for every
     channel (1.0) would spend most of the video loss on the least visible components and amplify
-    their noise; one factor for all (0.0) would bury the small ones, which hold the edges that
+    their noise. One factor for all (0.0) would hide the small ones, which hold the edges that
     localise objects, in the flow's unit noise.
 
-    Place: the latents of a convolutional codec know where they are, because its zero padding leaks
-    in from the borders, and the backbone's rotary positions are relative. Patchwise components know
-    nothing, so the last `PLACES` channels carry each cell's row and column; decoding ignores them.
+    Place: latents of a convolutional codec tell where they are on the canvas, because its zero
+    padding has effects from the borders inwards; the backbone's rotary positions are relative.
+    Components of single patches do not tell, so the last `PLACES` channels hold each cell's row and
+    column; decoding ignores them.
     """
 
-    kind, stride = "pca", encoders_base.STRIDE
+    kind, stride = "pca", STRIDE
 
     def __init__(self, arrays):
         self.arrays = arrays
@@ -58,19 +60,14 @@ class PcaCodec:
           channels: C, of which `PLACES` are places; at most 192 are components.
           whitening: see the class.
         """
-        encoders_base.check_video(videos)
-        components = channels - PLACES
-        if (
-            videos.shape[1] < 1 + encoders_base.GROUP
-            or not 0 < components <= 3 * encoders_base.STRIDE**2
-        ):
+        base.check_video(videos)
+        components, most, frames = channels - PLACES, 3 * STRIDE**2, videos.shape[1]
+        if frames < 1 + GROUP or not 0 < components <= most:
             raise ValueError(
-                f"PCA codec of {channels} channels on clips of {videos.shape[1]} frames; expected "
-                f"{1 + PLACES} to {3 * encoders_base.STRIDE**2 + PLACES} channels and at least "
-                f"{1 + encoders_base.GROUP} "
-                "frames"
+                f"PCA codec of {channels} channels on clips of {frames} frames; expected "
+                f"{1 + PLACES} to {most + PLACES} channels and at least {1 + GROUP} frames"
             )
-        singles = einops.rearrange(videos[:, :: encoders_base.GROUP], "n t h w c -> (n t) h w c")
+        singles = einops.rearrange(videos[:, ::GROUP], "n t h w c -> (n t) h w c")
         arrays = {}
         patches = {"first": _first_patches(singles), "later": _later_patches(videos)}
         for kind, values in patches.items():
@@ -81,16 +78,16 @@ class PcaCodec:
     @staticmethod
     def encode_with(arrays, video):
         """Canvases [B, T, H, W, 3] -> f32 [B, F, H/8, W/8, C]; numpy or traced jax arrays."""
+        xp = _namespace(video)
         with jax.default_matmul_precision("highest"):  # accelerators would round to bfloat16
-            first = encoders_base.in_255(_first_patches(video[:, 0]))
+            first = base.in_255(_first_patches(video[:, 0]))
             latents = [(first @ arrays["first_encode"] + arrays["first_bias"])[:, None]]
             if video.shape[1] > 1:
-                later = encoders_base.in_255(_later_patches(video))
+                later = base.in_255(_later_patches(video))
                 latents.append(later @ arrays["later_encode"] + arrays["later_bias"])
-        latents = _namespace(video).concatenate(latents, axis=1)
-        shape = (*latents.shape[:-1], PLACES)
-        places = _namespace(video).broadcast_to(_places(*latents.shape[2:4]), shape)
-        return _namespace(video).concatenate([latents, places], axis=-1)
+        latents = xp.concatenate(latents, axis=1)
+        places = xp.broadcast_to(_places(*latents.shape[2:4]), (*latents.shape[:-1], PLACES))
+        return xp.concatenate([latents, places], axis=-1)
 
     @staticmethod
     def decode_with(arrays, latents):
@@ -99,42 +96,21 @@ class PcaCodec:
         with jax.default_matmul_precision("highest"):
             first = latents[:, :1] @ arrays["first_decode"] + arrays["first_mean"]
             later = latents[:, 1:] @ arrays["later_decode"] + arrays["later_mean"]
-        first = einops.rearrange(
-            first,
-            "b f h w (p q c) -> b f (h p) (w q) c",
-            p=encoders_base.STRIDE,
-            q=encoders_base.STRIDE,
-        )
-        later = einops.rearrange(
-            later,
-            "b f h w (g p q c) -> b (f g) (h p) (w q) c",
-            g=encoders_base.GROUP,
-            p=encoders_base.STRIDE,
-            q=encoders_base.STRIDE,
-        )
+        first = _rearrange(first, "b f h w (p q c) -> b f (h p) (w q) c")
+        later = _rearrange(later, "b f h w (g p q c) -> b (f g) (h p) (w q) c", g=GROUP)
         return _namespace(latents).concatenate([first, later], axis=1)
 
     def encode(self, video):
-        """Canvases [B, T, H, W, 3] -> latents f32 [B, 1 + (T-1)//4, H/8, W/8, C], on the host.
-
-        Raises:
-          ValueError: see `check_video`.
-        """
-        encoders_base.check_video(video)
+        """See `base.Codec.encode`; on the host."""
+        base.check_video(video)
         rows = max(1, _CHUNK_BYTES // max(1, video[:1].size))
-        chunks = [
-            self.encode_with(self.arrays, video[i : i + rows]) for i in range(0, len(video), rows)
-        ]
-        return np.concatenate(chunks)
+        chunks = (video[i : i + rows] for i in range(0, len(video), rows))
+        return np.concatenate([self.encode_with(self.arrays, chunk) for chunk in chunks])
 
     def decode(self, latents):
-        """Latents [B, F, h, w, C] -> uint8 [B, 4F - 3, 8h, 8w, 3], on the host."""
+        """See `base.Codec.decode`."""
         latents = np.asarray(latents)
-        if latents.ndim != 5 or latents.shape[-1] != self.latent_channels:
-            raise ValueError(
-                f"latents have shape {list(latents.shape)}; expected "
-                f"[B, F, h, w, {self.latent_channels}]"
-            )
+        base.check_latents(latents, self.latent_channels)
         pixels = self.decode_with(self.arrays, latents)
         return np.clip(np.rint(pixels), 0, 255).astype(np.uint8)
 
@@ -142,12 +118,14 @@ class PcaCodec:
         """Writes codec.json and codec.npz into `directory`."""
         os.makedirs(directory, exist_ok=True)
         np.savez(os.path.join(directory, "codec.npz"), **self.arrays)
-        with open(os.path.join(directory, "codec.json"), "w") as f:
-            json.dump(
-                {"kind": self.kind, "id": self.id, "latent_channels": self.latent_channels},
-                f,
-                indent=2,
-            )
+        about = {"kind": self.kind, "id": self.id, "latent_channels": self.latent_channels}
+        atomic.write_json(os.path.join(directory, "codec.json"), about)
+
+    @classmethod
+    def load(cls, directory):
+        """Returns the codec that `save` wrote."""
+        with np.load(os.path.join(directory, "codec.npz")) as stored:
+            return cls(dict(stored))
 
 
 def _namespace(x):
@@ -165,22 +143,19 @@ def _places(height, width):
     return np.stack([rows, columns, np.sin(turn), np.cos(turn)], axis=-1).astype(np.float32)
 
 
+def _rearrange(x, pattern, **sizes):
+    """`einops.rearrange` with patches of p x q pixels."""
+    return einops.rearrange(x, pattern, p=STRIDE, q=STRIDE, **sizes)
+
+
 def _first_patches(frames):
     """[B, H, W, 3] -> [B, h, w, 192]."""
-    return einops.rearrange(
-        frames, "b (h p) (w q) c -> b h w (p q c)", p=encoders_base.STRIDE, q=encoders_base.STRIDE
-    )
+    return _rearrange(frames, "b (h p) (w q) c -> b h w (p q c)")
 
 
 def _later_patches(video):
     """[B, T, H, W, 3] -> [B, F-1, h, w, 768]; frame 0 left out."""
-    return einops.rearrange(
-        video[:, 1:],
-        "b (f g) (h p) (w q) c -> b f h w (g p q c)",
-        g=encoders_base.GROUP,
-        p=encoders_base.STRIDE,
-        q=encoders_base.STRIDE,
-    )
+    return _rearrange(video[:, 1:], "b (f g) (h p) (w q) c -> b f h w (g p q c)", g=GROUP)
 
 
 def _fit_basis(patches, channels, whitening):
@@ -190,7 +165,7 @@ def _fit_basis(patches, channels, whitening):
     (patch = latent @ decode + mean).
     """
     dim = patches.shape[-1]
-    x = encoders_base.in_255(patches.reshape(-1, dim))
+    x = base.in_255(patches.reshape(-1, dim))
     mean = x.mean(0, dtype=np.float64)
     x -= mean.astype(np.float32)
     covariance = (x.T @ x).astype(np.float64) / len(x)

@@ -1,4 +1,4 @@
-"""Prompts, and the text encoders that need no weights."""
+"""Prompts, the text encoders that need no weights, and the one that asks a cache first."""
 
 import functools
 import hashlib
@@ -28,8 +28,8 @@ def clean(text, mode="whitespace"):
     """Returns `text` as the tokenizer of umT5 gets it: repaired unicode, no HTML, single spaces.
 
     Args:
-      mode: of the Wan tokenizer. The release uses "whitespace"; "lower" also lowers case, and
-        "canonicalize" drops punctuation besides.
+      mode: of the Wan tokenizer. The release uses "whitespace"; "lower" also lowers case;
+        "canonicalize" also drops punctuation.
 
     Raises:
       ValueError: unknown mode.
@@ -46,9 +46,9 @@ def clean(text, mode="whitespace"):
 class HashedTextEncoder:
     """Fixed random vectors per word: deterministic, nothing to download or to fit.
 
-    Row i is the vector of word i plus a weaker one of position i (without it "the red cube in the
-    blue bowl" and "the blue cube in the red bowl" would be the same set of rows), of
-    deviation `_AMPLITUDE`.
+    Row i, of deviation `_AMPLITUDE`, is the vector of word i plus a weaker one of position i.
+    Without positions, "the red cube in the blue bowl" and "the blue cube in the red bowl" would be
+    the same set of rows.
     """
 
     _AMPLITUDE = 4.0  # the demo's backbone, trained from scratch, learned words sooner than at 1
@@ -89,9 +89,8 @@ def _gaussian(word, dim):
     Box-Muller on a counter of sha256 digests rather than a numpy Generator: numpy may change its
     streams, and a checkpoint must find the same vectors years later.
     """
-    digests = b"".join(
-        hashlib.sha256(f"{word}/{i}".encode()).digest() for i in range((dim + 3) // 4)
-    )
+    counter = (f"{word}/{i}".encode() for i in range((dim + 3) // 4))
+    digests = b"".join(hashlib.sha256(text).digest() for text in counter)
     u = (np.frombuffer(digests, "<u4").astype(np.float64)[: 2 * dim] + 0.5) / 2**32
     return (np.sqrt(-2 * np.log(u[:dim])) * np.cos(2 * np.pi * u[dim:])).astype(np.float32)
 
@@ -118,8 +117,8 @@ class CachedTextEncoder:
     def __init__(self, encoder, cache):
         if cache.encoder_id != encoder.id:
             raise ValueError(
-                f"the text cache was made by {cache.encoder_id}, the encoder is "
-                f"{encoder.id}; run: {ENCODE}"
+                f"the text cache was made by {cache.encoder_id}, the encoder is {encoder.id}; run: "
+                f"{ENCODE}"
             )
         self.dim, self.id = encoder.dim, encoder.id
         self._encoder, self._cache = encoder, cache

@@ -1,38 +1,36 @@
 """The Wan VAEs, 2.1 and 2.2, as codecs: weights that the converters wrote."""
 
 import functools
-import json
 import os
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lightwam_jax import atomic
 from lightwam_jax.checkpoint import run as checkpoint
 from lightwam_jax.checkpoint import storage
-from lightwam_jax.encoders import base as encoders_base
-from lightwam_jax.encoders import converted
+from lightwam_jax.encoders import base, converted
 from lightwam_jax.models.vae import WanVAE
 from lightwam_jax.models.vae22 import Wan22VAE
 
 VAES = {"wan21": WanVAE, "wan22": Wan22VAE}  # by codec kind
 HALVES = {"encode": ("encoder", "conv1"), "decode": ("decoder", "conv2")}
-_ENCODING_BYTES = 4 << 30  # of activations; more clips than fit go one part after the other
+_ENCODING_BYTES = 4 << 30  # of activations; more clips than fit are encoded part by part
 
 
 class WanCodec:
     """A Wan VAE as a `Codec`. The weights are read when they are first needed.
 
-    Only the encoder half stays for encoding, only the decoder half for decoding. Weights and
-    activations are of `dtype`; a cache and the policies that learnt from it share it, since the id
-    names it.
+    Encoding keeps only the encoder half in memory, decoding only the decoder half. Weights and
+    activations have `dtype`. The id names it, so that a cache and the policies trained on it share
+    it.
 
-    Attributes:
-      kind: of `VAES`. latent_channels, stride, id, arrays: see `Codec`; arrays is the encoder half.
+    Attributes: see `base.Codec`; kind is of `VAES`, arrays is the encoder half.
     """
 
     def __init__(self, weights, kind, dtype):
-        """Args: weights: converted directory; kind: the VAE expected there; dtype: name.
+        """Args: weights: converted directory; kind: the VAE expected there; dtype: its name.
 
         Raises:
           FileNotFoundError, ValueError: nothing there, or another model's weights.
@@ -47,30 +45,13 @@ class WanCodec:
                 f"config.data.codec is {kind!r}: change one of them"
             )
         self.kind, self.dtype = kind, dtype
-        self.model = converted.make_module(
-            VAES[kind], fields, self._weights, dtype=jnp.dtype(dtype)
-        )
-        self.latent_channels, self.stride = self.model.z_dim, encoders_base.STRIDES[kind]
-        encoder = {
-            path: manifest
-            for path, manifest in meta["arrays"]["params"].items()
-            if path.split("/")[0] in HALVES["encode"]
-        }
-        self.id = f"{kind}-{dtype}-{converted.checksum(fields, encoder)}"
+        dtype = jnp.dtype(dtype)
+        self.model = converted.make_module(VAES[kind], fields, self._weights, dtype=dtype)
+        self.latent_channels, self.stride = self.model.z_dim, base.STRIDES[kind]
+        arrays = meta["arrays"]["params"].items()
+        encoder = {path: x for path, x in arrays if path.split("/")[0] in HALVES["encode"]}
+        self.id = f"{kind}-{self.dtype}-{converted.checksum(fields, encoder)}"
         self._encode, self._decode = jax.jit(self.encode_with), jax.jit(self.decode_with)
-
-    @classmethod
-    def load(cls, directory, description):
-        """Returns the codec that `save` wrote; description: its codec.json."""
-        codec = cls(os.path.join(directory, "weights"), description["kind"], description["dtype"])
-        if codec.id != description["id"]:
-            raise ValueError(
-                f"{directory}/weights are {codec.id}, codec.json says "
-                f"{description['id']}: one of them was replaced; restore the "
-                "directory, or run python -m lightwam_jax.precompute --config CONFIG "
-                "--what latents"
-            )
-        return codec
 
     @functools.cached_property
     def arrays(self):
@@ -81,12 +62,11 @@ class WanCodec:
         return self._half("decode")
 
     def _half(self, name):
-        whole = checkpoint.load_params(self._weights).params
-        return half(whole, name, self.dtype)
+        return half(checkpoint.load_params(self._weights).params, name, self.dtype)
 
     def encode_with(self, arrays, video):
         """Canvases [B, T, H, W, 3] -> f32 [B, F, H/stride, W/stride, C]; a pure function."""
-        pixels = (encoders_base.to_float(video) - 0.5) / 0.5
+        pixels = (base.to_float(video) - 0.5) / 0.5
         with jax.default_matmul_precision("highest"):  # where dtype is float32, it is meant
             return self.model.apply({"params": arrays}, pixels, method="encode")
 
@@ -97,29 +77,19 @@ class WanCodec:
         return ((video + 1) * 127.5).astype(jnp.uint8)  # truncated, as the reference does
 
     def encode(self, video):
-        """Canvases [B, T, H, W, 3] -> latents f32 [B, 1 + (T-1)//4, H/stride, W/stride, C].
-
-        Raises:
-          ValueError: see `base.check_video`.
-        """
-        encoders_base.check_video(video, self.stride)
-        return converted.in_parts(
-            functools.partial(self._encode, self.arrays), video, self._rows(video.shape[1:4])
-        )
+        """See `base.Codec.encode`."""
+        base.check_video(video, self.stride)
+        encode = functools.partial(self._encode, self.arrays)
+        return converted.in_parts(encode, video, self._rows(video.shape[1:4]))
 
     def decode(self, latents):
-        """Latents [B, F, h, w, C] -> uint8 [B, 4F - 3, h * stride, w * stride, 3]."""
+        """See `base.Codec.decode`."""
         latents = np.asarray(latents)
-        if latents.ndim != 5 or latents.shape[-1] != self.latent_channels:
-            raise ValueError(
-                f"latents have shape {list(latents.shape)}; expected "
-                f"[B, F, h, w, {self.latent_channels}]"
-            )
+        base.check_latents(latents, self.latent_channels)
         frames, height, width = latents.shape[1:4]
         shape = (4 * frames - 3, height * self.stride, width * self.stride)
-        return converted.in_parts(
-            functools.partial(self._decode, self._decoder), latents, self._rows(shape)
-        )
+        decode = functools.partial(self._decode, self._decoder)
+        return converted.in_parts(decode, latents, self._rows(shape))
 
     def _rows(self, shape):
         """Clips of `shape` [T, H, W] whose activations fit: a power of two."""
@@ -132,17 +102,9 @@ class WanCodec:
         """Writes codec.json and weights/ (large files hard-linked) into `directory`."""
         os.makedirs(directory, exist_ok=True)
         storage.copy_files(self._weights, os.path.join(directory, "weights"), storage.LARGE)
-        with open(os.path.join(directory, "codec.json"), "w") as f:
-            json.dump(
-                {
-                    "kind": self.kind,
-                    "id": self.id,
-                    "dtype": self.dtype,
-                    "latent_channels": self.latent_channels,
-                },
-                f,
-                indent=2,
-            )
+        about = {"kind": self.kind, "id": self.id, "dtype": self.dtype}
+        about["latent_channels"] = self.latent_channels
+        atomic.write_json(os.path.join(directory, "codec.json"), about)
 
 
 def half(params, name, dtype):

@@ -27,9 +27,9 @@ import numpy as np
 import tqdm
 from absl import app, flags
 
-from lightwam_jax import envs
+from lightwam_jax import atomic, envs
 from lightwam_jax.data import episodes as episodes_lib
-from lightwam_jax.data.caches import journal, resumable
+from lightwam_jax.data.caches import journal
 from lightwam_jax.data.formats import lerobot_write
 from lightwam_jax.envs import base as envs_base
 
@@ -164,7 +164,7 @@ def _finished(out, settings):
     out = pathlib.Path(out)
     if not out.exists():
         return None
-    about = resumable.read_json(out / "meta" / "recording.json")
+    about = atomic.read_json(out / "meta" / "recording.json")
     if about is None:
         raise FileExistsError(f"{out} exists and is no recording; delete it, or {_ELSEWHERE}")
     found = ("tried", "seeds", "environment")
@@ -205,7 +205,7 @@ def _record(pool, module, parts, log, manifest, out, ahead):
                 tried[part.first.task] = done[-1]
     writer.finish()
     about = manifest | {"tried": tried, "seeds": seeds}
-    resumable.write_json(growing / "meta" / "recording.json", about)
+    atomic.write_json(growing / "meta" / "recording.json", about)
     os.rename(growing, out)
     os.remove(pathlib.Path(out, "journal.jsonl"))
     return tried

@@ -12,6 +12,8 @@ import numpy as np
 import tensorboardX
 import tqdm
 
+from lightwam_jax import atomic
+
 
 class MetricsWriter:
     """Appends rows to `<workdir>/metrics.jsonl` and scalars to `<workdir>/tensorboard/`.
@@ -31,9 +33,7 @@ class MetricsWriter:
             return
         path = pathlib.Path(workdir) / "metrics.jsonl"
         rows = [row for row in read_rows(path) if row["step"] <= step]
-        scratch = path.with_suffix(".tmp")
-        scratch.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        os.replace(scratch, path)
+        atomic.write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
         self._file = path.open("a")
         self._board = tensorboardX.SummaryWriter(
             str(pathlib.Path(workdir) / "tensorboard"), purge_step=step + 1

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
+from lightwam_jax import atomic
 from lightwam_jax import config as config_lib
 from lightwam_jax.checkpoint import run as checkpoint
 from lightwam_jax.checkpoint import storage
@@ -73,11 +74,11 @@ def write_reports(config, workdir, table):
     """Writes config.json, and params.json from the rows of `params.count_table`."""
     if jax.process_index() == 0:
         workdir.mkdir(parents=True, exist_ok=True)
-        _replace(workdir / "config.json", config_lib.to_json(config) + "\n")
+        atomic.write_text(workdir / "config.json", config_lib.to_json(config) + "\n")
         rows = [
             {"group": group, "total": total, "trainable": learns} for group, total, learns in table
         ]
-        _replace(workdir / "params.json", json.dumps(rows, indent=2) + "\n")
+        atomic.write_text(workdir / "params.json", json.dumps(rows, indent=2) + "\n")
 
 
 def write_not_finite(workdir, step, samples, metrics, broken):
@@ -94,7 +95,7 @@ def write_not_finite(workdir, step, samples, metrics, broken):
             "not_finite_data": broken,
             "metrics": {name: str(value) for name, value in metrics.items()},
         }
-        _replace(workdir / "not_finite.json", json.dumps(values, indent=2) + "\n")
+        atomic.write_text(workdir / "not_finite.json", json.dumps(values, indent=2) + "\n")
 
 
 def write_assets(config, workdir, batch):
@@ -117,13 +118,6 @@ def write_assets(config, workdir, batch):
     np.savez(scratch / "example_batch.npz", **(example | wide))
     shutil.rmtree(target, ignore_errors=True)
     scratch.rename(target)
-
-
-def _replace(path, text):
-    """Writes a file that a kill leaves as it was or whole, and that others read meanwhile."""
-    scratch = path.with_suffix(".tmp")
-    scratch.write_text(text)
-    scratch.replace(path)
 
 
 def _same_content(file, copy):

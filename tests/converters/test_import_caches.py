@@ -18,8 +18,7 @@ from lightwam_jax.data.doctor import report as doctor_report
 from lightwam_jax.encoders import text as text_lib
 from lightwam_jax.encoders import umt5 as umt5_lib
 from lightwam_jax.encoders import wan
-from tests import synthetic
-from tests.encoders import test_wan
+from tests import pretrained, synthetic
 
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.torch
@@ -128,9 +127,9 @@ def test_damaged_and_foreign_caches(tmp_path):
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
     root = tmp_path_factory.mktemp("weights")
-    test_wan.save_vae(root / "vae")
-    test_wan.save_vae(root / "other", seed=1)
-    test_wan.save_t5(root / "t5")
+    pretrained.save_vae(root / "vae")
+    pretrained.save_vae(root / "other", seed=1)
+    pretrained.save_t5(root / "t5")
     return root
 
 
@@ -141,10 +140,9 @@ def reference(weights, tmp_path_factory):
     config = make_config(root, weights)
     codec = wan.WanCodec(weights / "vae", "wan21", "float32")
     found = synthetic.make_episodes(4)
-    by_id = {episode.id: episode for episode in found}
-    for split, names in zip(("train", "val"), episodes_lib.split(found, config.data.val_fraction)):
+    for split, part in zip(("train", "val"), episodes_lib.split(found, config.data.val_fraction)):
         videos = []
-        for episode in (by_id[name] for name in names):
+        for episode in part:
             for start in range(episode.length):
                 window = windows_lib.window_at(episode.length, start, 9, 2, 8)
                 videos.append(windows_lib.canvases(episode, window.frames, config))

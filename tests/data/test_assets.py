@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
+from lightwam_jax import atomic
 from lightwam_jax.data import assets, normalize
 from lightwam_jax.data.caches import text as text_cache
 from lightwam_jax.encoders import text as text_lib
@@ -21,7 +22,7 @@ def config(tmp_path):
     made = synthetic.make_config(tmp_path)
     statistics = normalize.fit_statistics(synthetic.make_episodes(3), 8)
     statistics["made_from"] = {"config": assets.statistics_keys(made)}
-    normalize.write_statistics(statistics, str(tmp_path / "dataset_stats.json"))
+    atomic.write_json(str(tmp_path / "dataset_stats.json"), statistics)
     return made
 
 
@@ -55,7 +56,7 @@ def test_statistics_of_actions_in_another_form_are_refused(config, tmp_path, key
     assert line.endswith(f", config {shown!r}")
     statistics = normalize.read_statistics(str(tmp_path / "dataset_stats.json"), 8, 7)
     del statistics["made_from"]
-    normalize.write_statistics(statistics, str(tmp_path / "dataset_stats.json"))
+    atomic.write_json(str(tmp_path / "dataset_stats.json"), statistics)
     assets.load_normalizers(str(tmp_path), changed(config, **{key: value}))  # put there by hand
 
 

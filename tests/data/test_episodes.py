@@ -51,7 +51,7 @@ def test_window_clamps_to_the_last_step():
 )
 def test_split_is_the_references(count, fraction, train, val):
     members = [types.SimpleNamespace(id=i) for i in range(count)]
-    got_train, got_val = episodes.split(members, fraction)
+    got_train, got_val = ([e.id for e in part] for part in episodes.split(members, fraction))
     assert got_train[: len(train)] == train
     assert got_val == val
     assert sorted(got_train + got_val) == list(range(count))
@@ -161,7 +161,7 @@ def test_every_error_is_reported_and_only_what_is_listed_left_out(monkeypatch, t
         for text in (
             "missing video: gone",
             "not finite",
-            "2 episodes are called so",
+            "2 episodes have this id",
             "config.data.exclude",
         )
     )

@@ -7,6 +7,7 @@ import types
 import numpy as np
 import pytest
 
+from lightwam_jax import atomic
 from lightwam_jax.data import episodes, normalize
 from tests import synthetic
 
@@ -110,15 +111,15 @@ def test_statistics_survive_the_file_and_are_checked(tmp_path):
     path = str(tmp_path / "dataset_stats.json")
     with pytest.raises(FileNotFoundError, match=r"make it with: .*--what stats"):
         normalize.read_statistics(path, 8, 7)
-    normalize.write_statistics(statistics, path)
+    atomic.write_json(path, statistics)
     assert normalize.read_statistics(path, 8, 7) == statistics
     with pytest.raises(ValueError, match=r"has 7 dimensions, config.model.action_dim is 14"):
         normalize.read_statistics(path, 8, 14)
     statistics["action"]["default"]["global_std"][3] = float("nan")
-    normalize.write_statistics(statistics, path)
+    atomic.write_json(path, statistics)
     with pytest.raises(ValueError, match="action global_std is not finite in dimension 3"):
         normalize.read_statistics(path, 8, 7)
-    normalize.write_statistics({"state": statistics["state"]}, path)
+    atomic.write_json(path, {"state": statistics["state"]})
     with pytest.raises(ValueError, match="no 'action' entry"):
         normalize.read_statistics(path, 8, 7)
 

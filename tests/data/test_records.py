@@ -121,14 +121,12 @@ def test_the_codec_is_judged_on_held_out_images_frame_kind_by_frame_kind(monkeyp
             out[:, 1:] += 10
             return out
 
-    monkeypatch.setattr(build_latents.cache, "clips", clips)
+    monkeypatch.setattr(windows_lib, "clips", clips)
     got = build_latents._quality("config", {"train": ["t"], "val": ["v"]}, Codec())
     # 10 log10(255^2 / 1) and / 100
     assert got == {"first": 48.13, "later": 28.13, "frames": "held-out"}
-    assert (
-        build_latents._quality("config", {"train": ["t"], "val": []}, Codec())["frames"]
-        == "training"
-    )
+    without = build_latents._quality("config", {"train": ["t"], "val": []}, Codec())
+    assert without["frames"] == "training"
     assert [found for found, *_ in asked] == [["v"], ["t"]]
 
 
@@ -137,13 +135,13 @@ def test_a_image_is_laid_out_once_and_lands_in_every_window_that_shows_it(monkey
     windows = [
         windows_lib.window_at(episode.length, start, 9, 2, 8) for start in range(episode.length)
     ]
-    seen, lay_out = [], build_latents.cache.lay_out
+    seen, lay_out = [], windows_lib.lay_out
 
     def counting(images, *arguments):
         seen.append(len(images["scene"]))
         return lay_out(images, *arguments)
 
-    monkeypatch.setattr(build_latents.cache, "lay_out", counting)
+    monkeypatch.setattr(windows_lib, "lay_out", counting)
     videos = np.concatenate(
         list(build_latents._videos(episode, [windows[:2], windows[2:]], config))
     )

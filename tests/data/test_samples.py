@@ -88,7 +88,7 @@ def run(sets, monkeypatch, **train):
     members = [
         (1.0, [{"dataset": m, "index": i} for i in range(size)]) for m, size in enumerate(sets)
     ]
-    monkeypatch.setattr(loader, "_members", lambda config, split: members)
+    monkeypatch.setattr(loader, "_datasets", lambda config, split: members)
     return types.SimpleNamespace(train=types.SimpleNamespace(**train))
 
 
@@ -133,10 +133,10 @@ def test_members_without_windows_are_left_out_and_numbers_stay(monkeypatch):
     monkeypatch.setattr(
         loader, "_samples", lambda config, _, records, tasks, keys: (config.data.path, tasks, keys)
     )
-    assert loader._members(config, "val") == [(2.5, ("b", ["val"], {"dataset": np.int32(1)}))]
-    assert [name for _, (name, *_) in loader._members(config, "train")] == ["b"]
+    assert loader._datasets(config, "val") == [(2.5, ("b", ["val"], {"dataset": np.int32(1)}))]
+    assert [name for _, (name, *_) in loader._datasets(config, "train")] == ["b"]
     held["a"] = [7]
-    weights, found = zip(*loader._members(config, "train"))
+    weights, found = zip(*loader._datasets(config, "train"))
     assert weights == (1.0, 2.5)
     assert found == (("a", ["train"], {"dataset": 0}), ("b", ["train"], {"dataset": 1}))
 

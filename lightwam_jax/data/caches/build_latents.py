@@ -1,8 +1,8 @@
 """Making the latent cache, shard by shard, on any number of processes.
 
-A shard is a file of a few consecutive episodes of a split; which, follows from config and data
-alone. Batches end with their episode, so that a window is encoded in the same company whoever
-makes its shard, and whenever: the bytes of the cache do not depend on it.
+A shard is a file of a few consecutive episodes of a split; config and data alone decide which. A
+batch ends with its episode, so that a window is always encoded together with the same others,
+whichever process makes its shard, and whenever: the bytes of the cache do not depend on it.
 """
 
 import collections
@@ -20,12 +20,12 @@ import tqdm
 from array_record.python import array_record_module
 from tensorflow_datasets.core import example_serializer, naming
 
+from lightwam_jax import atomic, encoders
 from lightwam_jax.data import episodes as episodes_lib
 from lightwam_jax.data import windows as windows_lib
 from lightwam_jax.data.caches import latents as latent_cache
 from lightwam_jax.data.caches import resumable
-from lightwam_jax.encoders import base as encoders_base
-from lightwam_jax.encoders import quality as quality_lib
+from lightwam_jax.encoders import quality
 
 SHARD_BYTES = 64 << 20  # of records, at most; one episode at least
 _MOST_SHARDS = 512  # of a large cache: a reader holds all of them open
@@ -55,71 +55,116 @@ def build(config, splits, codec, process_index=0, process_count=1, imported=None
     Raises:
       resumable.FullDisk: says how much is needed; what is finished is kept.
       ValueError: imported latents of another shape.
-      resumable.InUse: another process makes the same shards.
+      atomic.InUse: another process makes the same shards.
     """
-    directory = latent_cache.latents_directory(config)
-    imported = imported or {}
-    plan = _plan(config, splits, codec, {name: note for name, (_, note) in imported.items()})
-    bytes_each = record_bytes(config)
+    work = _LatentBuild(config, splits, codec, imported or {}, process_index, process_count)
+    return latent_cache.read_meta(config) if work.run() else None
 
-    def missing():
-        return (
-            sum(
-                shard["records"]
-                for shard in plan["shards"]
-                if not os.path.exists(_file(directory, shard))
-            )
-            * bytes_each
+
+class _LatentBuild(resumable.Build):
+    """Makes a latent cache out of shards; its plan becomes cache.json."""
+
+    plan_file = finished_file = "cache.json"
+
+    def __init__(self, config, splits, codec, imported, process_index, process_count):
+        super().__init__(latent_cache.latents_directory(config), process_index, process_count)
+        self.config, self.splits, self.codec, self.imported = config, splits, codec, imported
+        notes = {name: note for name, (_, note) in imported.items()}
+        self.wanted = _plan(config, splits, codec, notes)
+        self._number = {task: i for i, task in enumerate(self.wanted["tasks"])}
+        self._features = latent_cache.features(config)
+        self._serialize = _serializer(self._features)
+
+    def plan(self):
+        psnr = {} if self.imported else _quality(self.config, self.splits, self.codec)
+        return {**self.wanted, "psnr": psnr}
+
+    def differences(self, have):
+        have, want = ({**side, **side["config"]} for side in (have, self.wanted))
+        lines = [
+            f"{key}: {have.get(key)!r}, now {value!r}"[:200]
+            for key, value in want.items()
+            if key not in ("config", *latent_cache.WHEREABOUTS) and have.get(key) != value
+        ]
+        return "\n  ".join(lines)
+
+    def missing_bytes(self):
+        missing = (
+            shard for shard in self.wanted["shards"] if not os.path.exists(self._file(shard))
         )
+        return sum(shard["records"] for shard in missing) * record_bytes(self.config)
 
-    def share(_):
-        mine = plan["shards"][process_index::process_count]
-        left = _left(directory, mine)
+    def make_share(self, plan):
+        del plan  # found equal to `wanted`
+        mine = self.wanted["shards"][self.index :: self.count]
+        left = self._left(mine)
         if len(left) < len(mine):
-            print(
-                f"continuing: {len(mine) - len(left)} of {len(mine)} shards are there", flush=True
-            )
+            there = len(mine) - len(left)
+            print(f"continuing: {there} of {len(mine)} shards are there", flush=True)
         if left:
-            resumable.check_room(directory + ".partial", missing())
-            _make(directory, left, mine, config, splits, codec, imported, plan["tasks"])
-        return not missing()
+            resumable.check_room(self.growing, self.missing_bytes())
+            self._make(left, mine)
+        return not self.missing_bytes()
 
-    def complete(begun):
-        return _write_metadata(
-            directory + ".partial", {**plan, "psnr": begun["psnr"]}, latent_cache.features(config)
-        )
+    def assemble(self, plan):
+        meta = {**self.wanted, "psnr": plan["psnr"]}
+        _write_metadata(self.growing, meta, self._features)
+        return self.growing
 
-    os.makedirs(config.data.cache, exist_ok=True)
-    with resumable.explaining_full_disk(config.data.cache, missing):
-        finished = resumable.make(
-            directory,
-            "cache.json",
-            lambda: {**plan, "psnr": {} if imported else _quality(config, splits, codec)},
-            lambda have: _changes(have, plan),
-            lambda: _finished(directory, plan),
-            share,
-            complete,
-            process_index,
-        )
-    return latent_cache.read_meta(config) if finished else None
+    def _file(self, shard):
+        return os.path.join(self.growing, shard["file"])
+
+    def _left(self, shards):
+        """The shards that are not there; one that is damaged is taken away."""
+        left = []
+        for shard in shards:
+            path = self._file(shard)
+            if os.path.exists(path) and _count(path) != shard["records"]:
+                print(f"{path} is damaged and is made again", flush=True)
+                os.remove(path)
+            if not os.path.exists(path):
+                left.append(shard)
+        return left
+
+    def _make(self, left, mine):
+        """Makes the shards `left` of `mine`."""
+        total, remaining = (sum(shard["records"] for shard in some) for some in (mine, left))
+        bar = tqdm.tqdm(total=total, initial=total - remaining, desc="latents", unit="window")
+        batches = _ahead(_batches(left, self.splits, self.config, self.imported))
+        with contextlib.closing(batches), bar:
+            for file, of_shard in itertools.groupby(batches, lambda b: b.shard["file"]):
+                with atomic.writing(os.path.join(self.growing, file)) as path:
+                    self._write_shard(path, of_shard, bar)
+
+    def _write_shard(self, path, batches, bar):
+        writer, written = array_record_module.ArrayRecordWriter(path, _OPTIONS), 0
+        for batch in batches:
+            latents = batch.latents if batch.video is None else self.codec.encode(batch.video)
+            for record in _records(batch, latents.astype(ml_dtypes.bfloat16), self._number):
+                writer.write(self._serialize(record))
+            written += len(batch.windows)
+            bar.update(len(batch.windows))
+        writer.close()
+        if _count(path) != written:
+            raise OSError(errno.ENOSPC, f"{path} cannot be read back")
 
 
 def record_bytes(config):
     """Returns the size of a record before compression, roughly."""
     fields = latent_cache.features(config).get_tensor_info().values()
-    return _RECORD_BYTES + sum(
-        int(np.prod(field.shape)) * np.dtype(field.np_dtype).itemsize
-        for field in fields
-        if field.shape
-    )
+    sizes = [
+        np.prod(field.shape) * np.dtype(field.np_dtype).itemsize for field in fields if field.shape
+    ]
+    return _RECORD_BYTES + int(sum(sizes))
 
 
-# ---- what is made --------------------------------------------------------------------------------
+# ---- the plan ------------------------------------------------------------------------------------
 
 
 def _plan(config, splits, codec, imported):
     """cache.json but for the quality of the codec."""
     everything = [episode for chosen in splits.values() for episode in chosen]
+    size = record_bytes(config)
     return {
         "config": latent_cache.wanted(config),
         "data": latent_cache.fingerprint(everything, config),
@@ -130,11 +175,7 @@ def _plan(config, splits, codec, imported):
         "records": {name: sum(e.length for e in chosen) for name, chosen in splits.items()},
         "tasks": episodes_lib.tasks(everything),
         "episodes": {name: [e.id for e in chosen] for name, chosen in splits.items()},
-        "shards": [
-            shard
-            for name, chosen in splits.items()
-            for shard in _shards(name, chosen, record_bytes(config))
-        ],
+        "shards": [s for name, chosen in splits.items() for s in _shards(name, chosen, size)],
     }
 
 
@@ -145,18 +186,13 @@ def _shards(split, episodes, bytes_each):
     out = []
     for number, episode in enumerate(episodes):
         if not out or out[-1]["records"] + episode.length > most:
-            out.append({"episodes": [number, number], "records": 0})
+            out.append({"split": split, "file": "", "episodes": [number, number], "records": 0})
         out[-1]["episodes"][1] += 1
         out[-1]["records"] += episode.length
     names = _template("", split)
-    return [
-        {
-            "split": split,
-            "file": names.sharded_filepath(shard_index=i, num_shards=len(out)).name,
-            **shard,
-        }
-        for i, shard in enumerate(out)
-    ]
+    for i, shard in enumerate(out):
+        shard["file"] = names.sharded_filepath(shard_index=i, num_shards=len(out)).name
+    return out
 
 
 def _template(directory, split):
@@ -165,35 +201,19 @@ def _template(directory, split):
     )
 
 
-def _changes(have, plan):
-    """How the plan of a partial cache differs from this one; "" if it does not."""
-    have, want = ({**side, **side["config"]} for side in (have, plan))
-    lines = [
-        f"{key}: {have.get(key)!r}, now {value!r}"[:200]
-        for key, value in want.items()
-        if key not in ("config", *latent_cache.WHEREABOUTS) and have.get(key) != value
-    ]
-    return "\n  ".join(lines)
-
-
-def _finished(directory, plan):
-    meta = resumable.read_json(os.path.join(directory, "cache.json"))
-    return meta is not None and not _changes(meta, plan)
-
-
 def _quality(config, splits, codec):
     """PSNR of images after the codec, in dB, on held-out ones where there are any."""
     episodes = splits.get("val") or splits["train"]
     clips = windows_lib.clips(episodes, config, _TEST_EPISODES, 4)
-    decoded, real = codec.decode(codec.encode(clips)), encoders_base.to_uint8(clips)
+    decoded, real = codec.decode(codec.encode(clips)), encoders.base.to_uint8(clips)
     return {
-        "first": round(quality_lib.psnr(decoded[:, 0], real[:, 0]), 2),
-        "later": round(quality_lib.psnr(decoded[:, 1:], real[:, 1:]), 2),
+        "first": round(quality.psnr(decoded[:, 0], real[:, 0]), 2),
+        "later": round(quality.psnr(decoded[:, 1:], real[:, 1:]), 2),
         "frames": "held-out" if splits.get("val") else "training",
     }
 
 
-# ---- making it -----------------------------------------------------------------------------------
+# ---- batches and records -------------------------------------------------------------------------
 
 
 class _Batch(typing.NamedTuple):
@@ -205,60 +225,6 @@ class _Batch(typing.NamedTuple):
     windows: list
     video: np.ndarray | None
     latents: np.ndarray | None
-
-
-def _file(directory, shard):
-    return os.path.join(directory + ".partial", shard["file"])
-
-
-def _left(directory, shards):
-    """The shards that are not there; one that is damaged is taken away."""
-    left = []
-    for shard in shards:
-        path = _file(directory, shard)
-        if os.path.exists(path) and _count(path) != shard["records"]:
-            print(f"{path} is damaged and is made again", flush=True)
-            os.remove(path)
-        if not os.path.exists(path):
-            left.append(shard)
-    return left
-
-
-def _count(path):
-    """Records in a finished file; 0 if it is not one."""
-    try:
-        reader = array_record_module.ArrayRecordReader(path)
-        count = reader.num_records()
-        reader.close()
-    except RuntimeError:
-        return 0
-    return count
-
-
-def _make(directory, left, mine, config, splits, codec, imported, tasks):
-    """Makes the shards `left` of `mine`."""
-    number = {task: i for i, task in enumerate(tasks)}
-    serialize = _serializer(latent_cache.features(config))
-    total = sum(shard["records"] for shard in mine)
-    there = total - sum(shard["records"] for shard in left)
-    batches = _ahead(_batches(left, splits, config, imported))
-    with (
-        contextlib.closing(batches),
-        tqdm.tqdm(total=total, initial=there, desc="latents", unit="window") as bar,
-    ):
-        for file, of_shard in itertools.groupby(batches, lambda b: b.shard["file"]):
-            with resumable.writing(os.path.join(directory + ".partial", file)) as path:
-                writer = array_record_module.ArrayRecordWriter(path, _OPTIONS)
-                written = 0
-                for batch in of_shard:
-                    latents = batch.latents if batch.video is None else codec.encode(batch.video)
-                    for record in _records(batch, latents.astype(ml_dtypes.bfloat16), number):
-                        writer.write(serialize(record))
-                    written += len(batch.windows)
-                    bar.update(len(batch.windows))
-                writer.close()
-                if _count(path) != written:
-                    raise OSError(errno.ENOSPC, f"{path} cannot be read back")
 
 
 def _ahead(items):
@@ -280,12 +246,7 @@ def _batches(shards, splits, config, imported):
         split = shard["split"]
         for place in range(*shard["episodes"]):
             episode = splits[split][place]
-            windows = [
-                windows_lib.window_at(
-                    episode.length, start, data.num_frames, data.frame_stride, data.action_horizon
-                )
-                for start in range(episode.length)
-            ]
+            windows = [windows_lib.window_of(episode, i, data) for i in range(episode.length)]
             parts = {i: windows[i : i + step] for i in range(0, len(windows), step)}
             if split in imported:
                 latents, begin = imported[split][0], first[split][place]
@@ -300,9 +261,8 @@ def _batches(shards, splits, config, imported):
 
 def _videos(episode, parts, config):
     """Videos [k, frames, H, W, 3] of consecutive windows; an image is laid out once."""
-    images = {
-        camera: episode.frames(camera, np.arange(episode.length)) for camera in config.data.cameras
-    }
+    every = np.arange(episode.length)
+    images = {camera: episode.frames(camera, every) for camera in config.data.cameras}
     canvases = {}
     for part in parts:
         frames = np.stack([window.frames for window in part])
@@ -317,19 +277,28 @@ def _videos(episode, parts, config):
 
 def _records(batch, latents, number):
     """The windows of a batch as records; see `latents.features`."""
-    episode = batch.episode
     for offset, window in enumerate(batch.windows):
         start = batch.start + offset
         yield {
             "latents": latents[offset],
-            "proprio": episode.state[start].astype(np.float32),
-            "actions": episode.action[window.actions].astype(np.float32),
-            "action_is_pad": window.action_is_pad,
-            "image_is_pad": window.image_is_pad,
-            "task": number[episode.task_at(start)],
+            **windows_lib.raw_values(batch.episode, start, window, number),
             "start": start,
-            "episode": episode.id,
+            "episode": batch.episode.id,
         }
+
+
+# ---- files ---------------------------------------------------------------------------------------
+
+
+def _count(path):
+    """Records in a finished file; 0 if it is not one."""
+    try:
+        reader = array_record_module.ArrayRecordReader(path)
+        count = reader.num_records()
+        reader.close()
+    except RuntimeError:
+        return 0
+    return count
 
 
 def _serializer(features):
@@ -344,30 +313,25 @@ def _serializer(features):
 
 
 def _write_metadata(directory, meta, features):
-    """Writes what makes the finished shards a TFDS data set, and cache.json; returns directory."""
+    """Writes what makes the finished shards a TFDS data set, and cache.json."""
     identity = tfds.core.dataset_info.DatasetIdentity(
         name=_NAME, version="1.0.0", data_dir=directory, module_name=latent_cache.__name__
     )
-    info = tfds.core.DatasetInfo(
-        builder=identity,
-        features=features,
-        description="Windows of video latents, states and actions.",
-    )
+    about = "Windows of video latents, states and actions."
+    info = tfds.core.DatasetInfo(builder=identity, features=features, description=about)
     info.set_file_format("array_record")
     splits = []
     for name in meta["records"]:
         shards = [shard for shard in meta["shards"] if shard["split"] == name]
-        size = sum(os.path.getsize(os.path.join(directory, shard["file"])) for shard in shards)
         if shards:
-            splits.append(
-                tfds.core.SplitInfo(
-                    name=name,
-                    shard_lengths=[shard["records"] for shard in shards],
-                    num_bytes=size,
-                    filename_template=_template(directory, name),
-                )
+            sizes = [os.path.getsize(os.path.join(directory, shard["file"])) for shard in shards]
+            split = tfds.core.SplitInfo(
+                name=name,
+                shard_lengths=[shard["records"] for shard in shards],
+                num_bytes=sum(sizes),
+                filename_template=_template(directory, name),
             )
+            splits.append(split)
     info.set_splits(tfds.core.splits.SplitDict(splits))
     info.write_to_directory(directory)
-    resumable.write_json(os.path.join(directory, "cache.json"), meta)
-    return directory
+    atomic.write_json(os.path.join(directory, "cache.json"), meta)

@@ -6,8 +6,7 @@ Layout of config.data.cache:
              (of a mixture: latents_MEMBER/ for each)
 
 Records hold raw windows; normalisation happens in the loader, so that other statistics or another
-mode need no new cache. `build_latents.py` makes it. TensorFlow is never imported, neither to write
-nor to read.
+mode need no new cache. `build_latents.py` makes it. Neither writing nor reading imports TensorFlow.
 """
 
 import dataclasses
@@ -18,11 +17,12 @@ import ml_dtypes  # noqa: F401 (else TFDS imports TensorFlow to find bfloat16, w
 import numpy as np
 import tensorflow_datasets as tfds
 
+from lightwam_jax import atomic
 from lightwam_jax import config as config_lib
 from lightwam_jax.data import assets, spec
-from lightwam_jax.data.caches import resumable
 
 REBUILD = "python -m lightwam_jax.precompute --config CONFIG --what"
+TENSORS = ("latents", "proprio", "actions", "action_is_pad", "image_is_pad")  # of a record
 
 # Config keys that decide what the records hold. What only normalises or transforms raw windows
 # does not; how wide they are is added below.
@@ -49,27 +49,18 @@ WHEREABOUTS = ("config.data.path", "config.data.exclude")
 
 def features(config):
     """Returns the TFDS features of a record."""
-    shapes = {
-        name: (struct.shape[1:], struct.dtype)
-        for name, struct in spec.batch_spec(config, 1).items()
-    }
+    batch = spec.batch_spec(config, 1)
+    shapes = {name: batch[name].shape[1:] for name in TENSORS}
     # As wide as the data: the loader pads to the model's widths.
-    shapes["proprio"] = ((config_lib.state_width(config),), shapes["proprio"][1])
-    shapes["actions"] = (
-        (config.data.action_horizon, config_lib.action_width(config)),
-        shapes["actions"][1],
-    )
-    tensors = ("latents", "proprio", "actions", "action_is_pad", "image_is_pad")
+    shapes["proprio"] = (config_lib.state_width(config),)
+    shapes["actions"] = (config.data.action_horizon, config_lib.action_width(config))
     # encoding="bytes" keeps bfloat16 at two bytes; the default would widen it.
-    fields = {
-        name: tfds.features.Tensor(
-            shape=shapes[name][0], dtype=shapes[name][1].type, encoding="bytes"
-        )
-        for name in tensors
+    tensors = {
+        name: tfds.features.Tensor(shape=shape, dtype=batch[name].dtype.type, encoding="bytes")
+        for name, shape in shapes.items()
     }
-    return tfds.features.FeaturesDict(
-        {**fields, "task": np.int64, "start": np.int64, "episode": tfds.features.Text()}
-    )
+    more = {"task": np.int64, "start": np.int64, "episode": tfds.features.Text()}
+    return tfds.features.FeaturesDict(tensors | more)
 
 
 def wanted(config):
@@ -78,14 +69,11 @@ def wanted(config):
     for key in _KEYS:
         section, name = key.split(".")
         value = getattr(getattr(config, section), name)
-        parts = (
-            {f"{key}.{field}": v for field, v in dataclasses.asdict(value).items()}
-            if dataclasses.is_dataclass(value)
-            else {key: value}
-        )
-        out |= {
-            f"config.{part}": list(v) if isinstance(v, tuple) else v for part, v in parts.items()
-        }
+        parts = {key: value}
+        if dataclasses.is_dataclass(value):
+            parts = {f"{key}.{field}": v for field, v in dataclasses.asdict(value).items()}
+        for part, v in parts.items():
+            out[f"config.{part}"] = list(v) if isinstance(v, tuple) else v
     out["config.data.state_dim, or else model.proprio_dim"] = config_lib.state_width(config)
     out["config.data.action_dim, or else model.action_dim"] = config_lib.action_width(config)
     return out
@@ -147,7 +135,7 @@ def latents_directory(config):
 
 def read_meta(config):
     """Returns cache.json, or None where there is no finished cache."""
-    return resumable.read_json(os.path.join(latents_directory(config), "cache.json"))
+    return atomic.read_json(os.path.join(latents_directory(config), "cache.json"))
 
 
 def open_cache(config):
@@ -175,13 +163,13 @@ def open_cache(config):
         raise ValueError(
             f"the latent cache in {latents_directory(config)} does not fit:\n  "
             + "\n  ".join(lines)
-            + "\nPoint config.data.cache elsewhere, change the config back, or rebuild the cache: "
-            f"{REBUILD} stats,text,latents\n(If only config.data.path moved, that command compares "
-            "the episodes and keeps the latents.)"
+            + "\nSet another config.data.cache, change the config back, or rebuild the cache: "
+            f"{REBUILD} stats,text,latents\n(If only config.data.path changed, that command "
+            "compares the episodes and keeps the latents.)"
         )
     return Cache(meta, latents_directory(config))
 
 
 def _asset(config, *path):
     """The JSON file `path` of the assets, {} if it is not there."""
-    return resumable.read_json(os.path.join(config.data.cache, "assets", *path)) or {}
+    return atomic.read_json(os.path.join(config.data.cache, "assets", *path)) or {}

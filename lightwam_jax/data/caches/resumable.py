@@ -1,80 +1,128 @@
 """Directories made piece by piece, by processes that may be killed at any moment.
 
 NAME.partial grows beside NAME. A JSON file in it, the plan, says what is being made. A piece is
-written under another name, synced, and renamed when it is whole; with the last one the directory
-moves into place. What has its name is therefore finished, and the same command continues the rest.
+written under another name, synced, and renamed when it is whole. With the last piece the directory
+moves into place. So what has its name is finished, and the same command continues the rest.
 """
 
 import contextlib
 import errno
-import fcntl
-import json
 import os
 import shutil
 import sys
 import time
+
+from lightwam_jax import atomic
 
 PATIENCE = 3600  # seconds that one process waits for another
 _POLL = 2.0
 _SQUEEZED = 0.5  # Gaussian bfloat16 compresses to 0.79 of its size, the demo's latents to 0.65
 
 
-class InUse(RuntimeError):
-    """Another process makes the same thing: the same command runs twice."""
+class Build:
+    """A directory that is made, or continued, by `run`. Subclasses override the methods up to it.
 
-
-def read_json(path):
-    """Returns the content of a JSON file, None where there is none."""
-    try:
-        with open(path) as f:
-            return json.load(f)
-    except FileNotFoundError:
-        return None
-
-
-def write_json(path, content):
-    """Writes a JSON file; it is the old one or the new one, never half of it."""
-    with writing(path) as temporary, open(temporary, "w") as f:
-        json.dump(content, f, indent=2)
-
-
-@contextlib.contextmanager
-def writing(path, sync=True):
-    """Gives the name to write a file under; it becomes `path` when it is whole.
-
-    Args:
-      sync: False is for many small files: a kill never leaves half of one, a power cut may.
-
-    Raises:
-      InUse: another process is writing the same file.
+    Attributes:
+      directory: appears, or is replaced, in one step at the end; its pieces go to `growing`.
+      index, count: this process is number `index` of `count` that make it together.
+      plan_file, finished_file: names of JSON files in `growing` and in `directory`: the plan of
+        the work, and what the finished directory was made of.
     """
-    temporary = f"{path}.partial"
-    with open(temporary, "ab") as file:  # for the lock, and to sync what was written by name
-        if not _lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB):
-            raise InUse(
-                f"another process is writing {path}: the same command runs twice; "
-                "stop one, or give each its own --process_index"
+
+    plan_file = finished_file = "plan.json"
+
+    def __init__(self, directory, process_index=0, process_count=1):
+        self.directory, self.growing = directory, directory + ".partial"
+        self.index, self.count = process_index, process_count
+
+    def plan(self):
+        """Returns the plan, JSON. Process 0 makes it, the others wait for its file."""
+        raise NotImplementedError
+
+    def differences(self, have):
+        """Returns how a plan or a finished directory's JSON differs from what is wanted, or ""."""
+        raise NotImplementedError
+
+    def make_share(self, plan):
+        """Makes this process's pieces; returns whether all are there, those of others too."""
+        raise NotImplementedError
+
+    def assemble(self, plan):
+        """Makes the whole of the pieces; returns the directory that holds it."""
+        raise NotImplementedError
+
+    def missing_bytes(self):
+        """Returns how much is still to be written, roughly."""
+        raise NotImplementedError
+
+    def run(self):
+        """Makes the directory together with the other processes.
+
+        Returns:
+          Whether it is finished: False where other processes have pieces left to make.
+
+        Raises:
+          TimeoutError: process 0 did nothing for an hour.
+          FullDisk: what is finished is kept.
+          atomic.InUse: another process makes the same pieces.
+        """
+        parent = os.path.dirname(self.directory)
+        os.makedirs(parent, exist_ok=True)
+        with explaining_full_disk(parent, self.missing_bytes):
+            self._begin()
+            try:
+                plan = self._current_plan()
+                if plan is not None:
+                    if not self.make_share(plan):
+                        return False
+                    self._finish(plan)
+            except FileNotFoundError:
+                if not self._finished():
+                    raise
+                # Else another process was quicker to finish it.
+            return True
+
+    def _begin(self):
+        """Returns when there is a plan, or a finished directory."""
+        if self.index:
+            wait(
+                lambda: self._current_plan() or self._finished(),
+                f"process 0 to begin {self.growing}",
             )
-        try:
-            yield temporary
-            if sync:
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(temporary)
-            raise
+            return
+        recover(self.directory)
+        if self._current_plan() or self._finished():
+            return
+        path = os.path.join(self.growing, self.plan_file)
+        if os.path.exists(self.growing):
+            have = atomic.read_json(path)
+            why = "it had no plan yet"
+            if have is not None:
+                why = f"another plan\n  {self.differences(have)}"
+            print(f"{self.growing} is made anew: {why}", file=sys.stderr, flush=True)
+            shutil.rmtree(self.growing)
+        os.makedirs(self.growing)
+        atomic.write_json(path, self.plan())
 
+    def _current_plan(self):
+        """The plan in `growing`, None where there is none, or one of other work."""
+        return self._read(self.growing, self.plan_file)
 
-def _lock(file, how):
-    """False where another process holds the lock. It ends with the process, however that ends."""
-    try:
-        fcntl.flock(file, how)
-    except BlockingIOError:
-        return False
-    except OSError:  # a file system without locks: two runs at once go unnoticed there
-        pass
-    return True
+    def _finished(self):
+        return self._read(self.directory, self.finished_file) is not None
+
+    def _read(self, directory, name):
+        have = atomic.read_json(os.path.join(directory, name))
+        return have if have is not None and not self.differences(have) else None
+
+    def _finish(self, plan):
+        """Moves the whole into place; of processes that come at once, one does."""
+        path = os.path.join(self.growing, self.plan_file)
+        with open(path, "r+") as file:
+            atomic.lock(file, wait=True)
+            if os.path.exists(path):  # else another process finished while this one waited
+                replace(self.assemble(plan), self.directory)
+                shutil.rmtree(self.growing, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -82,84 +130,19 @@ def alone_in(directory):
     """Only one process 0 at a time may work in `directory`, which is made where it is missing.
 
     Raises:
-      InUse: another one does.
+      atomic.InUse: another one does.
     """
     os.makedirs(directory, exist_ok=True)
     file = os.open(directory, os.O_RDONLY)
     try:
-        if not _lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB):
-            raise InUse(
-                f"another process 0 works in {directory}: the same command runs "
-                "twice; stop one, or give each its own --process_index"
+        if not atomic.lock(file):
+            raise atomic.InUse(
+                f"another process 0 works in {directory}: the same command runs twice; stop one, "
+                "or give each its own --process_index"
             )
         yield
     finally:
         os.close(file)
-
-
-def make(directory, name, plan, differences, done, share, complete, process_index=0):
-    """Makes `directory`, or goes on with it, together with other processes.
-
-    Args:
-      directory: comes into being, or is replaced, in one step at the end.
-      name: file of the plan, in `directory`.partial.
-      plan: function that makes the plan, JSON. Process 0 does, the others wait for it.
-      differences: function of a plan found there: how it differs from this work, "" if it is it.
-      done: function: whether `directory` is what is wanted.
-      share: function of the plan that makes the pieces of this process; whether all pieces, of
-        others too, are there then.
-      complete: function of the plan that makes the whole of the pieces and returns where it lies.
-      process_index: of the caller.
-
-    Returns:
-      Whether it is finished: False where other processes have pieces left to make.
-
-    Raises:
-      TimeoutError: process 0 did nothing for an hour.
-    """
-    path = os.path.join(directory + ".partial", name)
-
-    def found():
-        have = read_json(path)
-        return have if have is not None and not differences(have) else None
-
-    if process_index:
-        wait(lambda: found() or done(), f"process 0 to begin {directory}.partial")
-    else:
-        recover(directory)
-        if not (found() or done()):
-            _begin(path, plan, differences)
-    try:
-        there = found()
-        if there is not None:
-            if not share(there):
-                return False
-            _finish(directory, path, lambda: complete(there))
-    except FileNotFoundError:
-        if not done():
-            raise
-        # Else another process was quicker to finish it.
-    return True
-
-
-def _begin(path, plan, differences):
-    directory = os.path.dirname(path)
-    if os.path.exists(directory):
-        have = read_json(path)
-        reason = "it had no plan yet" if have is None else f"another plan\n  {differences(have)}"
-        print(f"{directory} is made anew: {reason}", file=sys.stderr, flush=True)
-        shutil.rmtree(directory)
-    os.makedirs(directory)
-    write_json(path, plan())
-
-
-def _finish(directory, path, complete):
-    """Moves what complete() returns into place; of processes that come at once, one does."""
-    with open(path, "r+") as plan:
-        _lock(plan, fcntl.LOCK_EX)
-        if os.path.exists(path):  # else another process finished while this one waited
-            replace(complete(), directory)
-            shutil.rmtree(directory + ".partial", ignore_errors=True)
 
 
 def replace(new, directory):
@@ -188,23 +171,23 @@ def put_away(directory):
 
 
 def wait(ready, what):
-    """Returns when ready() is true; says once what is waited for.
+    """Returns what ready() gives when that is true; says once what is waited for.
 
     Raises:
       TimeoutError: it took more than an hour.
     """
-    begun = time.monotonic()
-    said = False
-    while not ready():
+    begun, said = time.monotonic(), False
+    while not (found := ready()):
         if not said:
             print(f"waiting for {what} (an hour at most)", flush=True)
             said = True
         if time.monotonic() - begun > PATIENCE:
             raise TimeoutError(
-                f"waited {PATIENCE} seconds for {what}: is it running, on the same "
-                "config and the same files?"
+                f"waited {PATIENCE} seconds for {what}: is it running, on the same config and the "
+                "same files?"
             )
         time.sleep(_POLL)
+    return found
 
 
 # ---- full disks ----------------------------------------------------------------------------------
@@ -233,11 +216,11 @@ def check_room(directory, size):
 
 
 @contextlib.contextmanager
-def explaining_full_disk(directory, missing=None):
+def explaining_full_disk(directory, missing_bytes=None):
     """Turns the ways in which writers report a full disk into one error that says what to do.
 
     Args:
-      missing: function: bytes still to be written, roughly.
+      missing_bytes: function: bytes still to be written, roughly.
 
     Raises:
       FullDisk: see above.
@@ -247,14 +230,12 @@ def explaining_full_disk(directory, missing=None):
     except FullDisk:
         raise
     except (OSError, RuntimeError) as error:  # ArrayRecord: RuntimeError. numpy: no errno
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(
-            text in str(error) for text in ("No space left", "quota exceeded", "requested and")
-        )
-        if not full:
+        texts = ("No space left", "quota exceeded", "requested and")
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        if not full and not any(text in str(error) for text in texts):
             raise
-        raise FullDisk(
-            errno.ENOSPC, _advice("the disk is full", directory, missing and missing())
-        ) from error
+        size = missing_bytes and missing_bytes()
+        raise FullDisk(errno.ENOSPC, _advice("the disk is full", directory, size)) from error
 
 
 def _advice(what, directory, size):

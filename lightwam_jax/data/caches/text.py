@@ -1,7 +1,6 @@
 """The text cache: the embedding of every prompt of a data set, computed once."""
 
 import hashlib
-import json
 import os
 import shutil
 
@@ -9,8 +8,8 @@ import ml_dtypes
 import numpy as np
 import tqdm
 
+from lightwam_jax import atomic, encoders
 from lightwam_jax.data.caches import resumable
-from lightwam_jax.encoders import text as text_lib
 
 _BATCH = 16  # prompts encoded at once, and lost at most where that is interrupted
 
@@ -27,10 +26,11 @@ class TextCache:
 
     def __init__(self, directory):
         index_path = os.path.join(directory, "index.json")
-        if not os.path.exists(index_path):
-            raise FileNotFoundError(f"{index_path} is missing; make it with: {text_lib.ENCODE}")
-        with open(index_path) as f:
-            index = json.load(f)
+        index = atomic.read_json(index_path)
+        if index is None:
+            raise FileNotFoundError(
+                f"{index_path} is missing; make it with: {encoders.text.ENCODE}"
+            )
         self.kind, self.template = index["kind"], index["template"]
         self.encoder_id, self.dim, self.prompts = index["id"], index["dim"], tuple(index["prompts"])
         self.text_len = index.get("text_len")
@@ -41,7 +41,7 @@ class TextCache:
             raise ValueError(
                 f"{directory}/rows.npy has shape {list(rows.shape)}, index.json says "
                 f"[{self._ends[-1]}, {self.dim}]: one is damaged; delete {directory} and run "
-                f"{text_lib.ENCODE}"
+                f"{encoders.text.ENCODE}"
             )
         self._rows = rows.view(ml_dtypes.bfloat16)
 
@@ -66,7 +66,7 @@ class TextCache:
             if text not in self._row:
                 raise KeyError(
                     f"prompt {text!r} is not among the {len(self.prompts)} of the text "
-                    f"cache; add it with: {text_lib.ENCODE}"
+                    f"cache; add it with: {encoders.text.ENCODE}"
                 )
             rows = self.rows(text)
             if len(rows) > text_len:
@@ -99,8 +99,6 @@ def write_cache(
     Raises:
       resumable.FullDisk: what is finished is kept.
     """
-    directory = os.path.abspath(directory)
-    parts = os.path.join(directory + ".partial", "")
     wanted = {
         "kind": kind,
         "template": template,
@@ -109,75 +107,67 @@ def write_cache(
         "text_len": text_len,
         "prompts": list(prompts),
     }
-
-    def plan():
-        have = TextCache(directory) if os.path.exists(directory) else None
-        same = have is not None and (have.encoder_id, have.text_len, have.template) == (
-            encoder.id,
-            text_len,
-            template,
-        )
-        return {**wanted, "new": [text for text in prompts if not (same and text in have)]}
-
-    def differences(have):
-        return ", ".join(key for key, value in wanted.items() if have.get(key) != value)
-
-    def done():
-        index = resumable.read_json(os.path.join(directory, "index.json"))
-        return index is not None and not differences(index)
-
-    def share(plan):
-        batches = [plan["new"][i : i + _BATCH] for i in range(0, len(plan["new"]), _BATCH)]
-        for batch in tqdm.tqdm(batches[process_index::process_count], desc="text", unit="batch"):
-            if not all(os.path.exists(parts + _part(text)) for text in batch):
-                _write_parts(parts, encoder, batch, text_len)
-        return all(os.path.exists(parts + _part(text)) for text in plan["new"])
-
-    os.makedirs(os.path.dirname(directory), exist_ok=True)
-    with resumable.explaining_full_disk(
-        os.path.dirname(directory), lambda: len(prompts) * text_len * encoder.dim * 2
-    ):
-        return resumable.make(
-            directory,
-            "plan.json",
-            plan,
-            differences,
-            done,
-            share,
-            lambda plan: _join(parts, directory, plan),
-            process_index,
-        )
+    return _TextBuild(directory, encoder, wanted, process_index, process_count).run()
 
 
-def _part(text):
-    return hashlib.sha256(text.encode()).hexdigest() + ".npy"
+class _TextBuild(resumable.Build):
+    """Makes a text cache: a file of rows for every prompt; `wanted` becomes index.json."""
 
+    plan_file, finished_file = "plan.json", "index.json"
 
-def _write_parts(parts, encoder, batch, text_len):
-    """A file of real rows [n, dim] for each prompt; whole batches, so that sizes do not vary."""
-    context, mask = encoder.encode(batch, text_len)
-    for text, rows, real in zip(batch, context.astype(ml_dtypes.bfloat16), mask):
-        with resumable.writing(parts + _part(text)) as path, open(path, "wb") as f:
-            np.save(f, rows[real].view(np.uint16))
+    def __init__(self, directory, encoder, wanted, process_index, process_count):
+        super().__init__(os.path.abspath(directory), process_index, process_count)
+        self.encoder, self.wanted = encoder, wanted
 
+    def plan(self):
+        """Returns `wanted`, and as "new" the prompts that the cache there does not hold."""
+        want, known = self.wanted, ()
+        if os.path.exists(self.directory):
+            have = TextCache(self.directory)
+            form = have.encoder_id, have.text_len, have.template
+            known = have if form == (want["id"], want["text_len"], want["template"]) else ()
+        return {**want, "new": [text for text in want["prompts"] if text not in known]}
 
-def _join(parts, directory, plan):
-    """Makes a `TextCache` of parts and of the cache that `directory` holds; returns where it is."""
-    fresh, new = directory + ".new", set(plan["new"])
-    shutil.rmtree(fresh, ignore_errors=True)
-    os.makedirs(fresh)
-    have = TextCache(directory) if new != set(plan["prompts"]) else None
-    rows = [
-        np.load(os.path.join(parts, _part(text)), allow_pickle=False)
-        if text in new
-        else have.rows(text).view(np.uint16)
-        for text in plan["prompts"]
-    ]
-    with resumable.writing(os.path.join(fresh, "rows.npy")) as path, open(path, "wb") as f:
-        empty = np.zeros((0, plan["dim"]), np.uint16)  # no prompt at all is fine too
-        np.save(f, np.concatenate([empty, *rows]))
-    index = {key: value for key, value in plan.items() if key != "new"}
-    resumable.write_json(
-        os.path.join(fresh, "index.json"), {**index, "lengths": [len(part) for part in rows]}
-    )
-    return fresh
+    def differences(self, have):
+        return ", ".join(key for key, value in self.wanted.items() if have.get(key) != value)
+
+    def missing_bytes(self):
+        return len(self.wanted["prompts"]) * self.wanted["text_len"] * self.wanted["dim"] * 2
+
+    def make_share(self, plan):
+        new = plan["new"]
+        batches = [new[i : i + _BATCH] for i in range(0, len(new), _BATCH)]
+        for batch in tqdm.tqdm(batches[self.index :: self.count], desc="text", unit="batch"):
+            if not all(os.path.exists(self._part(text)) for text in batch):
+                self._encode(batch)
+        return all(os.path.exists(self._part(text)) for text in new)
+
+    def assemble(self, plan):
+        """Joins the parts and what the old cache holds; returns the new directory."""
+        fresh, new = self.directory + ".new", set(plan["new"])
+        shutil.rmtree(fresh, ignore_errors=True)
+        os.makedirs(fresh)
+        have = TextCache(self.directory) if new != set(plan["prompts"]) else None
+        rows = [
+            np.load(self._part(text), allow_pickle=False)
+            if text in new
+            else have.rows(text).view(np.uint16)
+            for text in plan["prompts"]
+        ]
+        with atomic.writing(os.path.join(fresh, "rows.npy")) as path, open(path, "wb") as f:
+            empty = np.zeros((0, plan["dim"]), np.uint16)  # no prompt at all is fine too
+            np.save(f, np.concatenate([empty, *rows]))
+        index = {**self.wanted, "lengths": [len(part) for part in rows]}
+        atomic.write_json(os.path.join(fresh, "index.json"), index)
+        return fresh
+
+    def _encode(self, batch):
+        """Writes the real rows [n, dim] of each prompt. Whole batches: sizes do not vary then."""
+        context, mask = self.encoder.encode(batch, self.wanted["text_len"])
+        for text, rows, real in zip(batch, context.astype(ml_dtypes.bfloat16), mask):
+            with atomic.writing(self._part(text)) as path, open(path, "wb") as f:
+                np.save(f, rows[real].view(np.uint16))
+
+    def _part(self, text):
+        name = hashlib.sha256(text.encode()).hexdigest() + ".npy"
+        return os.path.join(self.growing, name)

@@ -7,7 +7,7 @@ import pathlib
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lightwam_jax.data.caches import resumable
+from lightwam_jax import atomic
 from lightwam_jax.data.formats import lerobot_stats
 
 CHUNK = 1000  # files per directory
@@ -42,7 +42,7 @@ class Single(_Layout):
 
     def rows(self, number, table):
         """Writes the table of an episode; returns nothing to list."""
-        with resumable.writing(self._of(self.data_path, number), sync=False) as path:
+        with atomic.writing(self._of(self.data_path, number), sync=False) as path:
             pq.write_table(table, path)
         return {}
 
@@ -50,7 +50,7 @@ class Single(_Layout):
         """Writes the video of an episode; returns nothing to list."""
         path = self._of(self.video_path, number, key)
         with (
-            resumable.writing(path, sync=False) as partial,
+            atomic.writing(path, sync=False) as partial,
             self.open_video(partial, fps) as writer,
         ):
             for frames in chunks:
@@ -152,7 +152,7 @@ class Packed(_Layout):
         pq.write_table(pa.Table.from_pylist(rows), file)
         pq.write_table(_indexed_by_task(tasks), self._place("meta/tasks.parquet"))
         stats = lerobot_stats.joined([entry["stats"] for entry in entries])
-        resumable.write_json(self._place("meta/stats.json"), lerobot_stats.lists(stats))
+        atomic.write_json(self._place("meta/stats.json"), lerobot_stats.lists(stats))
 
 
 VERSIONS = {"2.1": Single, "3.0": Packed}

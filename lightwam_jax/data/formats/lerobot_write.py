@@ -10,7 +10,7 @@ import pyarrow as pa
 import tqdm
 from PIL import Image
 
-from lightwam_jax.data.caches import resumable
+from lightwam_jax import atomic
 from lightwam_jax.data.formats import lerobot_layouts, lerobot_meta, lerobot_stats, video
 
 _FRAMES = 64  # held in memory at once
@@ -164,7 +164,7 @@ class Writer:
             **self._layout.counts(total, len(filmed)),
             "features": features,
         }
-        resumable.write_json(self._layout.root / "meta" / "info.json", info)
+        atomic.write_json(self._layout.root / "meta" / "info.json", info)
 
     def _number_tasks(self, tasks):
         for task in tasks:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lightwam_jax.data import windows as windows_lib
-from lightwam_jax.data.caches import build_latents, resumable
+from lightwam_jax.data.caches import build_latents
 from lightwam_jax.data.caches import latents as latent_cache
 from tests import synthetic
 
@@ -72,12 +72,3 @@ def test_the_fingerprint_covers_ids_states_actions_and_the_first_image(episodes)
         != found[0]
         == latent_cache.fingerprint(episodes, CONFIG)
     )
-
-
-def test_a_json_file_that_cannot_be_written_stays_what_it_was(tmp_path):
-    path = str(tmp_path / "plan.json")
-    resumable.write_json(path, {"step": 1})
-    with pytest.raises(TypeError):
-        resumable.write_json(path, {"step": 2, "bad": object()})
-    assert resumable.read_json(path) == {"step": 1}
-    assert [file.name for file in tmp_path.iterdir()] == ["plan.json"]

@@ -14,7 +14,8 @@ import sys
 import pytest
 from array_record.python import array_record_module
 
-from lightwam_jax import precompute
+from lightwam_jax import atomic, precompute
+from lightwam_jax.data import episodes as episodes_lib
 from lightwam_jax.data.caches import build_latents, resumable
 from lightwam_jax.data.caches import latents as latent_cache
 from lightwam_jax.encoders import pca as pca_lib
@@ -123,7 +124,7 @@ def test_an_interruption_at_each_of_the_last_steps_changes_no_byte(mortal, patch
     """Down to putting away the last leftover, of the texts and of the latents."""
     patch.setattr(build_latents, "SHARD_BYTES", 10 << 20)
     found = precompute.SourceEpisodes(interrupted.make_config(tmp_path)).found[:3]
-    patch.setattr(precompute.episodes_lib, "read", lambda config: (found, []))
+    patch.setattr(episodes_lib, "read", lambda config: (found, []))
     config = interrupted.make_config(tmp_path)
     mortal(sys.maxsize)
     precompute.precompute(config, STEPS)
@@ -184,7 +185,7 @@ def test_a_restart_says_what_it_keeps_and_encodes_only_the_rest(patch, tmp_path,
     seen[1] = 70
     with pytest.raises(Death):
         precompute.precompute(config, ("latents",))
-    plan = resumable.read_json(tmp_path / "cache" / "latents.partial" / "cache.json")
+    plan = atomic.read_json(tmp_path / "cache" / "latents.partial" / "cache.json")
     there = [
         shard
         for shard in plan["shards"]
@@ -207,7 +208,7 @@ def test_a_partial_cache_of_something_else_is_made_anew_and_says_why(
     plan = json.loads(finished["latents/cache.json"])
     plan["config"]["config.data.canvas"] = [64, 64]
     plan["codec"] = "pca-of-old"
-    resumable.write_json(directory / "cache.json", plan)
+    atomic.write_json(directory / "cache.json", plan)
     (directory / "other").write_text("of the other plan")
     precompute.precompute(config, STEPS)
     said = capsys.readouterr().err
@@ -274,18 +275,11 @@ def test_finishing_twice_at_once_hurts_nobody(patch, tmp_path, finished):
 
 def test_the_same_command_twice_at_once_is_noticed(tmp_path):
     with (
-        resumable.writing(str(tmp_path / "file")),
-        pytest.raises(resumable.InUse, match="the same command runs twice"),
-        resumable.writing(str(tmp_path / "file")),
-    ):
-        pass
-    with (
         resumable.alone_in(tmp_path),
-        pytest.raises(resumable.InUse, match="another process 0 works"),
+        pytest.raises(atomic.InUse, match="another process 0 works"),
         resumable.alone_in(tmp_path),
     ):
         pass
-    assert os.listdir(tmp_path) == ["file"]
 
 
 # ---- full disks ----------------------------------------------------------------------------------
@@ -335,7 +329,7 @@ def test_a_full_disk_is_one_clear_error_and_the_command_continues(patch, disk, f
 
 def test_too_small_a_disk_is_said_before_work_begins(patch, disk):
     config = interrupted.make_config(disk(500 << 10))
-    patch.setattr(build_latents, "_make", lambda *args: pytest.fail("it began"))
+    patch.setattr(build_latents._LatentBuild, "_make", lambda *args: pytest.fail("it began"))
     patch.setattr(resumable, "_SQUEEZED", 10)
     with pytest.raises(resumable.FullDisk, match=r"too little room .* [\d.]+ MB left, and up to"):
         precompute.precompute(config, ("latents",))
