@@ -9,6 +9,7 @@ import os
 import pathlib
 
 import jax
+import orbax.checkpoint as ocp
 
 # A peer that died is noticed after this long: the others then end instead of waiting for it.
 HEARTBEAT_S = 100
@@ -57,43 +58,17 @@ def initialize(coordinator="", num_processes=0, process_id=-1, heartbeat_s=HEART
 
 
 def wait_for_all(name, timeout_s=3600):
-    """Waits until every process has come here; collectives have no patience with compilations.
+    """Waits until every process has come here.
+
+    `multihost_utils.sync_global_devices` would not do: it is a collective, and collectives give up
+    long before the slowest compiler is done. This is a barrier of the coordination service, whose
+    patience can be chosen; Orbax has the public way to it.
 
     Args:
       name: of this place, passed once.
       timeout_s: after which waiting is an error.
     """
-    client = jax._src.distributed.global_state.client
-    if client is not None:
-        client.wait_at_barrier(name, timeout_s * 1000)
-
-
-def tell(topic, text, when):
-    """Leaves a line where all processes of the run can read it; it replaces the one before.
-
-    Args:
-      topic: of the line. text: the line. when: unix time.
-    """
-    client = jax._src.distributed.global_state.client
-    if client is not None:
-        client.key_value_set(
-            f"lightwam_jax/{topic}/{jax.process_index()}",
-            f"{when:.0f} {text}",
-            allow_overwrite=True,
-        )
-
-
-def told(topic, since):
-    """Returns {process: line} of what was told about a topic since then (unix time)."""
-    client = jax._src.distributed.global_state.client
-    if client is None:
-        return {}
-    found = {}
-    for key, value in client.key_value_dir_get(f"lightwam_jax/{topic}/"):
-        when, _, text = value.partition(" ")
-        if float(when) >= since:
-            found[int(key.rpartition("/")[2])] = text
-    return found
+    ocp.multihost.get_barrier_sync_fn()(key=name, timeout_ms=timeout_s * 1000)
 
 
 def detect(environ, tpu_host, kubernetes=False):

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import jax
 
-from lightwam_jax import build
+from lightwam_jax import sharding
 from lightwam_jax.data import spec
 from lightwam_jax.training import step as step_lib
 
@@ -25,19 +25,19 @@ class Product(NamedTuple):
     bytes: int
 
 
-def of_step(config, optimizer, state):
-    """Returns the FLOPs of a training step that recomputes nothing, of the whole batch.
+def of_step(config):
+    """Returns the FLOPs of a training step of a `Config`, of the whole batch.
 
-    They are the model's, whatever way it is executed: recomputation (config.model.remat) costs
-    time and counts as nothing.
-
-    Args:
-      config: `Config`. optimizer: from `make_optimizer`.
-      state: a `TrainState`, arrays or shapes.
+    They are those of the model, however it is executed: what config.model.remat computes again
+    costs time and counts as nothing.
     """
     plain = dataclasses.replace(config.model, remat="none", attention="xla")
-    step = step_lib.make_train_step(build.build_model(plain), config, optimizer)
-    batch = spec.model_batch_spec(config, config.train.batch_size)
+    plain = dataclasses.replace(config, model=plain)
+    model, optimizer, state = step_lib.state_shapes(plain)
+    places = sharding.tree_shardings(sharding.single_device_mesh(), state)
+    step = step_lib.make_train_step(model, plain, optimizer, places)
+    # The step's own input is what the codec made of the video, if there is any.
+    batch = spec.model_batch_spec(plain, plain.train.batch_size)
     return count(jax.jit(step).trace(state, batch).jaxpr)
 
 
