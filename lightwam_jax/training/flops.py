@@ -51,26 +51,31 @@ def count(jaxpr):
     return sum(times * work for times, work, _ in products(jaxpr))
 
 
-def products(jaxpr, times=1):
+def products(jaxpr):
     """Yields the `Product`s of a jaxpr; see `count`."""
-    for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
-        name, params = eqn.primitive.name, eqn.params
+    for times, eqn in equations(jaxpr):
+        name, result = eqn.primitive.name, eqn.outvars[0].aval if eqn.outvars else None
         if name == "dot_general":
-            (contracted, _), _ = params["dimension_numbers"]
+            (contracted, _), _ = eqn.params["dimension_numbers"]
             left = eqn.invars[0].aval.shape
-            work = 2 * eqn.outvars[0].aval.size * math.prod(left[i] for i in contracted)
+            work = 2 * result.size * math.prod(left[i] for i in contracted)
             yield Product(times, work, _bytes(eqn))
         elif name == "conv_general_dilated":
             kernel = eqn.invars[1].aval
-            features = kernel.shape[params["dimension_numbers"].rhs_spec[0]]
-            work = 2 * eqn.outvars[0].aval.size * kernel.size // features
-            yield Product(times, work, _bytes(eqn))
-        elif name == "cond":
-            yield from products(max(params["branches"], key=count), times)
-        else:
-            inner = times * params["length"] if name == "scan" else times
-            for part in _jaxprs(params):
-                yield from products(part, inner)
+            features = kernel.shape[eqn.params["dimension_numbers"].rhs_spec[0]]
+            yield Product(times, 2 * result.size * kernel.size // features, _bytes(eqn))
+
+
+def equations(jaxpr, times=1):
+    """Yields (how often it runs, equation) of a jaxpr; those inside loops and calls too."""
+    for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+        yield times, eqn
+        inner = times * eqn.params["length"] if eqn.primitive.name == "scan" else times
+        parts = _jaxprs(eqn.params)
+        if eqn.primitive.name == "cond":
+            parts = [max(eqn.params["branches"], key=count)]
+        for part in parts:
+            yield from equations(part, inner)
 
 
 def _bytes(eqn):

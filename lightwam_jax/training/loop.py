@@ -137,11 +137,6 @@ def run(r):
     state, r.state = r.state, None  # the step consumes it
     validate, saved = _validator(r), r.checkpoints.latest_step()
 
-    @contextlib.contextmanager
-    def phase(name):
-        with stuck.watch(name, step, config.stuck_after_s), log.timer(name):
-            yield
-
     def due(every):
         return every > 0 and (step % every == 0 or step == total)
 
@@ -152,12 +147,12 @@ def run(r):
         stop = stack.enter_context(_StopSignals(r.checkpoints))
         while step < total and not stop.wanted(step):
             # ---- one step ----------------------------------------------------------------------
-            with phase("data"):
+            with log.phase("data"):
                 batch = next(batches)
             if step == r.step:
                 _look_at_first(r, batch)
             r.profiler.before(step + 1)
-            with phase("device"):
+            with log.phase("device"):
                 state, metrics = r.train_step(state, *_on_device(r, batch))
                 log.add(metrics, IN_FLIGHT)
             step += 1
@@ -165,26 +160,25 @@ def run(r):
 
             # ---- log, validate, save -----------------------------------------------------------
             if any(map(due, (config.log_every, config.eval_every, config.checkpoint_every))):
-                with phase("device"):
+                with log.phase("device"):
                     log.window.fetch()
                 if log.window.bad:
                     break
             if due(config.log_every):
-                with stuck.watch("log", step, config.stuck_after_s):
-                    log.write_window(step, r.utilisation)
+                log.write_window(r.utilisation)
             if due(config.eval_every) and r.validation:
-                with phase("validate"):
+                with log.phase("validate"):
                     log.write("eval", step, validate(state))
             if due(config.checkpoint_every):
-                with phase("save"):
+                with log.phase("save"):
                     saved = _save(r, state, step, log)
 
         # ---- the end ---------------------------------------------------------------------------
-        with phase("device"):
+        with log.phase("device"):
             log.window.fetch()
         if log.window.bad:
             step = int(state.step)  # it stayed where it was before the bad one
-        with phase("save"):
+        with log.phase("save"):
             if saved != step:
                 _save(r, state, step, log)
             r.checkpoints.wait()

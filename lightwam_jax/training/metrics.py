@@ -12,6 +12,8 @@ import numpy as np
 import tensorboardX
 import tqdm
 
+from lightwam_jax.training import stuck
+
 
 class MetricsWriter:
     """Appends rows to `<workdir>/metrics.jsonl` and scalars to `<workdir>/tensorboard/`.
@@ -145,33 +147,41 @@ class Log:
       active: False on all but the first process, which alone writes and shows.
 
     Attributes:
-      window: `MetricBuffer` of the steps since the last log row. timer: `StepTimer`.
+      window: `MetricBuffer` of the steps since the last log row. write, sync: of `MetricsWriter`.
     """
 
     def __init__(self, workdir, config, step, rows=(), active=True):
-        self.window, self.timer = MetricBuffer(rows), StepTimer()
+        self._config, self._step, self._logged = config, step, step
+        self.window, self._timer = MetricBuffer(rows), StepTimer()
         self._writer = MetricsWriter(workdir, step, active)
-        self._batch_size, self._logged = config.batch_size, step
+        self.write, self.sync = self._writer.write, self._writer.sync
         # On a terminal the bar moves; in a log file it is one line per 30 seconds.
         interval = 0.2 if sys.stderr.isatty() else 30.0
         self._bar = tqdm.tqdm(initial=step, total=config.steps, unit="step", dynamic_ncols=True,
                               disable=not active, mininterval=interval)  # fmt: skip
-        self.write, self.sync = self._writer.write, self._writer.sync
+
+    @contextlib.contextmanager
+    def phase(self, name):
+        """Times a phase of the loop, and says so if the run is stuck in it."""
+        with stuck.watch(name, self._step, self._config.stuck_after_s), self._timer(name):
+            yield
 
     def add(self, metrics, in_flight):
-        """Adds a step; see `MetricBuffer.add`."""
+        """Adds the metrics of the next step; see `MetricBuffer.add`."""
         self.window.add(metrics, in_flight)
+        self._step += 1
         self._bar.update()
 
-    def write_window(self, step, utilisation):
-        """Writes the means of the window that ends with `step`, and starts the next one.
+    def write_window(self, utilisation):
+        """Writes the means of the window that ends here, and starts the next one.
 
         Args:
-          utilisation: function of the milliseconds of a step, as `utilisation` below.
+          utilisation: as below, a function of the milliseconds of a step.
         """
-        values = self.window.close() | self.timer.window(step - self._logged, self._batch_size)
-        self._logged = step
-        self.write("train", step, values | utilisation(values["ms_step"]))
+        steps, self._logged = self._step - self._logged, self._step
+        values = self.window.close() | self._timer.window(steps, self._config.batch_size)
+        with stuck.watch("log", self._step, self._config.stuck_after_s):
+            self.write("train", self._step, values | utilisation(values["ms_step"]))
         shown = {name: f"{values[name]:.4g}" for name in ("loss", "lr", "samples_per_s")}
         self._bar.set_postfix(shown, refresh=False)
 
