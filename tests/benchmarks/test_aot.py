@@ -1,6 +1,7 @@
 """What devices exchange in a step: the plan, what the compiler made of it, how it is counted."""
 
 import collections
+import json
 import math
 import re
 import types
@@ -17,7 +18,7 @@ from lightwam_jax import sharding
 from lightwam_jax.training import flops
 from lightwam_jax.training import optimizer as optimizer_lib
 from lightwam_jax.training import step as step_lib
-from tests import synthetic
+from tests import pod, synthetic
 
 LAYERS, WIDTH, ROWS = 3, 64, 16
 CONFIG = synthetic.make_config(
@@ -302,6 +303,24 @@ def test_products_of_a_shard_map_are_those_of_one_device():
     product = jax.shard_map(lambda x, w: x @ w, mesh=mesh, in_specs=(rows, whole), out_specs=rows)
     jaxpr = jax.jit(product).trace(jnp.ones((64, 4)), jnp.ones((4, 2))).jaxpr
     assert list(flops.products(jaxpr)) == [(1, 2 * 8 * 4 * 2, 4 * (8 * 4 + 4 * 2 + 8 * 2))]
+
+
+def test_numbers_of_a_step_and_their_tables(monkeypatch):
+    """As for a TPU, with this machine's devices in the place of its chips."""
+    monkeypatch.setattr(aot, "devices", lambda topology: jax.devices()[:8])
+    monkeypatch.setattr(aot, "SCALING", (2, 4, 8, 16))
+    numbers = aot.compile_step(pod.make_config(**{"mesh.fsdp": 4}), "v5e:2x4")
+    assert numbers["chips"] == 8 and numbers["mesh"] == {"data": 2, "fsdp": 4}
+    assert numbers["plan"]["unplanned"] == []
+    small, same, large = numbers["scaling"]  # fsdp does not divide 2 chips
+    assert (small["chips"], same["chips"], large["chips"]) == (4, 8, 16)
+    assert same["communication_s"] == numbers["roofline"]["communication_s"]
+    assert small["communication_s"] < same["communication_s"] < large["communication_s"]
+    for name in ("step_ms", "samples_per_s", "mfu"):
+        assert same[name] == pytest.approx(numbers["roofline"][name])
+    found = {"topology": "v5e:2x4", "train": numbers | {"complaints": aot.complaints("")}}
+    text = aot_tables.tables([json.loads(json.dumps(found))])
+    assert "| v5e:2x4 | 8 | 2 x 4 |" in text and "| v5e:2x4 | reduce-scatter |" in text
 
 
 def test_complaints_and_tables(tmp_path):
