@@ -10,8 +10,7 @@ One checkpoint is one directory:
     meta/       step, config, and shape, dtype and checksum of every array; a checksum of all this
     assets/     normalisation statistics, text and codec files; large ones hard-linked like frozen/
 
-Orbax restores a flipped byte or another dtype without a word, so every array is checked against
-its checksum after reading. The checksum does not depend on the mesh.
+Every array is checked against its checksum after reading; see `storage.py`.
 """
 
 import contextlib
@@ -45,6 +44,11 @@ def config_differences(old, new):
         for key in sorted(set(old) | set(new))
         if old.get(key) != new.get(key)
     }
+
+
+def _steps(parent):
+    """The steps that have a checkpoint in this directory, which may be missing."""
+    return [int(p.name) for p in parent.iterdir() if p.name.isdigit()] if parent.is_dir() else []
 
 
 # ---- training ----------------------------------------------------------------------------------
@@ -169,11 +173,11 @@ class Checkpoints:
             yield
         except Exception as error:  # the storage libraries raise whatever they like
             self._failed = True
-            steps = [int(p.name) for p in self.directory.iterdir() if p.name.isdigit()]
+            newest = max(_steps(self.directory), default=None)
             raise storage.SaveError(
                 f"a checkpoint could not be written to {self.directory}: "
-                f"{str(error).splitlines()[0]}\n  the newest whole one is step "
-                f"{max(steps, default=None)}; the same command continues from there"
+                f"{str(error).splitlines()[0]}\n  the newest whole one is step {newest}; the same "
+                "command continues from there"
             ) from error
 
     def restore(self, targets):
@@ -236,12 +240,9 @@ class Checkpoints:
             for k, (old, new) in changed.items()
         )
         for name, target in targets.items():
+            stored = storage.stored_shapes(meta, name) if name in meta["arrays"] else {}
             try:
-                params_lib.check_same_structure(
-                    storage.stored_shapes(meta, name) if name in meta["arrays"] else {},
-                    target,
-                    f"{directory}/{name}",
-                )
+                params_lib.check_same_structure(stored, target, f"{directory}/{name}")
             except ValueError as error:
                 raise ValueError(
                     f"{error}{keys}\ncontinue with the checkpoint's config, or choose another "
@@ -310,10 +311,7 @@ def find_checkpoint(path):
     if (path / "meta").is_dir():
         return path
     for parent in (path, path / "checkpoints"):
-        steps = (
-            [int(p.name) for p in parent.iterdir() if p.name.isdigit()] if parent.is_dir() else []
-        )
-        if steps:
+        if steps := _steps(parent):
             return parent / str(max(steps))
     raise FileNotFoundError(
         f"no checkpoint in {path}; expected a run directory (--workdir of train.py), its "
