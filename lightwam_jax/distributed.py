@@ -16,12 +16,12 @@ HEARTBEAT_S = 100
 
 
 def initialize(coordinator="", num_processes=0, process_id=-1, heartbeat_s=HEARTBEAT_S):
-    """Joins the other processes of the run, if there are any; call it first.
+    """Joins the other processes of the run, if there are any. Call it first.
 
     Args:
       coordinator: "host:port" of process 0; "" where the environment tells (see `detect`).
-      num_processes, process_id: of the run and of this process; given with `coordinator`. Only
-        num_processes=1: nobody is looked for.
+      num_processes, process_id: given together with `coordinator`. Only
+        num_processes=1: this process is alone.
       heartbeat_s: seconds of silence after which a peer counts as dead.
 
     Returns:
@@ -30,20 +30,20 @@ def initialize(coordinator="", num_processes=0, process_id=-1, heartbeat_s=HEART
     Raises:
       ValueError: only some of the three are given, or they contradict each other.
     """
+    flags = (
+        f"--coordinator={coordinator!r} --num_processes={num_processes} --process_id={process_id}"
+    )
     given = (bool(coordinator), num_processes > 0, process_id >= 0)
     if given == (False, True, False) and num_processes == 1:
         return ""
     if any(given) and not all(given):
         raise ValueError(
-            f"--coordinator={coordinator!r} --num_processes={num_processes} --process_id="
-            f"{process_id}: give all three, or none where TPU, SLURM, Open MPI or Kubernetes "
-            "tell them"
+            f"{flags}: give all three, or none where TPU, SLURM, Open MPI or Kubernetes tell them"
         )
     if all(given):
         if process_id >= num_processes or ":" not in coordinator:
             raise ValueError(
-                f"--coordinator={coordinator!r} --num_processes={num_processes} --process_id="
-                f"{process_id}: expected HOST:PORT, and process_id from 0 to num_processes - 1"
+                f"{flags}: expected HOST:PORT, and process_id from 0 to num_processes - 1"
             )
         jax.distributed.initialize(
             coordinator, num_processes, process_id, heartbeat_timeout_seconds=heartbeat_s
@@ -105,9 +105,9 @@ def detect(environ, tpu_host, kubernetes=False):
 def local_gpus(environ):
     """Returns which of the GPUs it sees a SLURM task uses, or None where that needs no saying.
 
-    JAX gives each task the GPU of its own number: right for one task per GPU that sees all of them,
-    wrong for one task per node, which would leave seven of eight idle without a word, and for tasks
-    that see their own GPU only.
+    JAX gives each task the GPU of its own number. That is right for one task per GPU where each
+    task sees all of them. It is wrong for one task per node (seven of eight GPUs would be idle) and
+    for tasks that see their own GPU only.
 
     Raises:
       ValueError: the GPUs of a node cannot be shared out evenly.

@@ -107,8 +107,8 @@ class Checkpoints:
     def _remove_unfinished(self):
         """Removes what killed saves left.
 
-        Orbax's `cleanup_tmp_directories` does so in a thread that only the next save waits for:
-        where the program ends before one, that thread fails loudly while Python shuts down.
+        Orbax's `cleanup_tmp_directories` does so in a thread that only the next save waits for. In
+        a program that ends before the next save, it fails loudly while Python shuts down.
         """
         if jax.process_index() == 0:
             for parent in (self.directory, self.workdir):
@@ -156,9 +156,9 @@ class Checkpoints:
         self._frozen_manifest = manifest
 
     def _link_frozen(self, source):
-        """Makes the files of a checkpoint the ones that the next checkpoints link to.
+        """Makes later checkpoints link to the frozen files of this one, through links of their own.
 
-        The checkpoint itself will not do: it may be deleted before the last of them is written.
+        The checkpoint itself may be deleted before the last of them is written.
         """
         if jax.process_index() == 0:
             scratch = self.workdir / "frozen_params.partial"
@@ -302,7 +302,7 @@ class LoadedCheckpoint:
 
 
 def find_checkpoint(path):
-    """Returns the checkpoint directory that `path` means: itself, or the newest of a run.
+    """Returns the checkpoint directory of `path`: itself, or the newest one of a run.
 
     Raises:
       FileNotFoundError: there is none.
@@ -322,7 +322,7 @@ def find_checkpoint(path):
 def save_params(directory, params, meta=None, assets=None):
     """Writes parameters as a checkpoint without optimizer: what converters produce.
 
-    The directory appears when all of it is written: whatever fails before leaves nothing.
+    The directory appears when all of it is written; a failure leaves nothing behind.
 
     Args:
       directory: must not exist.
@@ -349,9 +349,9 @@ def save_params(directory, params, meta=None, assets=None):
 
 
 def load_params(path, mesh=None):
-    """Reads the parameters of a checkpoint, and of its optimizer nothing.
+    """Reads the parameters of a checkpoint, without the optimizer's state.
 
-    The moving average is taken where the run kept one.
+    If the run kept a moving average, that is what is read.
 
     Args:
       path: a run directory, or one checkpoint.

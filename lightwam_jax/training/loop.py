@@ -1,4 +1,4 @@
-"""Training from a config to the last checkpoint, one straight story (files: `workdir.py`)."""
+"""Training, from a config to the last checkpoint. `workdir.py` lists the files of a run."""
 
 import contextlib
 import dataclasses
