@@ -48,7 +48,7 @@ def main(argv):
         run = loop.prepare(
             config_lib.from_config_dict(_CONFIG.value), _WORKDIR.value, _profile_steps()
         )
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, MemoryError) as error:
         logging.debug("Where it was found:", exc_info=True)  # shown by --verbosity=1
         _fail(error)
     try:

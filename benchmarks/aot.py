@@ -15,6 +15,7 @@ and none; what a real step needs is more.
 
 import dataclasses
 import json
+import math
 import os
 import pathlib
 import subprocess
@@ -36,7 +37,6 @@ from lightwam_jax.data import spec
 from lightwam_jax.encoders import wan
 from lightwam_jax.inference import deploy
 from lightwam_jax.training import flops, memory
-from lightwam_jax.training import optimizer as optimizer_lib
 from lightwam_jax.training import step as step_lib
 from lightwam_jax.training.chips import CHIPS
 
@@ -112,24 +112,6 @@ def devices(topology):
     ).devices
 
 
-def state_shapes(config):
-    """Returns (model, optimizer, ShapeDtypeStructs of the `TrainState`); nothing is allocated."""
-    model = build.build_model(config.model)
-    optimizer = optimizer_lib.make_optimizer(config.optimizer, config.train.steps)
-
-    def init():
-        params = build.init_params(model, jax.random.key(config.seed), config.model)
-        return step_lib.init_state(params, config, optimizer)
-
-    return model, optimizer, jax.eval_shape(init)
-
-
-def batch_shapes(config):
-    """Returns the ShapeDtypeStructs of what a step reads of a global batch."""
-    shapes = spec.batch_spec(config, config.train.batch_size)
-    return {name: shape for name, shape in shapes.items() if name != "index"}
-
-
 # ---- one program, in a process of its own -------------------------------------------------------
 
 
@@ -137,27 +119,21 @@ def compile_step(config, topology):
     """Compiles the training step; returns its numbers."""
     mesh = sharding.make_mesh(config.mesh, devices(topology))
     sharding.check_batch_size(config.train.batch_size, config.optimizer.accum_steps, mesh)
-    model, optimizer, shapes = state_shapes(config)
+    model, optimizer, shapes = step_lib.state_shapes(config)
     places = sharding.tree_shardings(mesh, shapes, config.mesh.frozen)
-    rows = sharding.batch_sharding(mesh)
-    batch = batch_shapes(config)
-    step = step_lib.jit_train_step(
-        step_lib.make_train_step(model, config, optimizer, shardings=places),
-        places,
-        rows,
-        sharding.replicated(mesh),
+    step = step_lib.make_train_step(model, config, optimizer, places)
+    batch = _placed(step_lib.batch_shapes(config), sharding.batch_sharding(mesh))
+    traced, program, numbers = _compile(
+        step_lib.jit_train_step(step, places), sharding.with_shardings(shapes, places), batch
     )
-    arguments = (
-        sharding.with_shardings(shapes, places),
-        sharding.with_shardings(batch, jax.tree.map(lambda x: rows, batch)),
-    )
-    traced, numbers = _compile(step, arguments)
 
-    model_flops = flops.of_step(config, optimizer, shapes)
-    plan = collectives.planned(config, shapes, places)
-    program = numbers.pop("program")
-    limits = roofline(traced, program, topology)
-    samples = config.train.batch_size
+    exchanged = collectives.written(traced.jaxpr, mesh.shape)
+    plan = memory.plan(config, shapes, places)
+    samples, work = config.train.batch_size, flops.of_step(config)
+    limits = {
+        "compute_s": _products_s(traced.jaxpr, topology),
+        "communication_s": _exchange_s(exchanged, mesh.shape, topology),
+    }
     return {
         "chips": mesh.size,
         "mesh": dict(mesh.shape),
@@ -166,14 +142,13 @@ def compile_step(config, topology):
         "remat": config.model.remat,
         "model": config.model.variant,
         **numbers,
-        "memory_plan_gib": {
-            name: size / GIB for name, size in memory.plan(config, shapes, places).items()
-        },
-        "model_tflop_per_sample": model_flops / samples / 1e12,
-        "planned": collectives.totals(plan),
-        "plan": collectives.compare(plan, program),
-        "roofline": limits | speeds(limits, samples, model_flops, mesh.size, topology),
-        "scaling": scaling(config, shapes, limits, model_flops / samples, topology, mesh.size),
+        "collectives": collectives.totals(exchanged, program),
+        "largest_collectives": collectives.largest(exchanged, mesh.shape),
+        "memory_plan_gib": {name: size / GIB for name, size in plan.items()},
+        "model_tflop_per_sample": work / samples / 1e12,
+        "plan": collectives.compare(exchanged, program),
+        "roofline": limits | speeds(limits, samples, work, mesh.size, topology),
+        "scaling": scaling(config, shapes, traced.jaxpr, limits, work, topology, mesh.size),
     }
 
 
@@ -181,6 +156,28 @@ def compile_policy(config, topology, rows):
     """Compiles the deployed policy, canvas to actions, for one chip; returns its numbers."""
     mesh = sharding.make_mesh(config_lib.MeshConfig(1, 1, "sharded"), devices(topology)[:1])
     place, dtype = sharding.replicated(mesh), jnp.dtype(config.model.dtype)
+    model, params = _deployed_shapes(config)
+    codec = wan.VAES[config.data.codec](dtype=dtype)
+    canvas = jax.ShapeDtypeStruct((rows, *config.data.canvas, 3), jnp.float32)
+    encoder = jax.eval_shape(
+        lambda x: codec.init(jax.random.key(0), x[:, None], method="encode")["params"], canvas
+    )
+
+    def act(params, encoder, canvas, context, proprio):
+        video = (canvas[:, None] - 0.5) / 0.5
+        latents = codec.apply({"params": encoder}, video, method="encode")
+        horizon = config.data.action_horizon
+        return model.apply({"params": params}, latents, context, proprio, horizon, method="act")[0]
+
+    weights = _placed((params, encoder), place, dtype)  # as the policy keeps them
+    batch = spec.batch_spec(config, rows)
+    inputs = _placed((canvas, batch["context"], batch["proprio"]), place)
+    traced, _, numbers = _compile(jax.jit(act), *weights, *inputs)  # one chip exchanges nothing
+    return {"batch": rows, **numbers, "ms": 1000 * _products_s(traced.jaxpr, topology)}
+
+
+def _deployed_shapes(config):
+    """The model of a deployed policy and the shapes of its parameters."""
     whole = build.build_model(config.model)
     whole = jax.eval_shape(lambda: build.init_params(whole, jax.random.key(0), config.model))
     smaller = []
@@ -191,113 +188,84 @@ def compile_policy(config, topology, rows):
         return params
 
     params = jax.eval_shape(to_deployed, whole)
-    model = build.build_model(smaller[0])
-    codec = wan.VAES[config.data.codec](dtype=dtype)
-    canvas = jax.ShapeDtypeStruct((rows, *config.data.canvas, 3), jnp.float32)
-    encoder = jax.eval_shape(
-        lambda x: codec.init(jax.random.key(0), x[:, None], method="encode")["params"], canvas
+    return build.build_model(smaller[0]), params
+
+
+def _placed(shapes, place, dtype=None):
+    """The shapes with one sharding for all, in one dtype where it is given."""
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, dtype or x.dtype, sharding=place), shapes
     )
 
-    def act(params, encoder, canvas, batch):
-        video = (canvas[:, None] - 0.5) / 0.5
-        latents = codec.apply({"params": encoder}, video, method="encode")
-        actions, _ = model.apply(
-            {"params": params},
-            latents,
-            batch["context"],
-            batch["proprio"],
-            config.data.action_horizon,
-            method="act",
-        )
-        return actions
 
-    def stored(tree):  # weights as the policy keeps them
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=place), tree)
-
-    def given(tree):
-        return sharding.with_shardings(tree, jax.tree.map(lambda x: place, tree))
-
-    batch = spec.batch_spec(config, rows)
-    batch = {name: batch[name] for name in ("context", "proprio")}
-    traced, numbers = _compile(
-        jax.jit(act), (stored(params), stored(encoder), given(canvas), given(batch))
-    )
-    limits = roofline(traced, numbers.pop("program"), topology)
-    return {"batch": rows, **numbers, "ms": 1000 * limits["compute_s"]}
-
-
-def _compile(function, arguments):
-    """Returns (jaxpr, {"trace_s", "compile_s", "memory", "collectives", ...})."""
+def _compile(function, *arguments):
+    """Returns what was traced, the `Instruction`s of the program, and {"trace_s", ...}."""
     start = time.perf_counter()
     traced = function.trace(*arguments)
     lowered = traced.lower()
     between = time.perf_counter()
     compiled = lowered.compile()
-    end = time.perf_counter()
-    program = collectives.found(compiled.as_text())
-    large = sorted(program, key=lambda c: -c.bytes)
-    return traced.jaxpr, {
+    numbers = {
         "trace_s": between - start,
-        "compile_s": end - between,
+        "compile_s": time.perf_counter() - between,
         "memory_gib_per_chip": memory.compiled(compiled),
         "tflop_per_chip": flops.count(traced.jaxpr) / 1e12,
-        "collectives": collectives.totals(program),
-        "largest_collectives": [
-            f"{c.times} x {c.kind} {c.dtype}{list(c.shape)} over {c.group}"
-            for c in dict.fromkeys(c._replace(where="") for c in large)
-        ][:8],
-        "program": program,
     }
+    return traced, collectives.instructions(compiled.as_text()), numbers
 
 
 # ---- predictions -------------------------------------------------------------------------------
 
 
-def roofline(jaxpr, program, topology):
-    """Returns the seconds per chip that products and communication take at least."""
-    chip = CHIPS[topology.partition(":")[0]]
-    return {
-        "compute_s": sum(
-            times * max(work / chip.flops, size / chip.memory)
-            for times, work, size in flops.products(jaxpr)
-        ),
-        "communication_s": sum(c.wire_bytes for c in program) / chip.links,
-    }
+def _chip(topology):
+    return CHIPS[topology.partition(":")[0]]
 
 
-def speeds(limits, samples, model_flops, chips, topology):
+def _products_s(jaxpr, topology):
+    """Seconds that a chip needs at least for its matrix products."""
+    chip = _chip(topology)
+    return sum(
+        times * max(work / chip.flops, size / chip.memory)
+        for times, work, size in flops.products(jaxpr)
+    )
+
+
+def _exchange_s(exchanged, mesh, topology):
+    """Seconds that a chip needs at least to send its part of the `Collective`s."""
+    return sum(c.wire_bytes(mesh) for c in exchanged) / _chip(topology).links
+
+
+def speeds(limits, samples, work, chips, topology):
     """Returns step time, samples/s and MFU, [best, worst]: communication hidden, or not at all."""
-    peak = chips * CHIPS[topology.partition(":")[0]].flops
+    peak = chips * _chip(topology).flops
     seconds = (max(limits.values()), sum(limits.values()))
     return {
         "step_ms": [1000 * s for s in seconds],
         "samples_per_s": [samples / s for s in seconds],
-        "mfu": [model_flops / s / peak for s in seconds],
+        "mfu": [work / s / peak for s in seconds],
     }
 
 
-def scaling(config, shapes, limits, model_flops, topology, chips):
-    """Returns rows of the same batch per chip on other numbers of chips, as planned.
+def scaling(config, shapes, jaxpr, limits, work, topology, chips):
+    """Returns rows of the same batch per chip on other numbers of chips.
 
     What every chip computes is the same; what it exchanges follows from the mesh.
+
+    Args:
+      config, shapes, jaxpr: of the step that was compiled, on `chips` chips.
+      limits: its {"compute_s", ...}. work: FLOPs of the model in it.
     """
-    link = CHIPS[topology.partition(":")[0]].links
     fsdp, rows = config.mesh.fsdp, []
     for count in SCALING:
         if count % fsdp or topology.startswith("h100"):  # beyond 8, a slower network joins nodes
             continue
         mesh = AbstractMesh((count // fsdp, fsdp), sharding.AXES)
         batch = config.train.batch_size // chips * count
-        there = dataclasses.replace(
-            config, train=dataclasses.replace(config.train, batch_size=batch)
-        )
-        places = sharding.tree_shardings(mesh, shapes, config.mesh.frozen)
-        plan = collectives.planned(there, shapes, places)
-        seconds = {
-            "compute_s": limits["compute_s"],
-            "communication_s": sum(c.wire_bytes for c in plan) / link,
-        }
-        held = memory.held(there, shapes, places)
+        train = dataclasses.replace(config.train, batch_size=batch)
+        there = dataclasses.replace(config, train=train)
+        held = memory.held(there, shapes, sharding.tree_shardings(mesh, shapes, config.mesh.frozen))
+        exchange_s = _exchange_s(collectives.written(jaxpr, mesh.shape), mesh.shape, topology)
+        seconds = {"compute_s": limits["compute_s"], "communication_s": exchange_s}
         rows.append(
             {
                 "chips": count,
@@ -305,7 +273,7 @@ def scaling(config, shapes, limits, model_flops, topology, chips):
                 "batch_size": batch,
                 "memory_plan_gib": sum(held.values()) / GIB,
                 **seconds,
-                **speeds(seconds, batch, model_flops * batch, count, topology),
+                **speeds(seconds, batch, work / chips * count, count, topology),
             }
         )
     return rows
@@ -322,9 +290,7 @@ def configure(config, topology, options):
     recipe = dataclasses.replace(
         RECIPES[chip], **{name: value for name, value in options.items() if value is not None}
     )
-    chips = 1
-    for side in shape.split("x"):
-        chips *= int(side)
+    chips = math.prod(int(side) for side in shape.split("x"))
     config.train.batch_size = chips * recipe.batch_per_chip
     config.mesh.fsdp = min(recipe.fsdp, chips)
     config.optimizer.accum_steps = recipe.accum
@@ -341,20 +307,10 @@ def compile_apart(config, topology, job):
         environment = dict(os.environ, **ENVIRONMENT)
         if topology.startswith("h100"):
             environment["XLA_FLAGS"] = GPU_FLAGS
+        command = [sys.executable, "-m", "benchmarks.aot", f"--topology={topology}",
+                   f"--job={job}", f"--job_config={given}", f"--out={made}"]  # fmt: skip
         done = subprocess.run(
-            [
-                sys.executable,
-                "-m",
-                "benchmarks.aot",
-                f"--topology={topology}",
-                f"--job={job}",
-                f"--job_config={given}",
-                f"--out={made}",
-            ],
-            env=environment,
-            stderr=subprocess.PIPE,
-            text=True,
-            errors="replace",
+            command, env=environment, stderr=subprocess.PIPE, text=True, errors="replace"
         )
         if done.returncode:
             raise RuntimeError(f"{job} for {topology} did not compile:\n{done.stderr[-6000:]}")
@@ -390,29 +346,20 @@ def main(argv):
         pathlib.Path(f.out).write_text(json.dumps(numbers))
         return
     if f.topology:
-        options = {
-            "batch_per_chip": f.batch_per_chip,
-            "fsdp": f.fsdp,
-            "accum": f.accum,
-            "remat": f.remat,
-        }
+        options = {name: f[name].value for name in Recipe.__dataclass_fields__}
         try:
             config = configure(f.config, f.topology, options)
         except ValueError as error:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(2)
         jobs = ["train", *(f"policy_{rows}" for rows in POLICY_BATCHES)]
-        numbers = {
-            job: compile_apart(config, f.topology, job)
-            for job in jobs
-            if job.split("_")[0] in f.jobs
-        }
+        wanted = [job for job in jobs if job.split("_")[0] in f.jobs]
+        numbers = {job: compile_apart(config, f.topology, job) for job in wanted}
         out = pathlib.Path(f.out or aot_tables.RESULTS / f"aot_{f.topology.replace(':', '_')}.json")
         before = json.loads(out.read_text()) if out.exists() else {}
         kept = {job: before[job] for job in jobs if job in before}
-        results.write(
-            out, "aot", {"topology": f.topology, "config": config.name, **kept, **numbers}
-        )
+        numbers = {"topology": f.topology, "config": config.name, **kept, **numbers}
+        results.write(out, "aot", numbers)
     if f.docs:
         aot_tables.write(f.docs)
 

@@ -114,7 +114,7 @@ def _step(x):
 
 def _exchange(x):
     t = x["train"]
-    plan = t["planned"]
+    plan = t.get("planned", t["collectives"])  # where what is written is what is counted
     for kind in dict.fromkeys([*t["collectives"], *plan]):
         got = t["collectives"].get(kind, {"count": 0, "gib": 0, "overlapped": 0})
         yield (

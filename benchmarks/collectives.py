@@ -1,235 +1,182 @@
-"""What the devices exchange: as planned from the parameters, and as found in a compiled program.
+"""What the devices exchange in a step: as it is written, and what the compiler made of that.
+
+How often and how much is exchanged follows from the traced step (its jaxpr), where
+`jax.shard_map` spells out every exchange. The text of the compiled program adds what the trace
+cannot tell: which exchanges run while the devices compute, and what the compiler exchanges besides.
 
 Bytes are those of the whole array: what an all-gather leaves on every device, what a
 reduce-scatter or an all-reduce takes from every device.
 """
 
-import collections
-import functools
 import math
 import re
 from typing import NamedTuple
 
-import jax
-
 from lightwam_jax import sharding
+from lightwam_jax.training import flops
 
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
-# Reductions of numbers (losses, norms) and of gradients too small to split are not planned one by
-# one; arrays smaller than this count for nothing in the comparison.
+_PRIMITIVES = {
+    "all_gather": "all-gather",
+    "reduce_scatter": "reduce-scatter",
+    "psum": "all-reduce",
+    "psum_invariant": "all-reduce",
+    "all_to_all": "all-to-all",
+    "ppermute": "collective-permute",
+}
+# The compiler exchanges numbers (losses, norms) and small gradients in ways of its own; arrays
+# smaller than this count for nothing in the comparison.
 SMALL_BYTES = sharding.MIN_SPLIT_BYTES
 
 
 class Collective(NamedTuple):
-    """One array that devices exchange, `times` times per program.
+    """An array that the devices along some axes of the mesh exchange, `times` times per step."""
 
-    Attributes:
-      kind: of `KINDS`. dtype, shape: of the whole array. group: devices that take part.
-      overlapped: other work runs meanwhile. where: the program's name for it, or the plan's.
-    """
-
-    kind: str
+    kind: str  # of KINDS
     dtype: str
-    shape: tuple
-    group: int
+    shape: tuple  # of the whole array
+    axes: tuple
     times: int
-    overlapped: bool
-    where: str
 
     @property
     def bytes(self):
-        return math.prod(self.shape) * _ITEMSIZE[self.dtype]
+        return math.prod(self.shape) * _itemsize(self.dtype)
 
-    @property
-    def wire_bytes(self):
+    def group(self, mesh):
+        """Devices that take part on a mesh of these sizes, {axis: size}."""
+        return math.prod(mesh[axis] for axis in self.axes)
+
+    def wire_bytes(self, mesh):
         """Bytes that a device sends, all times together."""
         if self.kind == "collective-permute":
             return self.times * self.bytes
         ways = 2 if self.kind == "all-reduce" else 1
-        return self.times * self.bytes * ways * (self.group - 1) / self.group
+        return self.times * self.bytes * ways * (1 - 1 / self.group(mesh))
 
 
-# ---- the plan ----------------------------------------------------------------------------------
-
-
-def planned(config, state, shardings):
-    """Returns the `Collective`s that a training step needs, by the rules of `sharding.py`.
+def written(jaxpr, mesh):
+    """Returns the `Collective`s of a jaxpr, loops in full.
 
     Args:
-      config: `Config`. state: shapes of a `TrainState`. shardings: its shardings.
+      jaxpr: as in `jax.jit(step).trace(...).jaxpr`.
+      mesh: {axis: size}; an exchange with oneself is none.
     """
-    plan = []
-    data, fsdp = (shardings.step.mesh.shape[axis] for axis in sharding.AXES)
-    last = config.model.adapter_layers[-1]
-    # A block's weights are gathered when it runs, and once more for its gradient unless all
-    # that the gradient needs was kept.
-    runs = config.optimizer.accum_steps * (1 if config.model.remat == "none" else 2)
-
-    for path, leaf, axis in _leaves(state.frozen, shardings.frozen):
-        if axis is None or fsdp == 1:
-            continue
-        stack = re.search(r"blocks_(\d+)/(.*)", path)
-        if not stack:
-            plan.append(_of(leaf, leaf.shape, "all-gather", fsdp, 1, path))
-            continue
-        shared = stack[2].startswith(("cross_attn/k/", "cross_attn/v/"))  # by both passes
-        passes = 1 if shared or int(stack[1]) > last else 2
-        times = leaf.shape[0] * passes * runs
-        plan.append(_of(leaf, leaf.shape[1:], "all-gather", fsdp, times, path))
-
-    for path, leaf, axis in _leaves(state.trainable, shardings.trainable):
-        if axis is None or fsdp == 1:
-            plan.append(_of(leaf, leaf.shape, "all-reduce", data * fsdp, 1, path))
-            continue
-        plan.append(_of(leaf, leaf.shape, "all-gather", fsdp, 1, path))
-        plan.append(_of(leaf, leaf.shape, "reduce-scatter", fsdp, 1, path))
-        part = tuple(n // fsdp if i == axis else n for i, n in enumerate(leaf.shape))
-        plan.append(_of(leaf, part, "all-reduce", data, 1, path))
-    return [c for c in plan if c.group > 1]
+    found = []
+    for times, eqn in flops.equations(jaxpr):
+        if kind := _PRIMITIVES.get(eqn.primitive.name):
+            axes = eqn.params.get("axes", eqn.params.get("axis_name"))
+            axes = axes if isinstance(axes, tuple) else (axes,)
+            for x in eqn.outvars if kind == "all-gather" else eqn.invars:
+                found.append(Collective(kind, str(x.aval.dtype), x.aval.shape, axes, times))
+    return [c for c in found if c.group(mesh) > 1]
 
 
-def _leaves(tree, shardings):
-    pairs = zip(jax.tree.leaves_with_path(tree), jax.tree.leaves(shardings), strict=True)
-    for (path, leaf), place in pairs:
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        yield name, leaf, sharding.split_axis(place.spec)
+def totals(collectives, instructions=()):
+    """Returns {kind: {"count", "gib", "overlapped"}} per step.
+
+    `overlapped` is the share of the bytes of the compiled `instructions` behind which other work
+    hides, each taken once.
+    """
+    table = {}
+    for kind in KINDS:
+        rows = [c for c in collectives if c.kind == kind]
+        compiled = [i for i in instructions if i.kind == kind]
+        hidden = sum(i.bytes for i in compiled if i.overlapped)
+        if rows:
+            table[kind] = {
+                "count": sum(c.times for c in rows),
+                "gib": sum(c.times * c.bytes for c in rows) / 2**30,
+                "overlapped": hidden / max(1, sum(i.bytes for i in compiled)),
+            }
+    return table
 
 
-def _of(leaf, shape, kind, group, times, where):
-    dtype = {"float32": "f32", "bfloat16": "bf16"}[str(leaf.dtype)]
-    return Collective(kind, dtype, tuple(shape), group, times, False, where)
+def largest(collectives, mesh, count=8):
+    """Returns lines about the largest of `collectives`."""
+    return [
+        f"{c.times} x {c.kind} {c.dtype}{list(c.shape)} over {c.group(mesh)}"
+        for c in dict.fromkeys(sorted(collectives, key=lambda c: -c.bytes))
+    ][:count]
 
 
-# ---- the program -------------------------------------------------------------------------------
+# ---- the compiled program ----------------------------------------------------------------------
 
-_ITEMSIZE = {
-    "pred": 1,
-    "s8": 1,
-    "u8": 1,
-    "bf16": 2,
-    "f16": 2,
-    "s16": 2,
-    "u16": 2,
-    "f32": 4,
-    "s32": 4,
-    "u32": 4,
-    "f64": 8,
-    "s64": 8,
-    "u64": 8,
-}
-_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) (?:\(.*)?\{$")
-_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
+_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) (?:\(.*)?\{$")
+_INSTRUCTION = re.compile(rf"^\s+(?:ROOT )?%?([\w.\-]+) = (.*?)\b({'|'.join(KINDS)})(-start)?\(")
 _ARRAY = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
-_CALLED = re.compile(
-    r"\b(?:calls|body|condition|to_apply|branch_computations|called_computations)="
-    r"(\{[^}]*\}|%?[\w.\-]+)"
-)
-_OPERATION = re.compile(rf"(?:^|\s)({'|'.join(KINDS)})(-start)?\(")
 
 
-def found(hlo):
-    """Returns the `Collective`s of a compiled program, loops in full.
+class Instruction(NamedTuple):
+    """An array that a compiled program exchanges in one place, however often it comes there."""
 
-    Args:
-      hlo: text of the optimized module (`compiled.as_text()`).
+    kind: str
+    dtype: str  # as XLA writes it: f32, bf16
+    shape: tuple
+    group: int
+    overlapped: bool
+    name: str
 
-    Raises:
-      ValueError: a loop around a collective whose length the text does not tell.
-    """
-    computations, entry = _computations(hlo)
-    callers = _callers(computations)
-    times = _executions(callers, entry)
-    result, seen = [], set()
-    for name, lines in computations.items():
-        for instruction, text in lines:
-            match = _OPERATION.search(text)
-            if not match or not times(name):
-                continue
-            # A TPU runs an all-gather in pieces, fused with the work that hides it; the pieces
-            # carry the number of their chain.
-            chain = re.search(r'chain_id="(\d+)"', text)
-            key = (tuple(sorted(callers[name])), chain[1]) if chain else instruction
-            if key in seen:
-                continue
-            seen.add(key)
-            kind, start = match[1], bool(match[2])
-            arrays = _arrays(text[: match.start(1)])
-            if start and kind != "all-reduce":
-                arrays = arrays[len(arrays) // 2 :]  # inputs come first
-            group = _group_size(text)
-            if kind == "reduce-scatter":
-                arrays = [(dtype, (group, *shape)) for dtype, shape in arrays]
-            elif "all-reduce-scatter" in name:  # a fusion that keeps one part of the sum
-                kind = "reduce-scatter"
-            over = start or bool(chain) or "async" in name
-            result += [
-                Collective(kind, dtype, shape, group, times(name), over, instruction)
-                for dtype, shape in arrays
-                if group > 1
-            ]
-    if math.isinf(sum(c.times for c in result)):
-        raise ValueError("a loop around a collective has no length in the program's text")
-    return result
+    @property
+    def bytes(self):
+        return math.prod(self.shape) * _itemsize(self.dtype)
 
 
-def _computations(hlo):
-    """Returns {computation: [(instruction, its text)]} and the name of the entry."""
-    computations, current, entry = {}, None, None
+def instructions(hlo):
+    """Returns the `Instruction`s in the text of an optimized module (`compiled.as_text()`)."""
+    found, seen, computation = [], set(), ""
     for line in hlo.splitlines():
-        if line.startswith((" ", "\t")):
-            match = _INSTRUCTION.match(line)
-            if match and current is not None:
-                current.append((match[1], match[2]))
-        elif match := _COMPUTATION.match(line):
-            current = computations[match[2]] = []
-            entry = match[2] if match[1] else entry
-    if entry is None:
-        raise ValueError("no ENTRY in the text; expected an optimized HLO module")
-    return computations, entry
+        if header := _COMPUTATION.match(line):
+            computation = header[1]
+        if not (match := _INSTRUCTION.match(line)):
+            continue
+        name, result, kind, start = match.groups()
+        arrays = _arrays(result)
+        # A TPU runs an all-gather in pieces, fused with the work that hides it; the pieces carry
+        # the number of their chain.
+        chain = re.search(r'chain_id="(\d+)"', line)
+        key = (chain[1], *arrays) if chain else name
+        group = _group_size(line)
+        if key in seen or group == 1:
+            continue
+        seen.add(key)
+        if start and kind != "all-reduce":
+            arrays = arrays[len(arrays) // 2 :]  # inputs come first
+        if kind == "reduce-scatter":
+            arrays = [(dtype, (group, *shape)) for dtype, shape in arrays]
+        elif "all-reduce-scatter" in computation:  # a fusion that keeps one part of the sum
+            kind = "reduce-scatter"
+        hidden = bool(start or chain) or "async" in computation
+        found += [Instruction(kind, *array, group, hidden, name) for array in arrays]
+    return found
 
 
-def _calls(text):
-    """Yields (computation, times) of the computations that an instruction runs."""
-    for match in _CALLED.finditer(text):
-        times = 1
-        if " while(" in text and match[0].startswith("body="):
-            known = re.search(r'known_trip_count"?[=:]\{"?n"?[=:]"?(\d+)', text)
-            times = int(known[1]) if known else None
-        for name in match[1].strip("{}").split(","):
-            yield name.strip().lstrip("%"), times
+def compare(collectives, instructions):
+    """Returns what the compiler made of the `Collective`s of a step.
+
+    XLA may gather in bfloat16 what is only used in bfloat16, so that sizes are counted in values.
+
+    Returns:
+      {"gradient_dtypes": of the sums, "unplanned": lines about exchanges that were not written:
+      arrays of at least `SMALL_BYTES` of a size that is not exchanged in this way}. A
+      reduce-scatter that became an all-reduce, at twice the traffic, is among them.
+    """
+    sizes = {(c.kind, math.prod(c.shape)) for c in collectives}
+    large = [i for i in instructions if i.bytes >= SMALL_BYTES]
+    sums = ("reduce-scatter", "all-reduce")
+    return {
+        "gradient_dtypes": sorted({i.dtype for i in large if i.kind in sums}),
+        "unplanned": [
+            f"{i.kind} {i.dtype}{list(i.shape)} over {i.group}: {i.name}"
+            for i in large
+            if (i.kind, math.prod(i.shape)) not in sizes
+        ],
+    }
 
 
-def _callers(computations):
-    """Returns {computation: [(computation that runs it, how often per run)]}."""
-    callers = collections.defaultdict(list)
-    for name, lines in computations.items():
-        for _, text in lines:
-            for called, times in _calls(text):
-                if times is None:
-                    condition = re.search(r"condition=%?([\w.\-]+)", text)[1]
-                    times = _length(computations[condition])
-                callers[called].append((name, times))
-    return callers
-
-
-def _executions(callers, entry):
-    """Returns count(computation): how often it runs per run of the program."""
-
-    @functools.cache
-    def count(name):
-        return int(name == entry) + sum(times * count(by) for by, times in callers[name])
-
-    return count
-
-
-def _length(condition):
-    """Length of a loop that counts from 0 up to a constant: the one its condition compares with."""
-    constants = [
-        int(m[1])
-        for _, text in condition
-        if (m := re.match(r"[su]32\[\]\S* constant\((\d+)\)", text))
-    ]
-    return constants[0] if len(constants) == 1 else math.inf
+def _itemsize(dtype):
+    """Bytes of a value of "float32", "bf16", "pred", ..."""
+    bits = re.search(r"\d+", dtype)
+    return int(bits[0]) // 8 if bits else 1
 
 
 def _arrays(text):
@@ -251,78 +198,3 @@ def _group_size(text):
     if "source_target_pairs=" in text:
         return 2  # each device has one partner
     raise ValueError(f"no replica groups in {text[:200]!r}")
-
-
-# ---- both --------------------------------------------------------------------------------------
-
-
-def totals(collectives):
-    """Returns {kind: {"count", "gib", "overlapped"}} per program; the share that is overlapped."""
-    table = {}
-    for kind in KINDS:
-        rows = [c for c in collectives if c.kind == kind]
-        if rows:
-            size = sum(c.times * c.bytes for c in rows)
-            hidden = sum(c.times * c.bytes for c in rows if c.overlapped)
-            table[kind] = {
-                "count": sum(c.times for c in rows),
-                "gib": size / 2**30,
-                "overlapped": hidden / size,
-            }
-    return table
-
-
-def compare(plan, program):
-    """Returns what a program exchanges that was not planned, and the totals side by side.
-
-    XLA may gather in bfloat16 what is only used in bfloat16, sum over both axes at once, and turn a
-    reduce-scatter into an all-reduce: all of these are within the plan except the last, which is
-    twice the traffic and shows in the totals.
-
-    Returns:
-      {"planned_gib", "found_gib": {"weights", "gradients"}, "largest_planned_mib",
-      "largest_found_mib", "unplanned": [lines]}: `unplanned` are arrays of at least `SMALL_BYTES`
-      of a size or a kind that the plan has not, or that are exchanged more often than it says.
-    """
-    sizes = collections.defaultdict(int)
-    for c in plan:
-        sizes[_purpose(c), math.prod(c.shape)] += c.times
-    extra, used = [], collections.defaultdict(int)
-    for c in program:
-        if c.bytes < SMALL_BYTES:
-            continue
-        key = (_purpose(c), math.prod(c.shape))
-        used[key] += c.times
-        if key not in sizes:
-            extra.append(f"{c.times} x {c.kind} {c.dtype}{list(c.shape)} over {c.group}: {c.where}")
-    extra += [
-        f"{used[key]} x {key[0]} of {key[1]} values, planned {sizes[key]}"
-        for key in used
-        if key in sizes and used[key] > sizes[key]
-    ]
-
-    def gib(rows):
-        return {
-            name: sum(c.times * c.bytes for c in rows if _purpose(c) == name) / 2**30
-            for name in ("weights", "gradients")
-        }
-
-    def largest(rows):
-        return max((c.bytes for c in rows), default=0) / 2**20
-
-    return {
-        "planned_gib": gib(plan),
-        "found_gib": gib(program),
-        "largest_planned_mib": largest(plan),
-        "largest_found_mib": largest(program),
-        "gradient_dtypes": sorted(
-            {c.dtype for c in program if _purpose(c) == "gradients" and c.bytes >= SMALL_BYTES}
-        ),
-        "unplanned": extra,
-    }
-
-
-def _purpose(c):
-    return {"all-gather": "weights", "reduce-scatter": "gradients", "all-reduce": "gradients"}.get(
-        c.kind, c.kind
-    )

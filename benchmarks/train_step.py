@@ -35,13 +35,9 @@ def measure(config, steps):
         run.checkpoints.close()
     batch = sharding.put_batch(_first_batch(config), run.mesh)
     state, run.state = run.state, None  # the step consumes it
-    work = flops.of_step(config, run.optimizer, state)
-
-    start = time.perf_counter()
-    train_step = loop.jit_step(run).lower(state, batch).compile()
-    compile_s = time.perf_counter() - start
-    state, *_ = _run(train_step, state, batch, WARM_UP)
-    state, metrics, seconds = _run(train_step, state, batch, steps)
+    work = flops.of_step(config)
+    state, *_ = _run(run.train_step, state, batch, WARM_UP)
+    state, metrics, seconds = _run(run.train_step, state, batch, steps)
     if not bool(metrics["finite"]):
         raise FloatingPointError(
             f"the loss is {float(metrics['loss'])} after {int(state.step)} "
@@ -59,14 +55,14 @@ def measure(config, steps):
             name: getattr(config.model, name)
             for name in ("variant", "dtype", "frozen_dtype", "attention", "remat", "scan_unroll")
         },
-        "compile_s": compile_s,
+        "compile_s": run.compile_s,
         "steps": steps,
         "ms_step": 1000 * mean,
         "ms_step_median": 1000 * statistics.median(seconds),
         "samples_per_s": samples / mean,
         "tflop_per_sample": work / samples / 1e12,
         "tflop_per_s_per_device": work / mean / run.mesh.size / 1e12,
-        "memory_gib_per_device": memory.compiled(train_step),
+        "memory_gib_per_device": memory.compiled(run.train_step),
         "loss": float(metrics["loss"]),
     }
 

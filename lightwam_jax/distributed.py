@@ -9,18 +9,19 @@ import os
 import pathlib
 
 import jax
+import orbax.checkpoint as ocp
 
 # A peer that died is noticed after this long: the others then end instead of waiting for it.
 HEARTBEAT_S = 100
 
 
 def initialize(coordinator="", num_processes=0, process_id=-1, heartbeat_s=HEARTBEAT_S):
-    """Joins the other processes of the run, if there are any; call it first.
+    """Joins the other processes of the run, if there are any. Call it first.
 
     Args:
       coordinator: "host:port" of process 0; "" where the environment tells (see `detect`).
-      num_processes, process_id: of the run and of this process; given with `coordinator`. Only
-        num_processes=1: nobody is looked for.
+      num_processes, process_id: given together with `coordinator`. Only
+        num_processes=1: this process is alone.
       heartbeat_s: seconds of silence after which a peer counts as dead.
 
     Returns:
@@ -29,20 +30,20 @@ def initialize(coordinator="", num_processes=0, process_id=-1, heartbeat_s=HEART
     Raises:
       ValueError: only some of the three are given, or they contradict each other.
     """
+    flags = (
+        f"--coordinator={coordinator!r} --num_processes={num_processes} --process_id={process_id}"
+    )
     given = (bool(coordinator), num_processes > 0, process_id >= 0)
     if given == (False, True, False) and num_processes == 1:
         return ""
     if any(given) and not all(given):
         raise ValueError(
-            f"--coordinator={coordinator!r} --num_processes={num_processes} --process_id="
-            f"{process_id}: give all three, or none where TPU, SLURM, Open MPI or Kubernetes "
-            "tell them"
+            f"{flags}: give all three, or none where TPU, SLURM, Open MPI or Kubernetes tell them"
         )
     if all(given):
         if process_id >= num_processes or ":" not in coordinator:
             raise ValueError(
-                f"--coordinator={coordinator!r} --num_processes={num_processes} --process_id="
-                f"{process_id}: expected HOST:PORT, and process_id from 0 to num_processes - 1"
+                f"{flags}: expected HOST:PORT, and process_id from 0 to num_processes - 1"
             )
         jax.distributed.initialize(
             coordinator, num_processes, process_id, heartbeat_timeout_seconds=heartbeat_s
@@ -57,43 +58,17 @@ def initialize(coordinator="", num_processes=0, process_id=-1, heartbeat_s=HEART
 
 
 def wait_for_all(name, timeout_s=3600):
-    """Waits until every process has come here; collectives have no patience with compilations.
+    """Waits until every process has come here.
+
+    `multihost_utils.sync_global_devices` would not do: it is a collective, and collectives give up
+    long before the slowest compiler is done. This is a barrier of the coordination service, whose
+    patience can be chosen; Orbax has the public way to it.
 
     Args:
       name: of this place, passed once.
       timeout_s: after which waiting is an error.
     """
-    client = jax._src.distributed.global_state.client
-    if client is not None:
-        client.wait_at_barrier(name, timeout_s * 1000)
-
-
-def tell(topic, text, when):
-    """Leaves a line where all processes of the run can read it; it replaces the one before.
-
-    Args:
-      topic: of the line. text: the line. when: unix time.
-    """
-    client = jax._src.distributed.global_state.client
-    if client is not None:
-        client.key_value_set(
-            f"lightwam_jax/{topic}/{jax.process_index()}",
-            f"{when:.0f} {text}",
-            allow_overwrite=True,
-        )
-
-
-def told(topic, since):
-    """Returns {process: line} of what was told about a topic since then (unix time)."""
-    client = jax._src.distributed.global_state.client
-    if client is None:
-        return {}
-    found = {}
-    for key, value in client.key_value_dir_get(f"lightwam_jax/{topic}/"):
-        when, _, text = value.partition(" ")
-        if float(when) >= since:
-            found[int(key.rpartition("/")[2])] = text
-    return found
+    ocp.multihost.get_barrier_sync_fn()(key=name, timeout_ms=timeout_s * 1000)
 
 
 def detect(environ, tpu_host, kubernetes=False):
@@ -130,9 +105,9 @@ def detect(environ, tpu_host, kubernetes=False):
 def local_gpus(environ):
     """Returns which of the GPUs it sees a SLURM task uses, or None where that needs no saying.
 
-    JAX gives each task the GPU of its own number: right for one task per GPU that sees all of them,
-    wrong for one task per node, which would leave seven of eight idle without a word, and for tasks
-    that see their own GPU only.
+    JAX gives each task the GPU of its own number. That is right for one task per GPU where each
+    task sees all of them. It is wrong for one task per node (seven of eight GPUs would be idle) and
+    for tasks that see their own GPU only.
 
     Raises:
       ValueError: the GPUs of a node cannot be shared out evenly.

@@ -3,10 +3,10 @@
 Mesh axes are ("data", "fsdp"). The batch is split over both; parameters over "fsdp" only, following
 one table. Nothing here knows the model.
 
-How a training step communicates is written out, not left to the compiler: every device computes the
-gradient of its own samples (`jax.shard_map` in `training/step.py`). For that it gathers what learns
-once, and the frozen weights of a block when the block runs (`Shard`); the gradients are summed over
-the devices once, at the end, in float32 (`reduce_mean`).
+How a training step communicates is written out, not left to the compiler. Every device computes the
+gradient of its own samples (`jax.shard_map` in `training/step.py`). For that it gathers the
+trainable parameters once, and the frozen weights of a block when the block runs (`Shard`). The
+gradients are summed over the devices once, at the end, in float32 (`reduce_mean`).
 """
 
 import math
@@ -30,9 +30,8 @@ UNSPLIT_AXES = (
     (BLOCKS, 1),
     (r"", 0),
 )
-MIN_SPLIT_BYTES = (
-    2**20
-)  # smaller leaves are replicated: gathering them costs more than holding them
+# Smaller leaves are replicated: gathering them costs more than holding them.
+MIN_SPLIT_BYTES = 2**20
 
 
 def enable_compilation_cache():
@@ -65,14 +64,16 @@ def make_mesh(config, devices=None):
             f"config.mesh data={data} x fsdp={fsdp} needs {data * fsdp} devices, this run has "
             f"{count}; set config.mesh.data=-1 to use all of them"
         )
-    return jax.make_mesh((data, fsdp), AXES, axis_types=(AxisType.Auto,) * 2, devices=devices)
+    return _mesh(data, fsdp, devices)
 
 
 def single_device_mesh():
-    """Returns the mesh of the first device of this process, for inference."""
-    return jax.make_mesh(
-        (1, 1), AXES, axis_types=(AxisType.Auto,) * 2, devices=jax.local_devices()[:1]
-    )
+    """Returns the mesh of the first device of this process."""
+    return _mesh(1, 1, jax.local_devices()[:1])
+
+
+def _mesh(data, fsdp, devices):
+    return jax.make_mesh((data, fsdp), AXES, axis_types=(AxisType.Auto,) * 2, devices=devices)
 
 
 def check_batch_size(batch_size, accum_steps, mesh):
@@ -123,11 +124,15 @@ def tree_shardings(mesh, shapes, frozen="sharded"):
     fsdp = mesh.shape[AXES[1]]
 
     def one(path, leaf):
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        name = _name(path)
         ways = 1 if frozen == "replicated" and name.startswith("frozen/") else fsdp
         return NamedSharding(mesh, leaf_spec(name, leaf.shape, np.dtype(leaf.dtype).itemsize, ways))
 
     return jax.tree_util.tree_map_with_path(one, shapes)
+
+
+def _name(path):
+    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 class Shard(flax.struct.PyTreeNode, meta.AxisMetadata):
@@ -178,8 +183,7 @@ def gather(tree, shardings, keep=None):
         if axis is None:
             return part
         shard = Shard(part, axis - part.ndim)
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        return shard if keep and re.search(keep, name) else shard.unbox()
+        return shard if keep and re.search(keep, _name(path)) else shard.unbox()
 
     return jax.tree_util.tree_map_with_path(one, tree, shardings)
 

@@ -1,8 +1,9 @@
 """Which environments mean several processes, and what contradictory flags say."""
 
-import types
+import pathlib
 
 import jax
+import orbax.checkpoint as ocp
 import pytest
 
 from lightwam_jax import distributed
@@ -85,51 +86,26 @@ def test_gpus_that_cannot_be_shared_out():
     assert distributed.local_gpus({"CUDA_VISIBLE_DEVICES": "0,1"}) is None  # not SLURM
 
 
-class Client:
-    """Stands in for JAX's client of several processes: what is told lies in a dictionary."""
-
-    def __init__(self):
-        self.values, self.waited = {}, []
-
-    def wait_at_barrier(self, name, timeout_in_ms):
-        self.waited.append((name, timeout_in_ms))
-
-    def key_value_set(self, key, value, allow_overwrite=False):
-        assert allow_overwrite or key not in self.values
-        self.values[key] = value
-
-    def key_value_dir_get(self, prefix):
-        return [(k, v) for k, v in self.values.items() if k.startswith(prefix)]
-
-
-@pytest.fixture
-def client(monkeypatch):
-    client = Client()
-    monkeypatch.setattr(jax._src.distributed, "global_state", types.SimpleNamespace(client=client))
-    return client
-
-
-def test_waiting_for_all_is_in_milliseconds(client):
+def test_waiting_for_all_is_in_milliseconds(monkeypatch):
+    waited = []
+    monkeypatch.setattr(
+        ocp.multihost, "get_barrier_sync_fn", lambda: lambda **given: waited.append(given)
+    )
     distributed.wait_for_all("here", timeout_s=90)
     distributed.wait_for_all("there")
-    assert client.waited == [("here", 90_000), ("there", 3_600_000)]
+    assert waited == [
+        {"key": "here", "timeout_ms": 90_000},
+        {"key": "there", "timeout_ms": 3_600_000},
+    ]
 
 
-def test_what_was_told_is_read_by_all_while_it_is_new(client, monkeypatch):
-    for process, text, when in ((0, "old news", 100), (3, "after step 3", 200), (12, "now", 300)):
-        monkeypatch.setattr(jax, "process_index", lambda p=process: p)
-        distributed.tell("standing_still", text, when)
-    distributed.tell("other", "something else", 300)
-    assert distributed.told("standing_still", 200) == {3: "after step 3", 12: "now"}
-    assert distributed.told("standing_still", 201) == {12: "now"}
-    distributed.tell("standing_still", "newer", 400.4)
-    assert distributed.told("standing_still", 350) == {12: "newer"}, "it replaces the one before"
-
-
-def test_one_process_neither_waits_nor_tells():
+def test_one_process_does_not_wait():
     distributed.wait_for_all("here")
-    distributed.tell("standing_still", "here", 1)
-    assert distributed.told("standing_still", 0) == {}
+
+
+def test_nothing_private_of_jax_is_used():
+    package = pathlib.Path(distributed.__file__).parent
+    assert not [path for path in package.rglob("*.py") if "jax._src" in path.read_text()]
 
 
 @pytest.fixture

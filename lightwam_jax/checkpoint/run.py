@@ -10,8 +10,7 @@ One checkpoint is one directory:
     meta/       step, config, and shape, dtype and checksum of every array; a checksum of all this
     assets/     normalisation statistics, text and codec files; large ones hard-linked like frozen/
 
-Orbax restores a flipped byte or another dtype without a word, so every array is checked against
-its checksum after reading. The checksum does not depend on the mesh.
+Every array is checked against its checksum after reading; see `storage.py`.
 """
 
 import contextlib
@@ -45,6 +44,11 @@ def config_differences(old, new):
         for key in sorted(set(old) | set(new))
         if old.get(key) != new.get(key)
     }
+
+
+def _steps(parent):
+    """The steps that have a checkpoint in this directory, which may be missing."""
+    return [int(p.name) for p in parent.iterdir() if p.name.isdigit()] if parent.is_dir() else []
 
 
 # ---- training ----------------------------------------------------------------------------------
@@ -103,8 +107,8 @@ class Checkpoints:
     def _remove_unfinished(self):
         """Removes what killed saves left.
 
-        Orbax's `cleanup_tmp_directories` does so in a thread that only the next save waits for:
-        where the program ends before one, that thread fails loudly while Python shuts down.
+        Orbax's `cleanup_tmp_directories` does so in a thread that only the next save waits for. In
+        a program that ends before the next save, it fails loudly while Python shuts down.
         """
         if jax.process_index() == 0:
             for parent in (self.directory, self.workdir):
@@ -152,9 +156,9 @@ class Checkpoints:
         self._frozen_manifest = manifest
 
     def _link_frozen(self, source):
-        """Makes the files of a checkpoint the ones that the next checkpoints link to.
+        """Makes later checkpoints link to the frozen files of this one, through links of their own.
 
-        The checkpoint itself will not do: it may be deleted before the last of them is written.
+        The checkpoint itself may be deleted before the last of them is written.
         """
         if jax.process_index() == 0:
             scratch = self.workdir / "frozen_params.partial"
@@ -169,11 +173,11 @@ class Checkpoints:
             yield
         except Exception as error:  # the storage libraries raise whatever they like
             self._failed = True
-            steps = [int(p.name) for p in self.directory.iterdir() if p.name.isdigit()]
+            newest = max(_steps(self.directory), default=None)
             raise storage.SaveError(
                 f"a checkpoint could not be written to {self.directory}: "
-                f"{str(error).splitlines()[0]}\n  the newest whole one is step "
-                f"{max(steps, default=None)}; the same command continues from there"
+                f"{str(error).splitlines()[0]}\n  the newest whole one is step {newest}; the same "
+                "command continues from there"
             ) from error
 
     def restore(self, targets):
@@ -236,12 +240,9 @@ class Checkpoints:
             for k, (old, new) in changed.items()
         )
         for name, target in targets.items():
+            stored = storage.stored_shapes(meta, name) if name in meta["arrays"] else {}
             try:
-                params_lib.check_same_structure(
-                    storage.stored_shapes(meta, name) if name in meta["arrays"] else {},
-                    target,
-                    f"{directory}/{name}",
-                )
+                params_lib.check_same_structure(stored, target, f"{directory}/{name}")
             except ValueError as error:
                 raise ValueError(
                     f"{error}{keys}\ncontinue with the checkpoint's config, or choose another "
@@ -301,7 +302,7 @@ class LoadedCheckpoint:
 
 
 def find_checkpoint(path):
-    """Returns the checkpoint directory that `path` means: itself, or the newest of a run.
+    """Returns the checkpoint directory of `path`: itself, or the newest one of a run.
 
     Raises:
       FileNotFoundError: there is none.
@@ -310,10 +311,7 @@ def find_checkpoint(path):
     if (path / "meta").is_dir():
         return path
     for parent in (path, path / "checkpoints"):
-        steps = (
-            [int(p.name) for p in parent.iterdir() if p.name.isdigit()] if parent.is_dir() else []
-        )
-        if steps:
+        if steps := _steps(parent):
             return parent / str(max(steps))
     raise FileNotFoundError(
         f"no checkpoint in {path}; expected a run directory (--workdir of train.py), its "
@@ -324,7 +322,7 @@ def find_checkpoint(path):
 def save_params(directory, params, meta=None, assets=None):
     """Writes parameters as a checkpoint without optimizer: what converters produce.
 
-    The directory appears when all of it is written: whatever fails before leaves nothing.
+    The directory appears when all of it is written; a failure leaves nothing behind.
 
     Args:
       directory: must not exist.
@@ -351,9 +349,9 @@ def save_params(directory, params, meta=None, assets=None):
 
 
 def load_params(path, mesh=None):
-    """Reads the parameters of a checkpoint, and of its optimizer nothing.
+    """Reads the parameters of a checkpoint, without the optimizer's state.
 
-    The moving average is taken where the run kept one.
+    If the run kept a moving average, that is what is read.
 
     Args:
       path: a run directory, or one checkpoint.

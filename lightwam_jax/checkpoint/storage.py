@@ -1,9 +1,9 @@
 """Items of a checkpoint on disk: trees of arrays that are checked, and plain files.
 
-Orbax restores a flipped byte or another dtype without a word. So the meta item keeps a manifest of
-every array (shape, dtype, checksum), and what is read is checked against it; the meta item has a
-checksum of its own. A checksum does not depend on the mesh. Where there are several processes, they
-agree on what is damaged.
+Orbax restores a flipped byte, or another dtype, without an error. The meta item therefore keeps a
+manifest of every array (shape, dtype, checksum), and what is read is checked against it. The meta
+item has a checksum of its own. Checksums do not depend on the mesh. Several processes agree on what
+is damaged.
 """
 
 import dataclasses
@@ -69,10 +69,10 @@ def first_problem(problem):
 
 
 def together(read):
-    """Returns what `read()` does if it succeeds in every process; all must call it.
+    """Returns the result of `read()` if it succeeds in every process; all must call it.
 
     Raises:
-      DamagedCheckpointError: the same in all processes, where it was raised in any.
+      DamagedCheckpointError: in all processes, with the same text, if it was raised in any.
     """
     try:
         value, problem = read(), None
@@ -93,8 +93,8 @@ def checksums(tree):
     The weights are odd, so a change of any one element always changes the sum.
     """
     leaves, structure = jax.tree.flatten(sharding.one_copy(jax.tree.map(jnp.asarray, tree)))
-    # What is spread over devices in one program: many programs under way at once, each with a sum
-    # over devices, can take up all threads of a CPU in different orders and wait for ever.
+    # One program for all arrays that are spread over devices: many programs under way at once, each
+    # with a sum over devices, can take up all threads of a CPU in different orders, and deadlock.
     spread = [len(x.sharding.device_set) > 1 for x in leaves]
     sums = iter(_checksums([x for x, is_spread in zip(leaves, spread) if is_spread]))
     # The others one by one: leaves of one shape share a compilation.
@@ -180,8 +180,8 @@ def write_params(directory, tree):
 def on_host(tree):
     """Returns the tree as numpy arrays if this is the only process, else as it is.
 
-    Orbax cuts device arrays into one slice per replica, which compiles a program per shape; that
-    pays only where several hosts write.
+    Orbax cuts device arrays into one slice per replica and compiles a program per shape for that,
+    which pays only if several hosts write.
     """
     return jax.device_get(tree) if jax.process_count() == 1 else tree
 
@@ -273,14 +273,14 @@ def read_items(directory, targets, meta):
       meta: from `read_meta`.
 
     Raises:
-      DamagedCheckpointError: files are missing, truncated or altered; raised in all processes where
-        one finds it (each reads for itself: caches of a file system may differ).
+      DamagedCheckpointError: files are missing, truncated or altered. Each process reads for
+        itself (file system caches may differ); all raise it if one finds it.
     """
     wanted = {name: target for name, target in targets.items() if target}
     items = together(
         lambda: {name: _read_item(directory, name, target, meta) for name, target in wanted.items()}
     )
-    # Computed by all processes at once, whatever the sums say: a checksum may need all of them.
+    # All processes compute the sums together: that of a sharded array needs all of them.
     sums = jax.device_get(checksums(items))
 
     def check():
@@ -295,7 +295,7 @@ def read_items(directory, targets, meta):
 
 
 def _read_item(directory, name, target, meta):
-    """Arrays of one item in the dtypes they are stored in, without waiting for other processes."""
+    """Arrays of one item in their stored dtypes, without waiting for other processes."""
     where, me = f"{directory}/{name}", jax.process_index()
     stored = jax.tree.map(
         lambda x, t: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=t.sharding),

@@ -1,6 +1,7 @@
-"""Arrays larger than memory: written into a checkpoint part by part, as Orbax writes others.
+"""Arrays larger than memory, written into a checkpoint part by part.
 
-What lies on disk afterwards is an ordinary Orbax item, cut into chunks along the first axis.
+The result is an ordinary Orbax item, cut into chunks along the first axis. Orbax has no public way
+to do this: `_Handler` replaces a private method, so requirements.txt bounds its version.
 """
 
 import asyncio
@@ -77,7 +78,7 @@ def save(directory, tree, done):
       done: called with (array, first row, part) after each part is written.
 
     Raises:
-      what reading a part, writing it or `done` raised first; nothing is being written then.
+      the first error of reading a part, writing it or `done`; nothing is being written any more.
     """
     handler = _Handler(done)
     registry = ocp.type_handlers.create_type_handler_registry(
@@ -87,7 +88,7 @@ def save(directory, tree, done):
         item = ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
         with ocp.Checkpointer(item) as writer:
             writer.save(directory, args=ocp.args.PyTreeSave(tree))
-    finally:  # Orbax may stumble over what is missing: the first error is the reason
+    finally:  # Orbax may fail over what is missing: the first error is the reason
         if handler.errors:
             raise handler.errors[0]
 
@@ -104,7 +105,7 @@ class _Handler(ocp.type_handlers.NumpyHandler):
 
     async def _open_and_write(self, value, tspec, ts_context):
         try:
-            # Small arrays all at once, as there is a delay for each; of the others one at a time.
+            # Small arrays are written all at once, as each has a delay; large ones in turn.
             small = value.nbytes <= _SMALL_BYTES
             async with contextlib.nullcontext() if small else self._turn:
                 await self._write(value, tspec, ts_context)

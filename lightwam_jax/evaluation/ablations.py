@@ -20,14 +20,13 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from configs import ablations as ablations_lib
-from lightwam_jax import build, html_report
 from lightwam_jax import config as config_lib
+from lightwam_jax import html_report
 from lightwam_jax.data import loader
 from lightwam_jax.evaluation import closed_loop, open_loop, report, rollout
 from lightwam_jax.evaluation import suites as suites_lib
 from lightwam_jax.inference.policy import Policy
-from lightwam_jax.training import flops, loop, optimizer, workdir
-from lightwam_jax.training import step as step_lib
+from lightwam_jax.training import flops, loop, workdir
 
 COLUMNS = ("success", "action_l1")  # of a result; the means of the table
 
@@ -82,7 +81,7 @@ def run(config, directory):
     result = {
         "success": success,
         "action_l1": l1,
-        "flops": _flops(config),
+        "flops": flops.of_step(config),
         "seed": config.seed,
         "steps": config.train.steps,
         "evaluation": evaluation,
@@ -116,17 +115,6 @@ def _closed_loop(policy, directory):
             f"({directory / 'episodes.jsonl'}); the same command tries them again"
         )
     return {"successes": rate.successes, "episodes": rate.episodes}, manifest
-
-
-def _flops(config):
-    model = build.build_model(config.model)
-    update = optimizer.make_optimizer(config.optimizer, config.train.steps)
-    state = jax.eval_shape(
-        lambda: step_lib.init_state(
-            build.init_params(model, jax.random.key(0), config.model), config, update
-        )
-    )
-    return flops.of_step(config, update, state)
 
 
 # ---- the table ---------------------------------------------------------------------------------

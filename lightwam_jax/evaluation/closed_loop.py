@@ -13,6 +13,7 @@ from lightwam_jax import html_report, params
 from lightwam_jax.data import episodes as episodes_lib
 from lightwam_jax.evaluation import draw, libero_published, report, rollout
 from lightwam_jax.evaluation import suites as suites_lib
+from lightwam_jax.training import metrics
 
 VIDEO_SIZE = 192  # edge of a camera, pixels
 VIDEO_FPS = 20  # at most; videos are in real time
@@ -320,7 +321,7 @@ def _as_episode(record, video):
 
 def _curves(workdir, directory):
     """Draws the learning curves and returns their media."""
-    series = report.read_metrics(workdir / "metrics.jsonl")
+    series = metrics.read_series(workdir / "metrics.jsonl")
     names = {"total": "loss", "video": "loss_video", "action": "loss_action"}
     losses = {label: series[f"train/{name}"] for label, name in names.items()}
     report.curve_chart(directory / "loss.png", losses, "training loss", log=True)

@@ -10,7 +10,7 @@ import numpy as np
 from lightwam_jax import html_report
 from lightwam_jax.evaluation import report
 from lightwam_jax.training import gripper_timing as gripper_timing_lib
-from lightwam_jax.training import losses
+from lightwam_jax.training import validation
 
 
 def evaluate(policy, batches):
@@ -31,7 +31,7 @@ def evaluate(policy, batches):
     assets = policy.assets
     grippers = gripper_timing_lib.of_data(policy.config, assets.statistics, assets.action)
     errors = jax.jit(
-        lambda params, batch: losses.open_loop_errors(
+        lambda params, batch: validation.open_loop_errors(
             policy.model, params, batch, policy.config.loss, grippers
         )
     )
@@ -43,7 +43,7 @@ def evaluate(policy, batches):
             arrays["latents"] = first.astype(ml_dtypes.bfloat16)
         sums.append(jax.device_get(errors(policy.params, arrays)))
         samples += int(batch["valid"].sum())
-    means = losses.mean_errors(sums) if sums else {"steps": 0}
+    means = validation.mean_errors(sums) if sums else {"steps": 0}
     if not means["steps"]:
         raise ValueError(
             "the validation split is empty, so there is nothing to evaluate: set "

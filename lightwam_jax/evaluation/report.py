@@ -254,25 +254,6 @@ def weights_hash(leaves):
     return digest.hexdigest()[:16]
 
 
-def read_metrics(path):
-    """Returns {"{kind}/{name}": (steps [n], values [n])} of a metrics.jsonl.
-
-    A list becomes one series per entry, "{kind}/{name}/{i}".
-    """
-    series = {}
-    complete = pathlib.Path(path).read_text().split("\n")[:-1]  # without a line cut short
-    for row in map(json.loads, complete):
-        kind, step = row.pop("kind"), row.pop("step")
-        for name, value in row.items():
-            entries = enumerate(value) if isinstance(value, list) else [(None, value)]
-            for i, entry in entries:
-                label = f"{kind}/{name}" if i is None else f"{kind}/{name}/{i}"
-                steps, values = series.setdefault(label, ([], []))
-                steps.append(step)
-                values.append(entry)
-    return series
-
-
 def _commit():
     """The commit of the source tree, "+" when it has changes; None outside a repository."""
 

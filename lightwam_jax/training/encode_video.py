@@ -26,7 +26,7 @@ class Encoder:
     """The codec of a run, on its devices. `train` and `first` are pure functions, to be traced.
 
     Attributes:
-      codec: `data.codec.Codec`.
+      codec: `encoders.base.Codec`.
       arrays: its weights, whole on every device of `mesh`.
       config: `Config`.
       layouts: for each data set of the run the regions of its cameras, (top, left, height, width).
@@ -84,7 +84,7 @@ def make_encoder(config, mesh):
 
     Raises:
       FileNotFoundError, ValueError: no codec, or another one than the config's (see
-        `pixels.load_codec`); an augmentation that cannot be.
+        `load_codec`); an augmentation that cannot be.
     """
     augment.check(config.data)
     if not config.data.encode_online:
@@ -116,9 +116,7 @@ def load_codec(config):
         noise = np.random.default_rng(config.seed).integers(0, 256, (8, 5, 32, 32, 3), np.uint8)
         codec = pca_lib.PcaCodec.fit(noise, channels)
     else:
-        from lightwam_jax.encoders import (
-            wan,  # imports the models, which the PCA codec does not need
-        )
+        from lightwam_jax.encoders import wan  # the PCA codec needs none of its models
 
         codec = wan.WanCodec(data.codec_weights, data.codec, config.model.dtype)
     if (codec.kind, codec.latent_channels) != (data.codec, channels):

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import jax
 
-from lightwam_jax import build
+from lightwam_jax import sharding
 from lightwam_jax.data import spec
 from lightwam_jax.training import step as step_lib
 
@@ -25,19 +25,19 @@ class Product(NamedTuple):
     bytes: int
 
 
-def of_step(config, optimizer, state):
-    """Returns the FLOPs of a training step that recomputes nothing, of the whole batch.
+def of_step(config):
+    """Returns the FLOPs of a training step of a `Config`, of the whole batch.
 
-    They are the model's, whatever way it is executed: recomputation (config.model.remat) costs
-    time and counts as nothing.
-
-    Args:
-      config: `Config`. optimizer: from `make_optimizer`.
-      state: a `TrainState`, arrays or shapes.
+    They are those of the model, however it is executed: what config.model.remat computes again
+    costs time and counts as nothing.
     """
     plain = dataclasses.replace(config.model, remat="none", attention="xla")
-    step = step_lib.make_train_step(build.build_model(plain), config, optimizer)
-    batch = spec.model_batch_spec(config, config.train.batch_size)
+    plain = dataclasses.replace(config, model=plain)
+    model, optimizer, state = step_lib.state_shapes(plain)
+    places = sharding.tree_shardings(sharding.single_device_mesh(), state)
+    step = step_lib.make_train_step(model, plain, optimizer, places)
+    # The step's own input is what the codec made of the video, if there is any.
+    batch = spec.model_batch_spec(plain, plain.train.batch_size)
     return count(jax.jit(step).trace(state, batch).jaxpr)
 
 
@@ -51,26 +51,31 @@ def count(jaxpr):
     return sum(times * work for times, work, _ in products(jaxpr))
 
 
-def products(jaxpr, times=1):
+def products(jaxpr):
     """Yields the `Product`s of a jaxpr; see `count`."""
-    for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
-        name, params = eqn.primitive.name, eqn.params
+    for times, eqn in equations(jaxpr):
+        name, result = eqn.primitive.name, eqn.outvars[0].aval if eqn.outvars else None
         if name == "dot_general":
-            (contracted, _), _ = params["dimension_numbers"]
+            (contracted, _), _ = eqn.params["dimension_numbers"]
             left = eqn.invars[0].aval.shape
-            work = 2 * eqn.outvars[0].aval.size * math.prod(left[i] for i in contracted)
+            work = 2 * result.size * math.prod(left[i] for i in contracted)
             yield Product(times, work, _bytes(eqn))
         elif name == "conv_general_dilated":
             kernel = eqn.invars[1].aval
-            features = kernel.shape[params["dimension_numbers"].rhs_spec[0]]
-            work = 2 * eqn.outvars[0].aval.size * kernel.size // features
-            yield Product(times, work, _bytes(eqn))
-        elif name == "cond":
-            yield from products(max(params["branches"], key=count), times)
-        else:
-            inner = times * params["length"] if name == "scan" else times
-            for part in _jaxprs(params):
-                yield from products(part, inner)
+            features = kernel.shape[eqn.params["dimension_numbers"].rhs_spec[0]]
+            yield Product(times, 2 * result.size * kernel.size // features, _bytes(eqn))
+
+
+def equations(jaxpr, times=1):
+    """Yields (how often it runs, equation) of a jaxpr; those inside loops and calls too."""
+    for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+        yield times, eqn
+        inner = times * eqn.params["length"] if eqn.primitive.name == "scan" else times
+        parts = _jaxprs(eqn.params)
+        if eqn.primitive.name == "cond":
+            parts = [max(eqn.params["branches"], key=count)]
+        for part in parts:
+            yield from equations(part, inner)
 
 
 def _bytes(eqn):

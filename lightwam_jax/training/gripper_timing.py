@@ -1,8 +1,8 @@
 """When grippers open and close: predicted against recorded, in open-loop evaluation.
 
-Errors averaged over a chunk hide what decides a grasp, the step at which the gripper moves. Here a
-gripper is in one of two states, above or below the middle of its range in the training data, and a
-change is a step at which the state is another than one step before.
+Errors averaged over a chunk hide what decides a grasp: the step at which the gripper moves. Here a
+gripper is in one of two states, above or below the middle of its range in the training data. A
+change is a step whose state differs from that of the step before.
 """
 
 from typing import NamedTuple
@@ -15,7 +15,7 @@ from lightwam_jax import config as config_lib
 from lightwam_jax.data import assets as assets_lib
 from lightwam_jax.data import normalize
 
-# Of the simulated suites, whose configs need no config.data.gripper_dims: they transform nothing.
+# Gripper dimensions of the simulated suites. Their configs leave config.data.gripper_dims empty.
 OF_SUITE = {"demo": (3,), "metaworld": (3,), "libero": (6,)}
 
 
@@ -43,7 +43,7 @@ def dims(config):
 def of_data(config, statistics, normalizer, name="", dataset=None):
     """Returns the `Gripper`s of one data set.
 
-    One that never moves in the training data is none, and in a chunk of one step nothing changes.
+    Left out are those that never move in the training data; chunks of one step have none.
 
     Args:
       config: `Config` of the data set. statistics: its dataset_stats.json.
@@ -88,18 +88,18 @@ def of_run(config):
 def timing(predicted, recorded, valid, grippers, dataset=None):
     """Counts the changes of grippers in windows, to add up over batches.
 
-    In a window the first recorded change is compared with the predicted change of the same kind
-    (opening or closing) that is nearest to it.
+    The first recorded change of a window is compared with the nearest predicted change of the same
+    kind (opening or closing).
 
     Args:
       predicted, recorded: f32 [B,T,A], normalised. valid: bool [B,T]. grippers: `Gripper`s.
-      dataset: int [B], whose window each is, in a mixture.
+      dataset: int [B], in a mixture: the data set of each window.
 
     Returns:
-      {"gripper_changing": [G] windows with a recorded change, "gripper_offsets": [G,2T-1] those of
-      them where the prediction has its like, by how many steps it comes later, from -(T-1) to T-1,
-      "gripper_still": [G] windows without a recorded change, "gripper_spurious": [G] those of them
-      where the prediction changes}, float32.
+      counts of windows, float32: {"gripper_changing": [G] with a recorded change,
+      "gripper_offsets": [G,2T-1] those with a predicted change of the same kind, by how many steps
+      later it comes (-(T-1) to T-1), "gripper_still": [G] without a recorded change,
+      "gripper_spurious": [G] those of them with a predicted change}.
     """
     each = [
         _timing(
@@ -138,15 +138,16 @@ def _timing(predicted, recorded, valid):
 
 
 def summary(totals, grippers):
-    """Returns {name of the gripper: its numbers}; a mean or share of nothing is left out.
+    """Returns {name of the gripper: its numbers}; means and shares of no window are left out.
 
     Args:
       totals: sums of what `timing` returned, numpy.
 
     Returns:
       per gripper {"changing", "still": numbers of windows, "found": share of the changing ones
-      where the prediction changes alike, "offset": mean steps it comes later, "offset_abs": mean
-      steps between, "spurious": share of the still ones where the prediction changes}.
+      with a predicted change of the same kind, "offset": how many steps later it comes, mean,
+      "offset_abs": the same without sign, "spurious": share of the still ones with a predicted
+      change}.
     """
     found = {}
     for row, gripper in enumerate(grippers):

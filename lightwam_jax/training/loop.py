@@ -1,4 +1,4 @@
-"""Training from a config to the last checkpoint, one straight story (files: `workdir.py`)."""
+"""Training, from a config to the last checkpoint. `workdir.py` lists the files of a run."""
 
 import contextlib
 import dataclasses
@@ -13,18 +13,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lightwam_jax import build, distributed, sharding
 from lightwam_jax import config as config_lib
+from lightwam_jax import distributed, sharding
 from lightwam_jax import params as params_lib
 from lightwam_jax.checkpoint import run as checkpoint
 from lightwam_jax.checkpoint import storage
-from lightwam_jax.data import loader
-from lightwam_jax.training import chips, flops, losses, memory, watchdog
+from lightwam_jax.data import loader, spec
+from lightwam_jax.training import chips, flops, memory, stuck
 from lightwam_jax.training import encode_video as encode_video_lib
 from lightwam_jax.training import gripper_timing as gripper_timing_lib
 from lightwam_jax.training import metrics as metrics_lib
-from lightwam_jax.training import optimizer as optimizer_lib
 from lightwam_jax.training import step as step_lib
+from lightwam_jax.training import validation as validation_lib
 from lightwam_jax.training import workdir as workdir_lib
 
 IN_FLIGHT = 2  # steps queued on the device before the host waits: hides the host, bounds memory
@@ -36,18 +36,18 @@ class Run:
 
     config: config_lib.Config
     workdir: pathlib.Path
-    mesh: typing.Any
+    mesh: jax.sharding.Mesh
     model: typing.Any
-    optimizer: typing.Any
-    state: step_lib.TrainState
-    shardings: step_lib.TrainState
-    checkpoints: checkpoint.Checkpoints
     encoder: encode_video_lib.Encoder | None  # where batches hold video
     validation: list
+    checkpoints: checkpoint.Checkpoints
+    profiler: metrics_lib.Profiler
+    state: step_lib.TrainState
     step: int
     window: list  # metrics of the steps since the last log row
-    work: float  # FLOPs of the model in a step; 0 where the peak of the devices is not known
-    profiler: metrics_lib.Profiler
+    utilisation: typing.Callable  # of the milliseconds of a step
+    train_step: typing.Callable | None = None  # compiled; None where no step is left to take
+    compile_s: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +78,7 @@ def train(config, workdir, profile=None):
 
 
 def prepare(config, workdir, profile=None):
-    """Does everything of `train` that can fail by a user's mistake; returns the `Run`."""
+    """Does everything of `train` before the first step; returns the `Run`."""
     workdir = storage.local_path(workdir)
 
     # ---- devices -------------------------------------------------------------------------------
@@ -93,46 +93,36 @@ def prepare(config, workdir, profile=None):
     encoder = encode_video_lib.make_encoder(config, mesh)
 
     # ---- shapes and shardings ------------------------------------------------------------------
-    model = build.build_model(config.model)
-    optimizer = optimizer_lib.make_optimizer(config.optimizer, config.train.steps)
-
-    def init(given):
-        params = build.init_params(model, jax.random.key(config.seed), config.model)
-        if given:
-            given = params_lib.segmented(given, config.model)
-            params = step_lib.start_params(params, given, config.train.trainable)
-        return step_lib.init_state(params, config, optimizer)
-
-    shapes = jax.eval_shape(init, {})
+    model, optimizer, shapes = step_lib.state_shapes(config)
     shardings = sharding.tree_shardings(mesh, shapes, config.mesh.frozen)
     every = params_lib.merge(shapes.trainable, shapes.frozen)
     table = params_lib.count_table(every, config.train.trainable)
     _say(metrics_lib.parameter_report(table))
     # Tracing the activations takes seconds; a CPU has no memory of its own to overflow.
-    plan = (memory.held if jax.default_backend() == "cpu" else memory.plan)(
-        config, shapes, shardings
-    )
+    planned = memory.held if jax.default_backend() == "cpu" else memory.plan
+    plan = planned(config, shapes, shardings)
     _say(memory.summary(plan))
     memory.check(plan)
-
-    # ---- restore or initialise -----------------------------------------------------------------
     workdir_lib.write_reports(config, workdir, table)
+
     checkpoints = checkpoint.Checkpoints(workdir, config, assets=workdir / "assets")
     with contextlib.ExitStack() as on_error:
         on_error.callback(checkpoints.close)
+
+        # ---- restore or initialise -------------------------------------------------------------
         state, meta = _restore(checkpoints, config, mesh, shapes, shardings)
+        step = meta["step"]
+        profiler = metrics_lib.Profiler(workdir, profile, step, config.train.steps)
         if state is None:
-            given = {}
-            if config.train.init:
-                given = checkpoint.load_params(config.train.init, mesh).params
-            start = jax.jit(init, out_shardings=shardings, compiler_options=_run_once_options())
-            state = start(given)
-            _say(f"Parameters from {config.train.init or f'random values, seed {config.seed}'}")
-        profiler = metrics_lib.Profiler(workdir, profile, meta["step"], config.train.steps)
+            state = _start(config, mesh, model, optimizer, shardings)
+        r = Run(config, workdir, mesh, model, encoder, validation, checkpoints, profiler, state,
+                step, meta["window"], _utilisation(config, mesh))  # fmt: skip
+
+        # ---- compile ---------------------------------------------------------------------------
+        if step < config.train.steps:
+            _compile(r, optimizer, shardings)
         on_error.pop_all()
-    work = flops.of_step(config, optimizer, shapes) if _chip(mesh) else 0.0
-    return Run(config, workdir, mesh, model, optimizer, state, shardings, checkpoints, encoder,
-               validation, meta["step"], meta["window"], work, profiler)  # fmt: skip
+    return r
 
 
 def run(r):
@@ -143,89 +133,56 @@ def run(r):
         _say(f"{r.workdir} has {step} of {total} steps; raise config.train.steps to train on")
         return Outcome(step, None)
     batches = _loader(r.config, step)
-    writer = metrics_lib.MetricsWriter(r.workdir, step, active=jax.process_index() == 0)
-    bar = metrics_lib.progress_bar(step, total, active=jax.process_index() == 0)
-    window, timer = metrics_lib.MetricBuffer(r.window), metrics_lib.StepTimer(step)
+    log = metrics_lib.Log(r.workdir, config, step, r.window, active=jax.process_index() == 0)
     state, r.state = r.state, None  # the step consumes it
-    train_step, validate = None, _validator(r)
-    logged, saved = step, r.checkpoints.latest_step()
+    validate, saved = _validator(r), r.checkpoints.latest_step()
 
     def due(every):
         return every > 0 and (step % every == 0 or step == total)
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(memory.explained())
-        for resource in (batches, writer, bar, r.checkpoints, r.profiler):
+        for resource in (batches, log, r.checkpoints, r.profiler):
             stack.enter_context(contextlib.closing(resource))
-        stack.enter_context(watchdog.Watchdog(timer, config.stuck_after_s, jax.process_index()))
         stop = stack.enter_context(_StopSignals(r.checkpoints))
         while step < total and not stop.wanted(step):
             # ---- one step ----------------------------------------------------------------------
-            with timer("data"):
+            with log.phase("data"):
                 batch = next(batches)
-            if train_step is None:
-                with timer("compile"):
-                    train_step = _begin(r, state, batch)
+            if step == r.step:
+                _look_at_first(r, batch)
             r.profiler.before(step + 1)
-            with timer("device"):
-                state, metrics = train_step(state, *_on_device(r, batch))
-                window.add(metrics, IN_FLIGHT)
+            with log.phase("device"):
+                state, metrics = r.train_step(state, *_on_device(r, batch))
+                log.add(metrics, IN_FLIGHT)
             step += 1
-            timer.stepped(step)
             r.profiler.after(step, metrics)
-            bar.update()
 
             # ---- log, validate, save -----------------------------------------------------------
             if any(map(due, (config.log_every, config.eval_every, config.checkpoint_every))):
-                with timer("device"):
-                    window.fetch()
-                if window.bad:
+                with log.phase("device"):
+                    log.window.fetch()
+                if log.window.bad:
                     break
             if due(config.log_every):
-                values = window.close() | timer.window(step - logged, config.batch_size)
-                values |= _utilisation(r, values["ms_step"])
-                writer.write("train", step, values)
-                metrics_lib.show(bar, values)
-                logged = step
+                log.write_window(r.utilisation)
             if due(config.eval_every) and r.validation:
-                with timer("validate"):
-                    writer.write("eval", step, validate(state))
+                with log.phase("validate"):
+                    log.write("eval", step, validate(state))
             if due(config.checkpoint_every):
-                with timer("save"):
-                    saved = _save(r, state, step, window, writer)
+                with log.phase("save"):
+                    saved = _save(r, state, step, log)
 
-        # ---- end -------------------------------------------------------------------------------
-        with timer("device"):
-            window.fetch()
-        if window.bad:
+        # ---- the end ---------------------------------------------------------------------------
+        with log.phase("device"):
+            log.window.fetch()
+        if log.window.bad:
             step = int(state.step)  # it stayed where it was before the bad one
-        with timer("save"):
+        with log.phase("save"):
             if saved != step:
-                _save(r, state, step, window, writer)
+                _save(r, state, step, log)
             r.checkpoints.wait()
-    if window.bad:
-        raise FloatingPointError(_not_finite(r, step, window.bad))
-    if stop.signal:
-        _say(f"Stopped by {signal.Signals(stop.signal).name} after step {step} of {total}; saved "
-             f"in {r.workdir}. Run the same command again to continue.")  # fmt: skip
-    return Outcome(step, stop.signal)
-
-
-def jit_step(r):
-    """Returns the jitted training step of a `Run`: (state, batch) -> (state, metrics).
-
-    With config.data.encode_online: (state, batch, r.encoder.arrays) -> (state, metrics).
-    """
-    encode = r.encoder.train if r.encoder else None
-    return step_lib.jit_train_step(
-        step_lib.make_train_step(
-            r.model, r.config, r.optimizer, shardings=r.shardings, encode=encode
-        ),
-        r.shardings,
-        sharding.batch_sharding(r.mesh),
-        sharding.replicated(r.mesh),
-        encode=encode is not None,
-    )
+    return _outcome(r, step, log.window.bad, stop.signal)
 
 
 # ---- the parts of a run ------------------------------------------------------------------------
@@ -234,13 +191,6 @@ def jit_step(r):
 def _say(message):
     if jax.process_index() == 0:
         print(message, flush=True)
-
-
-def _run_once_options():
-    """Compiler options of a program that runs once: on CPU, compiling costs more than running."""
-    if jax.default_backend() != "cpu":
-        return None
-    return {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 def _loader(config, step):
@@ -255,57 +205,74 @@ def _on_device(r, batch):
     return sharding.put_batch(batch, r.mesh), *([r.encoder.arrays] if r.encoder else [])
 
 
-def _begin(r, state, batch):
-    """Keeps what the first batch of a run tells, and returns the compiled training step."""
+def _compile(r, optimizer, shardings):
+    """Compiles the training step; returns when all processes have."""
+    encode = r.encoder.train if r.encoder else None
+    step = step_lib.make_train_step(r.model, r.config, optimizer, shardings, encode=encode)
+    step = step_lib.jit_train_step(step, shardings, encode is not None)
+    inputs = step_lib.batch_shapes(r.config), *([r.encoder.arrays] if r.encoder else [])
+    start = time.perf_counter()
+    with memory.explained(), stuck.watch("compile", r.step, r.config.train.stuck_after_s):
+        r.train_step = step.lower(r.state, *inputs).compile()
+        r.compile_s = time.perf_counter() - start
+        distributed.wait_for_all("training step compiled")
+    _say(f"Compiled the training step in {r.compile_s:.1f} s: "
+         f"{memory.compiled_summary(r.train_step)}")  # fmt: skip
+
+
+def _look_at_first(r, batch):
+    """Checks the first batch, and keeps one row of it where the run begins."""
+    spec.check_batch(batch, r.config)
     if r.step == 0:
         workdir_lib.write_assets(r.config, r.workdir, batch)
-    start = time.perf_counter()
-    compiled = jit_step(r).lower(state, *_on_device(r, batch)).compile()
-    distributed.wait_for_all("training step compiled")
-    _say(
-        f"Compiled the training step in {time.perf_counter() - start:.1f} s: "
-        f"{memory.compiled_summary(compiled)}"
-    )
-    return compiled
 
 
-def _chip(mesh):
-    return chips.of_kind(mesh.devices.flat[0].device_kind)
-
-
-def _utilisation(r, ms_step):
-    chip = _chip(r.mesh)
-    return metrics_lib.utilisation(ms_step, r.work, r.mesh.size, chip.flops if chip else 0.0)
+def _utilisation(config, mesh):
+    """Returns `metrics.utilisation` as a function of the milliseconds of a step."""
+    chip = chips.of_kind(mesh.devices.flat[0].device_kind)
+    work, peak = (flops.of_step(config), chip.flops) if chip else (0.0, 0.0)
+    return functools.partial(metrics_lib.utilisation, work=work, devices=mesh.size, peak=peak)
 
 
 def _validator(r):
-    """Returns validate(state) -> `losses.validation_row` over the validation batches."""
+    """Returns validate(state) -> `validation.validation_row` over the validation batches."""
     grippers = gripper_timing_lib.of_run(r.config) if r.validation else []
 
     @jax.jit
     def errors(state, batch, *arrays):
         if r.encoder:
             batch = r.encoder.first(*arrays, batch)
-        return losses.open_loop_errors(
+        return validation_lib.open_loop_errors(
             r.model, step_lib.eval_params(state), batch, r.config.loss, grippers
         )
 
     def validate(state):
-        means = losses.mean_errors([errors(state, *_on_device(r, b)) for b in r.validation])
-        return losses.validation_row(means, grippers)
+        means = validation_lib.mean_errors([errors(state, *_on_device(r, b)) for b in r.validation])
+        return validation_lib.validation_row(means, grippers)
 
     return validate
 
 
-def _save(r, state, step, window, writer):
+def _save(r, state, step, log):
     """Starts saving the state as checkpoint `step`; returns `step`."""
-    writer.sync()
+    log.sync()
     state = sharding.one_copy(state)
     frozen = (lambda: params_lib.canonical(state.frozen)) if state.frozen else None
-    r.checkpoints.save(
-        step, step_lib.state_items(state), frozen, {"window": window.rows, "next_batch": step}
-    )
+    extra = {"window": log.window.rows, "next_batch": step}
+    r.checkpoints.save(step, step_lib.state_items(state), frozen, extra)
     return step
+
+
+def _start(config, mesh, model, optimizer, shardings):
+    """Returns the state at step 0, with the parameters of config.train.init in their place."""
+    base = checkpoint.load_params(config.train.init, mesh).params if config.train.init else {}
+    start = functools.partial(step_lib.start_state, model, config, optimizer)
+    # On CPU, compiling a program that runs once costs more than running it.
+    quick = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+    options = quick if jax.default_backend() == "cpu" else None
+    state = jax.jit(start, out_shardings=shardings, compiler_options=options)(base)
+    _say(f"Parameters from {config.train.init or f'random values, seed {config.seed}'}")
+    return state
 
 
 def _restore(checkpoints, config, mesh, shapes, shardings):
@@ -325,6 +292,17 @@ def _restore(checkpoints, config, mesh, shapes, shardings):
     state = jax.jit(assemble, out_shardings=shardings)(items, jnp.int32(meta["step"]))
     _say(f"Continuing from step {meta['step']} ({checkpoints.directory})")
     return state, meta
+
+
+def _outcome(r, step, bad, stopped_by):
+    """Returns the `Outcome` after the last good step; raises where the one after it was `bad`."""
+    if bad:
+        raise FloatingPointError(_not_finite(r, step, bad))
+    if stopped_by:
+        _say(f"Stopped by {signal.Signals(stopped_by).name} after step {step} of "
+             f"{r.config.train.steps}; saved in {r.workdir}. Run the same command again to "
+             "continue.")  # fmt: skip
+    return Outcome(step, stopped_by)
 
 
 def _not_finite(r, step, row):

@@ -1,5 +1,5 @@
-"""What a training step holds on each device: a plan before anything is allocated, and the
-compiler's own report once there is a program.
+"""Memory of a training step per device: a plan before anything is allocated, and the compiler's
+report once the step is compiled.
 """
 
 import contextlib
@@ -30,8 +30,8 @@ def plan(config, state, shardings):
       state, shardings: ShapeDtypeStructs of a `TrainState`, and where they go.
 
     Returns:
-      what `held` does and "activations": what the forward pass of a micro-batch keeps for the
-      backward pass. What is needed within a block while it runs comes on top.
+      what `held` returns, and "activations": what the forward pass of a micro-batch keeps for the
+      backward pass. What a block needs while it runs comes on top.
     """
     rows = config.train.batch_size // (shardings.step.mesh.size * config.optimizer.accum_steps)
     return {**held(config, state, shardings), "activations": activations(config, state, rows)}
@@ -41,8 +41,8 @@ def held(config, state, shardings):
     """Returns the bytes per device that do not depend on the layers of the model.
 
     {"parameters", "frozen", "optimizer", "average", "batch", "gathered", "gradients"}: the first
-    five are held all the time; "gathered" is what learns, whole, and "gradients" its gradient,
-    whole, with accumulation twice (the sum, and that of a micro-batch).
+    five are held all the time. "gathered" are the trainable parameters, whole; "gradients" their
+    gradients, whole, and twice with accumulation (the sum and those of a micro-batch).
     """
     mesh, accum = shardings.step.mesh, config.optimizer.accum_steps
     batch = spec.batch_spec(config, config.train.batch_size)
@@ -67,8 +67,8 @@ def held(config, state, shardings):
 def activations(config, state, rows):
     """Returns the bytes that the forward pass of `rows` samples keeps for the backward pass.
 
-    They are the residuals of the loss's derivative, less what is there anyway: arrays of the
-    shapes of parameters (weights, also those cast to another dtype).
+    These are the residuals of the loss's derivative without arrays of the shapes of parameters:
+    the weights are held anyway, or cast from those held.
     """
     model = build.build_model(dataclasses.replace(config.model, attention="xla"))
     batch = spec.model_batch_spec(config, rows)
@@ -90,22 +90,14 @@ def activations(config, state, rows):
 
 def summary(plan):
     """Returns a `plan` as lines for the log, GiB."""
-    lines = [f"  {name:<12}{size / GIB:8.2f}" for name, size in plan.items() if size]
     missing = "" if "activations" in plan else " (activations: by the compiler, below)"
-    return "\n".join(
-        [
-            f"Memory per device as planned, GiB{missing}:",
-            *lines,
-            f"  {'together':<12}{sum(plan.values()) / GIB:8.2f}",
-        ]
-    )
+    rows = {name: size for name, size in plan.items() if size} | {"together": sum(plan.values())}
+    lines = [f"  {name:<12}{size / GIB:8.2f}" for name, size in rows.items()]
+    return "\n".join([f"Memory per device as planned, GiB{missing}:", *lines])
 
 
 def check(plan):
-    """Raises ValueError where a `plan` exceeds what this process's devices have and tell.
-
-    What is held all the time must fit; activations are counted too, as a lower bound.
-    """
+    """Raises ValueError if a `plan` exceeds the memory that this process's devices report."""
     needed = sum(plan.values())
     for device in jax.local_devices():
         there = (device.memory_stats() or {}).get("bytes_limit", needed)
@@ -119,7 +111,7 @@ def check(plan):
 
 @contextlib.contextmanager
 def explained():
-    """Turns the devices' complaint that memory ran out into a MemoryError that says what helps."""
+    """Turns an out-of-memory error of the devices into a MemoryError that says what helps."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:

@@ -13,6 +13,7 @@ import tensorboardX
 import tqdm
 
 from lightwam_jax import atomic
+from lightwam_jax.training import stuck
 
 
 class MetricsWriter:
@@ -46,14 +47,8 @@ class MetricsWriter:
         values = {name: np.asarray(value).tolist() for name, value in values.items()}
         self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
         self._file.flush()
-        for name, value in values.items():
-            curves = (
-                {f"{name}/{i}": v for i, v in enumerate(value)}
-                if isinstance(value, list)
-                else {name: value}
-            )
-            for curve, v in curves.items():
-                self._board.add_scalar(f"{kind}/{curve}", v, step)
+        for curve, value in _curves(values).items():
+            self._board.add_scalar(f"{kind}/{curve}", value, step)
 
     def sync(self):
         """Makes the rows survive a power failure; called before a checkpoint counts on them."""
@@ -77,39 +72,47 @@ def read_rows(path):
     return [json.loads(line) for line in lines]
 
 
+def read_series(path):
+    """Returns {"{kind}/{name}": (steps [n], values [n])} of a metrics.jsonl.
+
+    A list becomes one series per entry, "{kind}/{name}/{i}".
+    """
+    series = {}
+    for row in read_rows(path):
+        kind, step = row.pop("kind"), row.pop("step")
+        for name, value in _curves(row).items():
+            steps, values = series.setdefault(f"{kind}/{name}", ([], []))
+            steps.append(step)
+            values.append(value)
+    return series
+
+
+def _curves(row):
+    """{name: number, or list of numbers} -> {name, or name/i: number}."""
+    curves = {}
+    for name, value in row.items():
+        if isinstance(value, list):
+            curves |= {f"{name}/{i}": x for i, x in enumerate(value)}
+        else:
+            curves[name] = value
+    return curves
+
+
 class StepTimer:
     """Splits wall time into phases by name, without waiting for the device itself.
 
     `with timer("data"): ...` adds to a phase; `window(steps)` returns and clears the totals. Phases
-    besides "data" and "device" (compiling, validating, saving) are no part of a step.
-
-    Args:
-      step: the step training (re)starts from.
+    besides "data" and "device" (validating, saving) are no part of a step.
     """
 
-    def __init__(self, step=0):
-        self._spent = {}
-        self._start = time.perf_counter()
-        self._place = (step, "host", self._start)
+    def __init__(self):
+        self._spent, self._start = {}, time.perf_counter()
 
     @contextlib.contextmanager
     def __call__(self, phase):
         start = time.perf_counter()
-        step, before, _ = self._place
-        self._place = (step, phase, start)
         yield
-        end = time.perf_counter()
-        self._spent[phase] = self._spent.get(phase, 0.0) + end - start
-        self._place = (step, before, end)
-
-    def stepped(self, step):
-        """Says that `step` steps have been started."""
-        self._place = (step, *self._place[1:])
-
-    def where(self):
-        """Returns (step, phase, seconds since it was entered); another thread may ask."""
-        step, phase, since = self._place
-        return step, phase, time.perf_counter() - since
+        self._spent[phase] = self._spent.get(phase, 0.0) + time.perf_counter() - start
 
     def window(self, steps, batch_size):
         """Returns the split of the time since the last call, per step.
@@ -131,6 +134,60 @@ class StepTimer:
             "ms_host": max(wall - data - device, 0.0) * ms,
             "samples_per_s": steps * batch_size / max(wall, 1e-9),
         }
+
+
+class Log:
+    """The log of a run: metrics of its steps in windows, where the time goes, a progress bar.
+
+    Args:
+      workdir: run directory. config: `TrainConfig`.
+      step: the step training (re)starts from.
+      rows: metrics of the steps since the last log row.
+      active: False on all but the first process, which alone writes and shows.
+
+    Attributes:
+      window: `MetricBuffer` of the steps since the last log row. write, sync: of `MetricsWriter`.
+    """
+
+    def __init__(self, workdir, config, step, rows=(), active=True):
+        self._config, self._step, self._logged = config, step, step
+        self.window, self._timer = MetricBuffer(rows), StepTimer()
+        self._writer = MetricsWriter(workdir, step, active)
+        self.write, self.sync = self._writer.write, self._writer.sync
+        # On a terminal the bar moves; in a log file it is one line per 30 seconds.
+        interval = 0.2 if sys.stderr.isatty() else 30.0
+        self._bar = tqdm.tqdm(initial=step, total=config.steps, unit="step", dynamic_ncols=True,
+                              disable=not active, mininterval=interval)  # fmt: skip
+
+    @contextlib.contextmanager
+    def phase(self, name):
+        """Times a phase of the loop, and says so if the run is stuck in it."""
+        with stuck.watch(name, self._step, self._config.stuck_after_s), self._timer(name):
+            yield
+
+    def add(self, metrics, in_flight):
+        """Adds the metrics of the next step; see `MetricBuffer.add`."""
+        self.window.add(metrics, in_flight)
+        self._step += 1
+        self._bar.update()
+
+    def write_window(self, utilisation):
+        """Writes the means of the window that ends here, and starts the next one.
+
+        Args:
+          utilisation: as below, a function of the milliseconds of a step.
+        """
+        steps, self._logged = self._step - self._logged, self._step
+        values = self.window.close() | self._timer.window(steps, self._config.batch_size)
+        with stuck.watch("log", self._step, self._config.stuck_after_s):
+            self.write("train", self._step, values | utilisation(values["ms_step"]))
+        shown = {name: f"{values[name]:.4g}" for name in ("loss", "lr", "samples_per_s")}
+        self._bar.set_postfix(shown, refresh=False)
+
+    def close(self):
+        """Closes the files and the bar."""
+        self._writer.close()
+        self._bar.close()
 
 
 def utilisation(ms_step, work, devices, peak):
@@ -163,7 +220,7 @@ class Profiler:
         if steps and not step < steps[0] <= steps[1] <= total:
             raise ValueError(
                 f"--profile={steps[0]}:{steps[1]}: this run takes steps {step + 1} to {total}; "
-                "expected FIRST:LAST among them, best not the first one, which compiles"
+                "expected FIRST:LAST among them"
             )
 
     def before(self, step):
@@ -224,26 +281,6 @@ class MetricBuffer:
         rows, self.rows = self.rows, []
         means = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
         return means | {"lr": rows[-1]["lr"]}
-
-
-def progress_bar(start, total, active=True):
-    """Returns a tqdm bar over optimizer steps, with loss and time left."""
-    # On a terminal the bar moves; in a log file it is one line per 30 seconds.
-    return tqdm.tqdm(
-        initial=start,
-        total=total,
-        unit="step",
-        dynamic_ncols=True,
-        disable=not active,
-        mininterval=0.2 if sys.stderr.isatty() else 30.0,
-    )
-
-
-def show(bar, values):
-    """Puts the newest window into the bar."""
-    bar.set_postfix(
-        {name: f"{values[name]:.4g}" for name in ("loss", "lr", "samples_per_s")}, refresh=False
-    )
 
 
 def parameter_report(table):

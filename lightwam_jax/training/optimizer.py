@@ -1,4 +1,4 @@
-"""AdamW with the schedule and the clipping of the PyTorch release (SPEC section 6), in optax.
+"""AdamW, schedule and clipping of the PyTorch release in optax (docs/spec.md section 6).
 
 One parameter group: biases, norms and queries decay too, as in the release.
 """

@@ -1,5 +1,6 @@
 """One optimizer step as a pure function of (state, batch)."""
 
+import functools
 import typing
 
 import flax.struct
@@ -7,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lightwam_jax import build, sharding
 from lightwam_jax import params as params_lib
-from lightwam_jax import sharding
+from lightwam_jax.data import spec
 from lightwam_jax.training import losses
 from lightwam_jax.training import optimizer as optimizer_lib
 
@@ -34,6 +36,32 @@ class TrainState:
     frozen: typing.Any
     opt_state: typing.Any
     ema: typing.Any
+
+
+def batch_shapes(config):
+    """Returns {name: ShapeDtypeStruct} of what a step reads of a global batch."""
+    shapes = spec.batch_spec(config, config.train.batch_size)
+    return {name: x for name, x in shapes.items() if name != "index"}  # only the host reads it
+
+
+def state_shapes(config):
+    """Returns the model, the optimizer and the ShapeDtypeStructs of the `TrainState` of a run."""
+    model = build.build_model(config.model)
+    optimizer = optimizer_lib.make_optimizer(config.optimizer, config.train.steps)
+    return model, optimizer, jax.eval_shape(lambda: start_state(model, config, optimizer))
+
+
+def start_state(model, config, optimizer, given=None):
+    """Returns the `TrainState` at step 0: random from `config.seed`, then `start_params`.
+
+    Args:
+      given: base weights, canonical layout, or None.
+    """
+    params = build.init_params(model, jax.random.key(config.seed), config.model)
+    if given:
+        given = params_lib.segmented(given, config.model)
+        params = start_params(params, given, config.train.trainable)
+    return init_state(params, config, optimizer)
 
 
 def init_state(params, config, optimizer):
@@ -78,77 +106,40 @@ def eval_params(state):
     return params_lib.merge(learned, state.frozen)
 
 
-def make_train_step(
-    model, config, optimizer, loss_fn=losses.training_loss, shardings=None, encode=None
-):
+# ---- the step ----------------------------------------------------------------------------------
+
+
+def make_train_step(model, config, optimizer, shardings, loss_fn=losses.training_loss, encode=None):
     """Returns train_step(state, batch) -> (state, metrics), not yet jitted.
 
-    A step whose loss or gradient is not finite leaves the state as it was and halts it, so that
-    the parameters of the last good step survive until the host looks.
+    A step whose loss or gradient is not finite leaves the state as it was and halts it: the
+    parameters of the last good step survive until the host looks.
 
     Args:
       model: Linen module.
       config: `Config`.
       optimizer: from `make_optimizer`.
+      shardings: of the state, from `sharding.tree_shardings`; the mesh may be of one device.
       loss_fn: as `losses.training_loss`.
-      shardings: the state's, from `sharding.tree_shardings`: the devices then exchange what
-        `sharding.py` says and nothing else. None: one device.
-      encode: where batches hold video, `Encoder.train`; the step then takes its arrays, too:
-        train_step(state, batch, arrays).
+      encode: for batches that hold video, `Encoder.train`. The step then takes the encoder's
+        arrays as well: train_step(state, batch, arrays).
 
     The metrics are float32 scalars (those of the loss, grad_norm before clipping, param_norm, lr)
     and `finite`, bool.
     """
-    accum = config.optimizer.accum_steps
 
-    def gradients(trainable, frozen, batch, noise):
-        def loss(trainable):
-            return loss_fn(model, params_lib.merge(trainable, frozen), batch, noise, config.loss)
+    def loss(params, batch, noise):
+        return loss_fn(model, params, batch, noise, config.loss)
 
-        (_, parts), grads = jax.value_and_grad(loss, has_aux=True)(trainable)
-        return parts, grads
-
-    def accumulated(trainable, frozen, batch, noise):
-        if accum == 1:
-            return gradients(trainable, frozen, batch, noise)
-        # Micro-batch k takes samples k, k + accum, ... so that each device slices its own samples.
-        micros = jax.tree.map(
-            lambda x: x.reshape(x.shape[0] // accum, accum, *x.shape[1:]).swapaxes(0, 1),
-            (batch, noise),
-        )
-
-        def add(total, micro):
-            return jax.tree.map(jnp.add, total, gradients(trainable, frozen, *micro)), None
-
-        first = jax.tree.map(lambda x: x[0], micros)
-        shapes = jax.eval_shape(lambda: gradients(trainable, frozen, *first))
-        total, _ = jax.lax.scan(
-            add, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), micros
-        )
-        return jax.tree.map(lambda x: x / accum, total)
-
-    def per_device(trainable, frozen, batch, noise):
-        # What learns is whole throughout the step; of the frozen blocks, one at a time.
-        trainable = sharding.gather(trainable, shardings.trainable)
-        frozen = sharding.gather(frozen, shardings.frozen, keep=sharding.BLOCKS)
-        parts, grads = accumulated(trainable, frozen, batch, noise)
-        parts = jax.lax.pmean(parts, sharding.AXES)
-        return parts, sharding.reduce_mean(grads, shardings.trainable)
-
-    compute = accumulated
-    if shardings is not None:
-        mesh = shardings.step.mesh
-        learns, fixed = (
-            jax.tree.map(lambda x: x.spec, tree) for tree in (shardings.trainable, shardings.frozen)
-        )
-        rows = sharding.batch_sharding(mesh).spec
-        compute = jax.shard_map(
-            per_device,
-            mesh=mesh,
-            in_specs=(learns, fixed, rows, rows),
-            out_specs=(sharding.replicated(mesh).spec, learns),
-            check_vma=False,  # gradients of local samples stay local until `reduce_mean`
-        )
+    specs = jax.tree.map(lambda x: x.spec, shardings)
+    mesh, rows = shardings.step.mesh, sharding.batch_sharding(shardings.step.mesh).spec
+    mean_gradients = jax.shard_map(
+        functools.partial(device_gradients, loss, config.optimizer.accum_steps, shardings),
+        mesh=mesh,
+        in_specs=(specs.trainable, specs.frozen, rows, rows),
+        out_specs=(sharding.replicated(mesh).spec, specs.trainable),
+        check_vma=False,  # gradients of local samples stay local until `reduce_mean`
+    )
 
     def train_step(state, batch, *arrays):
         rng = jax.random.fold_in(jax.random.key(config.seed), state.step)
@@ -156,50 +147,104 @@ def make_train_step(
             batch = encode(*arrays, batch, jax.random.fold_in(rng, _AUGMENT))
         # Drawn for the whole global batch, so that neither accumulation nor devices change it.
         noise = losses.draw_noise(rng, batch["latents"].shape, config.loss)
-        parts, grads = compute(state.trainable, state.frozen, batch, noise)
+        parts, grads = mean_gradients(state.trainable, state.frozen, batch, noise)
         norm = optax.tree.norm(grads)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
-        trainable = optax.apply_updates(state.trainable, updates)
-        ema = state.ema
-        if ema is not None:
-            ema = optimizer_lib.update_ema(ema, trainable, config.optimizer.ema_decay)
         finite = jnp.isfinite(parts["loss"]) & jnp.isfinite(norm) & ~state.halted
-        new = (state.step + 1, trainable, opt_state, ema)
-        old = (state.step, state.trainable, state.opt_state, state.ema)
-        step, trainable, opt_state, ema = jax.tree.map(
-            lambda n, o: jnp.where(finite, n, o), new, old
-        )
-        metrics = dict(
-            parts,
-            grad_norm=norm,
-            param_norm=optax.tree.norm(state.trainable),
-            finite=finite,
-            lr=optimizer_lib.learning_rate(state.step, config.optimizer, config.train.steps),
-        )
-        return TrainState(
-            step=step,
-            halted=~finite,
-            trainable=trainable,
-            frozen=state.frozen,
-            opt_state=opt_state,
-            ema=ema,
-        ), metrics
+        metrics = parts | {
+            "grad_norm": norm,
+            "param_norm": optax.tree.norm(state.trainable),
+            "finite": finite,
+            "lr": optimizer_lib.learning_rate(state.step, config.optimizer, config.train.steps),
+        }
+        return updated(state, grads, finite, optimizer, config.optimizer), metrics
 
     return train_step
 
 
-def jit_train_step(train_step, state_shardings, batch_sharding, scalar_sharding, encode=False):
+def device_gradients(loss, accum_steps, shardings, trainable, frozen, batch, noise):
+    """Runs on each device: gradients of its own samples, then their mean over all devices.
+
+    Args:
+      loss: function (params, batch, noise) -> (loss, {name: scalar}).
+      accum_steps: micro-batches. shardings: the state's.
+      trainable, frozen: this device's parts of the parameters.
+      batch, noise: this device's samples.
+
+    Returns:
+      what the loss reports, and this device's part of the gradient; both are means.
+    """
+    # What learns is whole throughout the step; of the frozen blocks, one at a time.
+    trainable = sharding.gather(trainable, shardings.trainable)
+    frozen = sharding.gather(frozen, shardings.frozen, keep=sharding.BLOCKS)
+    of_samples = functools.partial(gradients, loss, trainable, frozen)
+    parts, grads = accumulate(of_samples, (batch, noise), accum_steps)
+    parts = jax.lax.pmean(parts, sharding.AXES)
+    return parts, sharding.reduce_mean(grads, shardings.trainable)
+
+
+def accumulate(of_samples, samples, steps):
+    """Returns the mean of `of_samples(*micro_batch)` over `steps` micro-batches of `samples`."""
+    if steps == 1:
+        return of_samples(*samples)
+    # Micro-batch k takes samples k, k + steps, ... so that each device slices its own samples.
+    micros = jax.tree.map(
+        lambda x: x.reshape(x.shape[0] // steps, steps, *x.shape[1:]).swapaxes(0, 1), samples
+    )
+    shapes = jax.eval_shape(of_samples, *jax.tree.map(lambda x: x[0], micros))
+
+    def add(total, micro):
+        return jax.tree.map(jnp.add, total, of_samples(*micro)), None
+
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    total, _ = jax.lax.scan(add, zeros, micros)
+    return jax.tree.map(lambda x: x / steps, total)
+
+
+def gradients(loss, trainable, frozen, batch, noise):
+    """Returns what the loss reports, {name: scalar}, and its gradient in `trainable`."""
+
+    def of_trainable(trainable):
+        return loss(params_lib.merge(trainable, frozen), batch, noise)
+
+    (_, parts), grads = jax.value_and_grad(of_trainable, has_aux=True)(trainable)
+    return parts, grads
+
+
+def updated(state, grads, finite, optimizer, config):
+    """Returns the state after an optimizer step; unless `finite`, the old one, halted.
+
+    Args:
+      config: `OptimizerConfig`.
+    """
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
+    trainable = optax.apply_updates(state.trainable, updates)
+    ema = state.ema
+    if ema is not None:
+        ema = optimizer_lib.update_ema(ema, trainable, config.ema_decay)
+    new = (state.step + 1, trainable, opt_state, ema)
+    old = (state.step, state.trainable, state.opt_state, state.ema)
+    step, trainable, opt_state, ema = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+    return TrainState(step, ~finite, trainable, state.frozen, opt_state, ema)
+
+
+def jit_train_step(train_step, shardings, encode=False):
     """Returns `train_step` jitted, with the state donated and everything placed explicitly.
 
     Args:
+      shardings: of the state.
       encode: the step takes the arrays of an `Encoder`, which every device holds whole.
     """
+    mesh = shardings.step.mesh
+    rows, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
     return jax.jit(
         train_step,
         donate_argnums=0,
-        in_shardings=(state_shardings, batch_sharding, scalar_sharding)[: 3 if encode else 2],
-        out_shardings=(state_shardings, scalar_sharding),
+        in_shardings=(shardings, rows, whole) if encode else (shardings, rows),
+        out_shardings=(shardings, whole),
     )
+
+
+# ---- what a checkpoint keeps -------------------------------------------------------------------
 
 
 def state_items(state):

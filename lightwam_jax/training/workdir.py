@@ -5,7 +5,7 @@ params.json      parameters per group, total and trainable
 metrics.jsonl    one row per log window and per validation; tensorboard/ holds the same
 not_finite.json  only where a step was not finite: its samples, losses and norms
 assets/          what inference needs besides the parameters, and an example batch
-checkpoints/     see `checkpoint.py`
+checkpoints/     see `checkpoint/run.py`
 """
 
 import filecmp

@@ -1,7 +1,10 @@
 """What devices exchange in a step: the plan, what the compiler made of it, how it is counted."""
 
+import collections
+import json
 import math
 import re
+import types
 
 import flax.linen as nn
 import jax
@@ -15,7 +18,7 @@ from lightwam_jax import sharding
 from lightwam_jax.training import flops
 from lightwam_jax.training import optimizer as optimizer_lib
 from lightwam_jax.training import step as step_lib
-from tests import synthetic
+from tests import pod, synthetic
 
 LAYERS, WIDTH, ROWS = 3, 64, 16
 CONFIG = synthetic.make_config(
@@ -76,16 +79,12 @@ def prepared(data, fsdp):
 
 def compiled(data, fsdp):
     mesh, optimizer, state, places = prepared(data, fsdp)
-    step = step_lib.jit_train_step(
-        step_lib.make_train_step(Stack(), CONFIG, optimizer, loss_fn, places),
-        places,
-        sharding.batch_sharding(mesh),
-        sharding.replicated(mesh),
-    )
+    step = step_lib.make_train_step(Stack(), CONFIG, optimizer, places, loss_fn)
+    step = step_lib.jit_train_step(step, places)
     latents = np.random.default_rng(0).standard_normal((ROWS, 2, 4, 4, 16)).astype(np.float32)
     batch = sharding.put_batch({"latents": latents}, mesh)
     traced = step.trace(state, batch)
-    return traced.lower().compile(), state, batch, str(traced.jaxpr)
+    return traced.lower().compile(), state, batch, traced.jaxpr
 
 
 @pytest.fixture(scope="module")
@@ -97,10 +96,10 @@ def programs():
 
 def test_blocks_are_gathered_one_at_a_time_and_gradients_reduced_once(programs):
     block, stack = WIDTH * WIDTH, LAYERS * WIDTH * WIDTH
-    program = collectives.found(programs[2, 4][0].as_text())
-    large = sorted(
-        (c.kind, math.prod(c.shape), c.group, c.times) for c in program if c.bytes > 1024
-    )
+    program, *_, jaxpr = programs[2, 4]
+    mesh = {"data": 2, "fsdp": 4}
+    exchanged = [c for c in collectives.written(jaxpr, mesh) if c.bytes > 1024]
+    large = sorted((c.kind, math.prod(c.shape), c.group(mesh), c.times) for c in exchanged)
     assert large == [
         # what learns, once; a block's frozen kernel in the forward and the backward loop, each
         # time the loops run
@@ -111,10 +110,16 @@ def test_blocks_are_gathered_one_at_a_time_and_gradients_reduced_once(programs):
         ("all-reduce", stack // 4, 2, 1),
         ("reduce-scatter", stack, 4, 1),
     ]
+    made = collectives.instructions(program.as_text())
+    assert sorted((i.kind, math.prod(i.shape), i.group) for i in made if i.bytes > 1024) == [
+        (kind, size, group) for kind, size, group, _ in large
+    ]
+    assert not collectives.compare(exchanged, [i for i in made if i.bytes > 1024])["unplanned"]
+    assert not collectives.written(jaxpr, {"data": 1, "fsdp": 1})
 
 
 def test_gradients_are_reduced_in_float32_and_frozen_weights_travel_as_stored(programs):
-    text = programs[2, 4][3]
+    text = str(programs[2, 4][3])
     exchanged = sorted(re.findall(r"(\w+)\[([\d,]+)\] = (reduce_scatter|all_gather)\[", text))
     part = f"{LAYERS},{WIDTH // 4},{WIDTH}"
     assert exchanged == [("bf16", f"{WIDTH},{WIDTH}", "all_gather")] * 2 + [
@@ -148,25 +153,68 @@ def small_config(**changes):
     )
 
 
-def test_plan_counts_every_run_of_a_block():
-    config = small_config()
-    _, _, shapes = aot.state_shapes(config)
+def planned(config, state, shardings):
+    """What a step has to exchange, from the parameters alone: {kind: bytes of whole arrays}."""
+    fsdp = shardings.step.mesh.shape["fsdp"]
+    # A block's weights are gathered when it runs, and once more for its gradient unless all that
+    # the gradient needs was kept.
+    runs = config.optimizer.accum_steps * (1 if config.model.remat == "none" else 2)
+    plan = dict.fromkeys(("all-gather", "reduce-scatter", "all-reduce"), 0)
+    for path, leaf, is_split in leaves(state.frozen, shardings.frozen):
+        stack = re.search(r"blocks_(\d+)/(.*)", path)
+        if is_split and stack:  # keys and values serve both passes, the last run has only one
+            shared = stack[2].startswith(("cross_attn/k/", "cross_attn/v/"))
+            once = shared or int(stack[1]) > config.model.adapter_layers[-1]
+            plan["all-gather"] += leaf.nbytes * runs * (1 if once else 2)
+        elif is_split:
+            plan["all-gather"] += leaf.nbytes
+    for _, leaf, is_split in leaves(state.trainable, shardings.trainable):
+        if is_split:
+            plan["all-gather"] += leaf.nbytes
+            plan["reduce-scatter"] += leaf.nbytes
+            plan["all-reduce"] += leaf.nbytes // fsdp  # over "data"
+        else:
+            plan["all-reduce"] += leaf.nbytes
+    return plan
+
+
+def leaves(tree, shardings):
+    pairs = zip(jax.tree.leaves_with_path(tree), jax.tree.leaves(shardings), strict=True)
+    for (path, leaf), place in pairs:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        struct = types.SimpleNamespace(nbytes=leaf.size * leaf.dtype.itemsize)
+        yield name, struct, sharding.split_axis(place.spec) is not None
+
+
+def traced_step(config):
+    """(mesh, shapes, shardings, traced step) of a small model."""
+    model, optimizer, shapes = step_lib.state_shapes(config)
     mesh = sharding.make_mesh(config.mesh)
-    plan = collectives.planned(config, shapes, sharding.tree_shardings(mesh, shapes))
-    times = {c.where: c.times for c in plan if c.kind == "all-gather"}
-    # one block per run, adapters after 0, 1, 2; both passes (the last run: one) x forward and
-    # backward x two micro-batches; keys and values serve both passes
-    assert times["dit/blocks_0/self_attn/q/kernel"] == 1 * 2 * 2 * 2
-    assert times["dit/blocks_3/self_attn/q/kernel"] == 1 * 1 * 2 * 2
-    assert times["dit/blocks_0/cross_attn/k/kernel"] == 1 * 1 * 2 * 2
-    assert times["dit/text_embedding_0/kernel"] == 1
-    gradients = sum(c.bytes for c in plan if c.kind == "reduce-scatter")
-    unsplit = sum(c.bytes for c in plan if c.kind == "all-reduce" and c.group == 8)
-    assert gradients + unsplit == sum(4 * x.size for x in jax.tree.leaves(shapes.trainable))
+    places = sharding.tree_shardings(mesh, shapes)
+    step = step_lib.make_train_step(model, config, optimizer, places)
+    step = step_lib.jit_train_step(step, places)
+    return mesh, shapes, places, step.trace(shapes, step_lib.batch_shapes(config))
+
+
+@pytest.mark.parametrize("remat", ["full", "none"])
+def test_every_run_of_a_block_is_counted(remat):
+    """Nothing but what the parameters make necessary is exchanged, and all of that."""
+    config = small_config(**{"model.remat": remat})
+    mesh, shapes, places, traced = traced_step(config)
+    exchanged = collectives.written(traced.jaxpr, mesh.shape)
+    found = collections.Counter()
+    for c in exchanged:
+        found[c.kind] += c.times * c.bytes * (c.shape != ())  # losses are numbers
+    plan = planned(config, shapes, places)
+    # What no gradient needs (a bias) is not gathered a second time.
+    assert 0.99 * plan["all-gather"] <= found["all-gather"] <= plan["all-gather"]
+    assert found == plan | {"all-gather": found["all-gather"]}
+    totals = collectives.totals(exchanged)
+    assert totals["all-gather"]["gib"] == found["all-gather"] / 2**30
 
 
 @pytest.mark.slow
-def test_the_step_exchanges_what_is_planned(monkeypatch):
+def test_the_compiler_exchanges_what_is_written(monkeypatch):
     monkeypatch.setattr(collectives, "SMALL_BYTES", 2048)
     # two blocks per run: XLA unrolls a loop of one, and then gathers once for all its uses
     config = small_config(
@@ -178,21 +226,12 @@ def test_the_step_exchanges_what_is_planned(monkeypatch):
             "model.frozen_dtype": "float32",
         }
     )
-    model, optimizer, shapes = aot.state_shapes(config)
-    mesh = sharding.make_mesh(config.mesh)
-    places, rows = sharding.tree_shardings(mesh, shapes), sharding.batch_sharding(mesh)
-    step = step_lib.jit_train_step(
-        step_lib.make_train_step(model, config, optimizer, shardings=places),
-        places,
-        rows,
-        sharding.replicated(mesh),
-    )
-    program = collectives.found(step.lower(shapes, aot.batch_shapes(config)).compile().as_text())
-    plan = collectives.planned(config, shapes, places)
-    found = collectives.compare(plan, program)
-    assert not found["unplanned"], found
-    assert found["found_gib"]["gradients"] == pytest.approx(found["planned_gib"]["gradients"], 0.01)
-    assert found["found_gib"]["weights"] == pytest.approx(found["planned_gib"]["weights"], 0.01)
+    mesh, _, _, traced = traced_step(config)
+    exchanged = collectives.written(traced.jaxpr, mesh.shape)
+    program = collectives.instructions(traced.lower().compile().as_text())
+    assert {i.kind for i in program} == {"all-gather", "reduce-scatter", "all-reduce"}
+    found = collectives.compare(exchanged, program)
+    assert found == {"gradient_dtypes": ["f32"], "unplanned": []}
 
 
 HLO = """HloModule jit_step
@@ -225,28 +264,37 @@ ENTRY %main (a: f32[4]) -> f32[4] {
 """  # noqa: E501
 
 
-def test_collectives_of_a_program_are_counted_in_loops_and_once_per_chain():
-    found = collectives.found(HLO)
-    assert [(c.kind, c.dtype, c.shape, c.group, c.times, c.overlapped) for c in found] == [
-        ("all-gather", "bf16", (8, 8), 4, 5, True),
-        ("reduce-scatter", "f32", (4, 2, 4), 4, 1, False),
-        ("reduce-scatter", "f32", (4, 3), 4, 1, False),
-        ("all-reduce", "f32", (4,), 8, 1, False),
+def test_instructions_of_a_program_are_read_once_per_chain():
+    found = collectives.instructions(HLO)
+    assert [(i.kind, i.dtype, i.shape, i.group, i.overlapped) for i in found] == [
+        ("all-gather", "bf16", (8, 8), 4, True),
+        ("reduce-scatter", "f32", (4, 2, 4), 4, False),
+        ("reduce-scatter", "f32", (4, 3), 4, False),
+        ("all-reduce", "f32", (4,), 8, False),
     ]
-    assert found[0].bytes == 128 and found[0].wire_bytes == 5 * 128 * 3 / 4
-    assert found[3].wire_bytes == 2 * 16 * 7 / 8
-    with pytest.raises(ValueError, match="no length"):
-        collectives.found(HLO.replace("constant(5)", "parameter(0)"))
+    assert found[0].bytes == 128
 
 
-def test_what_was_not_planned_is_named():
-    def gather(shape, times):
-        return collectives.Collective("all-gather", "f32", shape, 4, times, False, "w")
+def test_what_a_device_sends():
+    mesh = {"data": 2, "fsdp": 4}
+    gather = collectives.Collective("all-gather", "bfloat16", (8, 8), ("fsdp",), 5)
+    total = collectives.Collective("all-reduce", "float32", (4,), ("data", "fsdp"), 1)
+    assert gather.bytes == 128 and gather.wire_bytes(mesh) == 5 * 128 * 3 / 4
+    assert total.wire_bytes(mesh) == 2 * 16 * 7 / 8
+    assert collectives.totals([gather, total], collectives.instructions(HLO)) == {
+        "all-gather": {"count": 5, "gib": 5 * 128 / 2**30, "overlapped": 1.0},
+        "all-reduce": {"count": 1, "gib": 16 / 2**30, "overlapped": 0.0},
+    }
 
-    plan = [gather((512, 512), 2)]
-    assert not collectives.compare(plan, [gather((1, 512, 512), 2)])["unplanned"]
-    assert len(collectives.compare(plan, [gather((512, 512), 3)])["unplanned"]) == 1
-    assert len(collectives.compare(plan, [gather((512, 1024), 1)])["unplanned"]) == 1
+
+def test_what_was_not_written_is_named():
+    def made(kind, shape):
+        return collectives.Instruction(kind, "f32", shape, 4, False, "w")
+
+    plan = [collectives.Collective("all-gather", "bfloat16", (512, 512), ("fsdp",), 2)]
+    assert not collectives.compare(plan, [made("all-gather", (1, 512, 512))])["unplanned"]
+    assert len(collectives.compare(plan, [made("all-gather", (512, 1024))])["unplanned"]) == 1
+    assert len(collectives.compare(plan, [made("all-reduce", (512, 512))])["unplanned"]) == 1
 
 
 def test_products_of_a_shard_map_are_those_of_one_device():
@@ -255,6 +303,24 @@ def test_products_of_a_shard_map_are_those_of_one_device():
     product = jax.shard_map(lambda x, w: x @ w, mesh=mesh, in_specs=(rows, whole), out_specs=rows)
     jaxpr = jax.jit(product).trace(jnp.ones((64, 4)), jnp.ones((4, 2))).jaxpr
     assert list(flops.products(jaxpr)) == [(1, 2 * 8 * 4 * 2, 4 * (8 * 4 + 4 * 2 + 8 * 2))]
+
+
+def test_numbers_of_a_step_and_their_tables(monkeypatch):
+    """As for a TPU, with this machine's devices in the place of its chips."""
+    monkeypatch.setattr(aot, "devices", lambda topology: jax.devices()[:8])
+    monkeypatch.setattr(aot, "SCALING", (2, 4, 8, 16))
+    numbers = aot.compile_step(pod.make_config(**{"mesh.fsdp": 4}), "v5e:2x4")
+    assert numbers["chips"] == 8 and numbers["mesh"] == {"data": 2, "fsdp": 4}
+    assert numbers["plan"]["unplanned"] == []
+    small, same, large = numbers["scaling"]  # fsdp does not divide 2 chips
+    assert (small["chips"], same["chips"], large["chips"]) == (4, 8, 16)
+    assert same["communication_s"] == numbers["roofline"]["communication_s"]
+    assert small["communication_s"] < same["communication_s"] < large["communication_s"]
+    for name in ("step_ms", "samples_per_s", "mfu"):
+        assert same[name] == pytest.approx(numbers["roofline"][name])
+    found = {"topology": "v5e:2x4", "train": numbers | {"complaints": aot.complaints("")}}
+    text = aot_tables.tables([json.loads(json.dumps(found))])
+    assert "| v5e:2x4 | 8 | 2 x 4 |" in text and "| v5e:2x4 | reduce-scatter |" in text
 
 
 def test_complaints_and_tables(tmp_path):

@@ -1,4 +1,4 @@
-"""Digests see every element, and the newest checkpoint is the one with the largest number."""
+"""Checksums see every element, and the newest checkpoint is the one with the largest number."""
 
 import numpy as np
 import pytest
@@ -8,19 +8,19 @@ from lightwam_jax.checkpoint import storage
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.int32, bool])
-def test_a_change_of_any_one_element_changes_the_digest(dtype):
+def test_a_change_of_any_one_element_changes_the_checksum(dtype):
     x = np.ones((2, 3), dtype)
-    digest = int(storage.digests({"x": x})["x"])
+    checksum = int(storage.checksums({"x": x})["x"])
     for place in np.ndindex(x.shape):
         other = x.copy()
         other[place] = 0
-        assert int(storage.digests({"x": other})["x"]) != digest, place
+        assert int(storage.checksums({"x": other})["x"]) != checksum, place
 
 
-def test_parts_of_an_array_add_up_to_its_digest():
+def test_parts_of_an_array_add_up_to_its_checksum():
     x = np.arange(24, dtype=np.float32).reshape(4, 3, 2)
-    whole = int(storage.digests({"x": x})["x"])
-    parts = [int(storage._digest(x[row], np.uint32(6 * row))) for row in range(4)]
+    whole = int(storage.checksums({"x": x})["x"])
+    parts = [int(storage._checksum(x[row], np.uint32(6 * row))) for row in range(4)]
     assert sum(parts) % 2**32 == whole
 
 

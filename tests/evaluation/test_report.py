@@ -83,20 +83,6 @@ def test_weights_hash_sees_values_names_and_dtypes():
     assert len(hashes) == 6
 
 
-def test_metrics_of_a_killed_run_are_read(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text(
-        '{"kind": "train", "step": 5, "loss": 2.0}\n'
-        '{"kind": "eval", "step": 6, "l1": [0.5, 0.25], "loss": 3.0}\n'
-        '{"kind": "train", "step": 10, "loss": 1.0}\n{"kind": "tr'
-    )
-    assert report.read_metrics(tmp_path / "metrics.jsonl") == {
-        "train/loss": ([5, 10], [2.0, 1.0]),
-        "eval/l1/0": ([6], [0.5]),
-        "eval/l1/1": ([6], [0.25]),
-        "eval/loss": ([6], [3.0]),
-    }
-
-
 def test_page_is_one_file_that_needs_nothing_else(tmp_path):
     draw.save_png(tmp_path / "a.png", np.full((8, 8, 3), 200, np.uint8))
     draw.save_mp4(tmp_path / "b.mp4", np.zeros((2, 16, 16, 3), np.uint8))

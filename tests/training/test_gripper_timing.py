@@ -8,7 +8,7 @@ import pytest
 
 from lightwam_jax import envs
 from lightwam_jax.data import normalize
-from lightwam_jax.training import gripper_timing, losses
+from lightwam_jax.training import gripper_timing, validation
 from tests import synthetic
 
 ONE = gripper_timing.Gripper("1", 1, 0.0)
@@ -113,7 +113,7 @@ def test_the_training_log_has_numbers_per_gripper():
         "l1_step_dim": np.ones((6, 2)),
         **totals,
     }
-    row = losses.validation_row(means, [ONE])
+    row = validation.validation_row(means, [ONE])
     assert row["gripper/1/offset"] == numbers["offset"] == 1 and row["gripper/1/changing"] == 1
     assert "gripper/1/spurious" not in row, "a share of nothing"
     assert row["l1_mean"] == 2 and set(row) >= {"l1", "mse", "l1_step", "steps", "mse_mean"}

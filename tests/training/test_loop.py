@@ -26,7 +26,7 @@ from lightwam_jax import params as params_lib
 from lightwam_jax import sharding
 from lightwam_jax.checkpoint import run as checkpoint
 from lightwam_jax.data import loader
-from lightwam_jax.training import chips, loop
+from lightwam_jax.training import chips, loop, validation
 from lightwam_jax.training import metrics as metrics_lib
 from lightwam_jax.training import step as step_lib
 from tests import synthetic
@@ -158,9 +158,9 @@ def test_validation_is_of_the_average_and_over_all_batches(monkeypatch):
         assert set(batch) == {"x"}, "the sample ids stay on the host"
         return {"value": params["w"] + params["f"] + batch["x"][0]}
 
-    monkeypatch.setattr(loop.losses, "open_loop_errors", errors)
-    monkeypatch.setattr(loop.losses, "mean_errors", lambda sums: [float(s["value"]) for s in sums])
-    monkeypatch.setattr(loop.losses, "validation_row", lambda means, grippers: means)
+    monkeypatch.setattr(validation, "open_loop_errors", errors)
+    monkeypatch.setattr(validation, "mean_errors", lambda sums: [float(s["value"]) for s in sums])
+    monkeypatch.setattr(validation, "validation_row", lambda means, grippers: means)
     assert loop._validator(run)(state) == [108, 109, 113]
     without = dataclasses.replace(state, ema=None)
     assert loop._validator(run)(without) == [106, 107, 111]

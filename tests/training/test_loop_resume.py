@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lightwam_jax.training import loop, losses, workdir
+from lightwam_jax.training import loop, validation, workdir
 from lightwam_jax.training import step as step_lib
 from tests import synthetic
 
@@ -40,9 +40,9 @@ def test_validation_is_of_the_moving_average_where_there_is_one(monkeypatch, ave
         ema=None if average is None else {"w": jnp.float32(average)},
     )
     monkeypatch.setattr(loop, "_on_device", lambda run, batch: (batch,))
-    monkeypatch.setattr(losses, "open_loop_errors", lambda model, params, *_: params)
-    monkeypatch.setattr(losses, "mean_errors", lambda sums: sums)
-    monkeypatch.setattr(losses, "validation_row", lambda means, grippers: means)
+    monkeypatch.setattr(validation, "open_loop_errors", lambda model, params, *_: params)
+    monkeypatch.setattr(validation, "mean_errors", lambda sums: sums)
+    monkeypatch.setattr(validation, "validation_row", lambda means, grippers: means)
     (seen,) = loop._validator(run)(state)
     np.testing.assert_array_equal([seen["w"], seen["base"]], [average or 1, 2])
 

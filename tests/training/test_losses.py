@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lightwam_jax.data import spec
-from lightwam_jax.training import losses
+from lightwam_jax.training import losses, validation
 from tests import synthetic
 
 CONFIG = synthetic.make_config()
@@ -27,13 +27,13 @@ class Still:
 def test_validation_shows_the_text_rows_that_training_shows(masked):
     config = dataclasses.replace(CONFIG.loss, mask_text_padding=masked)
     batch, model = spec.fake_batch(CONFIG, 2), Still()
-    losses.open_loop_errors(model, {}, batch, config)
+    validation.open_loop_errors(model, {}, batch, config)
     assert model.text_mask is (batch["context_mask"] if masked else None)
 
 
 def test_padded_steps_and_repeated_rows_count_for_nothing():
     batch = spec.fake_batch(CONFIG, 4) | {"valid": np.array([True, True, True, False])}
-    errors = losses.open_loop_errors(Still(), {}, batch, CONFIG.loss)
+    errors = validation.open_loop_errors(Still(), {}, batch, CONFIG.loss)
     steps = ~batch["action_is_pad"] & batch["valid"][:, None]
     assert 0 < steps.sum() < steps[:3].size
     np.testing.assert_allclose(errors["l1"], np.abs(batch["actions"][steps]).sum(0), rtol=1e-5)
@@ -47,8 +47,8 @@ def test_padded_steps_and_repeated_rows_count_for_nothing():
 def test_means_are_those_of_all_batches_together():
     both = spec.fake_batch(CONFIG, 4)
     parts = [{name: x[rows] for name, x in both.items()} for rows in (slice(1), slice(1, 4))]
-    means = losses.mean_errors(
-        [losses.open_loop_errors(Still(), {}, part, CONFIG.loss) for part in parts]
+    means = validation.mean_errors(
+        [validation.open_loop_errors(Still(), {}, part, CONFIG.loss) for part in parts]
     )
     steps = ~both["action_is_pad"]
     assert means["steps"] == steps.sum() and means["l1"].dtype == np.float64
@@ -170,5 +170,5 @@ def test_losses_of_a_batch_written_out_by_hand():
 
 def test_errors_of_no_steps_are_zero_and_say_so():
     batch = spec.fake_batch(CONFIG, 2) | {"valid": np.zeros(2, bool)}
-    means = losses.mean_errors([losses.open_loop_errors(Still(), {}, batch, CONFIG.loss)])
+    means = validation.mean_errors([validation.open_loop_errors(Still(), {}, batch, CONFIG.loss)])
     assert means["steps"] == 0 and not means["l1"].any() and not means["l1_step_dim"].any()

@@ -30,6 +30,20 @@ def test_rows_after_the_restored_step_are_removed(tmp_path):
     assert list((tmp_path / "tensorboard").iterdir())
 
 
+def test_metrics_of_a_killed_run_are_read(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"kind": "train", "step": 5, "loss": 2.0}\n'
+        '{"kind": "eval", "step": 6, "l1": [0.5, 0.25], "loss": 3.0}\n'
+        '{"kind": "train", "step": 10, "loss": 1.0}\n{"kind": "tr'
+    )
+    assert metrics_lib.read_series(tmp_path / "metrics.jsonl") == {
+        "train/loss": ([5, 10], [2.0, 1.0]),
+        "eval/l1/0": ([6], [0.5]),
+        "eval/l1/1": ([6], [0.25]),
+        "eval/loss": ([6], [3.0]),
+    }
+
+
 def test_only_the_first_process_writes(tmp_path):
     writer = metrics_lib.MetricsWriter(tmp_path, 0, active=False)
     writer.write("train", 1, {"loss": 1.0})
@@ -79,22 +93,6 @@ def test_timer_splits_a_window(clock):
     assert timer.window(steps=1, batch_size=3) == pytest.approx(
         {"ms_step": 250, "ms_data": 250, "ms_device": 0, "ms_host": 0, "samples_per_s": 12}
     )
-
-
-def test_timer_knows_where_it_is(clock):
-    timer = metrics_lib.StepTimer(step=7)
-    clock.now += 3
-    assert timer.where() == (7, "host", 3)
-    with timer("data"):
-        clock.now += 2
-        assert timer.where() == (7, "data", 2)
-        with timer("device"):
-            clock.now += 1
-            assert timer.where() == (7, "device", 1)
-        assert timer.where() == (7, "data", 0)
-    timer.stepped(8)
-    clock.now += 4
-    assert timer.where() == (8, "host", 4)
 
 
 def test_waits_for_the_step_that_many_before(monkeypatch):

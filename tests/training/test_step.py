@@ -52,9 +52,8 @@ def run(config, devices=1, steps=STEPS, poison=None):
     state = step_lib.init_state(params(), config, optimizer)
     shardings = sharding.tree_shardings(mesh, jax.eval_shape(lambda: state))
     state = jax.device_put(state, shardings)
-    step = step_lib.jit_train_step(
-        step_lib.make_train_step(None, config, optimizer, loss_fn, shardings), shardings,
-        sharding.batch_sharding(mesh), sharding.replicated(mesh))  # fmt: skip
+    step = step_lib.make_train_step(None, config, optimizer, shardings, loss_fn)
+    step = step_lib.jit_train_step(step, shardings)
     rows = []
     for batch in batches(steps, poison):
         state, metrics = step(state, sharding.put_batch(batch, mesh))
@@ -142,38 +141,36 @@ def test_start_parameters_may_lack_what_learns_only():
             step_lib.start_params(random, wrong, CONFIG.train.trainable)
 
 
-class Seen:
-    """A loss that keeps the noise it was given."""
-
-    def __init__(self, loss=lambda w: jnp.square(w).sum()):
-        self.loss = loss
-
-    def __call__(self, model, params, batch, noise, config):
-        self.noise = jax.device_get(noise)
-        loss = self.loss(params["expert"]["w"])
-        return loss, {"loss": loss}
+def squares(w):
+    return jnp.square(w).sum()
 
 
-def one_step(seen, at=0, seed=0, encode=None, config=CONFIG):
-    """Takes optimizer step `at` without compiling; returns (state, metrics)."""
+def one_step(loss=squares, at=0, seed=0, encode=None, config=CONFIG):
+    """Takes optimizer step `at` without compiling; returns (state, metrics and the noise)."""
+
+    def loss_fn(model, params, batch, noise, config):
+        value = loss(params["expert"]["w"])
+        return value, {"loss": value, "noise": noise}
+
     config = dataclasses.replace(config, seed=seed)
     optimizer = optimizer_lib.make_optimizer(config.optimizer, STEPS)
     state = step_lib.init_state(params(), config, optimizer)
     state = dataclasses.replace(state, step=jnp.int32(at))
-    step = step_lib.make_train_step(None, config, optimizer, seen, encode=encode)
+    places = sharding.tree_shardings(sharding.single_device_mesh(), state)
+    step = step_lib.make_train_step(None, config, optimizer, places, loss_fn, encode)
     batch = {"latents": jnp.ones((16, 2, 4, 4, 16))}
     return step(state, batch, *([] if encode is None else [None]))
 
 
 def test_every_step_and_every_seed_has_noise_of_its_own():
-    seen, found = Seen(), {}
+    found = {}
     for at, seed in ((0, 0), (1, 0), (0, 1), (1, 1), (0, 0)):
-        one_step(seen, at, seed)
+        seen = one_step(at=at, seed=seed)[1]["noise"]
         for other, noise in found.items():
             same = other == (at, seed)
-            assert np.array_equal(noise.t, seen.noise.t) == same, (other, at, seed)
-            assert np.array_equal(noise.noise, seen.noise.noise) == same, (other, at, seed)
-        found[at, seed] = seen.noise
+            assert np.array_equal(noise.t, seen.t) == same, (other, at, seed)
+            assert np.array_equal(noise.noise, seen.noise) == same, (other, at, seed)
+        found[at, seed] = seen
 
 
 def test_augmentation_has_a_key_of_its_own_at_every_step():
@@ -184,7 +181,7 @@ def test_augmentation_has_a_key_of_its_own_at_every_step():
         return batch
 
     for at, seed in ((0, 0), (1, 0), (0, 1), (0, 0)):
-        one_step(Seen(), at, seed, encode)
+        one_step(at=at, seed=seed, encode=encode)
     assert len(set(keys)) == 3 and keys[3] == keys[0]
     of_noise = jax.random.fold_in(jax.random.key(0), 0)
     taken = [of_noise, *jax.random.split(of_noise)]
@@ -195,17 +192,17 @@ def test_augmentation_has_a_key_of_its_own_at_every_step():
 def test_a_gradient_that_is_not_finite_halts_where_the_loss_is(loss):
     """The root of zero is finite and its slope is not; nan where the loss is at fault."""
     broken = {"finite": lambda w: jnp.sqrt(0 * w).sum(), "nan": lambda w: 0 * w.sum() + jnp.nan}
-    state, metrics = one_step(Seen(broken[loss]), at=2)
+    state, metrics = one_step(broken[loss], at=2)
     assert bool(state.halted) and not bool(metrics["finite"]) and int(state.step) == 2
     np.testing.assert_array_equal(state.trainable["expert"]["w"], params()["expert"]["w"])
-    state, metrics = one_step(Seen(), at=2)
+    state, metrics = one_step(at=2)
     assert not bool(state.halted) and bool(metrics["finite"]) and int(state.step) == 3
     assert metrics["grad_norm"] == pytest.approx(2 * np.linalg.norm(params()["expert"]["w"]))
 
 
 def test_without_an_average_the_parameters_are_evaluated():
     none = dataclasses.replace(CONFIG.optimizer, ema_decay=0.0)
-    state, _ = one_step(Seen(), config=dataclasses.replace(CONFIG, optimizer=none))
+    state, _ = one_step(config=dataclasses.replace(CONFIG, optimizer=none))
     assert state.ema is None
     evaluated = step_lib.eval_params(state)["expert"]["w"]
     np.testing.assert_array_equal(evaluated, state.trainable["expert"]["w"])

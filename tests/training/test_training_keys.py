@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from lightwam_jax import config as config_lib
+from lightwam_jax import sharding
 from lightwam_jax.training import augment, losses
 from lightwam_jax.training import optimizer as optimizer_lib
 from lightwam_jax.training import step as step_lib
@@ -33,7 +34,8 @@ def test_augmentation_shares_no_key_with_the_noise(monkeypatch):
 
     monkeypatch.setattr(losses, "draw_noise", draw_noise)
     state = step_lib.init_state({"w": jnp.ones(())}, config, optimizer)
-    step = step_lib.make_train_step(None, config, optimizer, loss, encode=encode)
+    places = sharding.tree_shardings(sharding.single_device_mesh(), state)
+    step = step_lib.make_train_step(None, config, optimizer, places, loss, encode)
     for _ in range(2):
         state, _ = step(state, {"video": jnp.ones((2, 1))}, None)
     used = [bits(key) for key in (*noise_keys, *augment_keys)]
