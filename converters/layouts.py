@@ -218,8 +218,9 @@ def _lightwam_shapes(fields):
     if alone:
         adapters = fields["adapter_layers"]
         none = {} if adapters else {"adapter_layers": (0,), "adapter_dim": 1}
-        fields = variants.variant("tiny", **{**fields, **none})
-    config = config_lib.ModelConfig(**fields)
+        config = config_lib.model_variant("tiny", **{**fields, **none})
+    else:
+        config = config_lib.ModelConfig(**fields)
     model = build.build_model(config)
     flat = params.flatten(
         jax.eval_shape(

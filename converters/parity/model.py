@@ -10,7 +10,8 @@ import numpy as np
 from converters import lightwam, rules
 from converters.parity.fixtures import channels_first, channels_last, compare, matching
 from lightwam_jax import build, flow, params
-from lightwam_jax.models import adapters, dit, layers, variants
+from lightwam_jax import config as config_lib
+from lightwam_jax.models import adapters, dit, layers
 
 SOURCES = {
     "h": "backbone",
@@ -232,15 +233,8 @@ def b_state_fusion(fixtures):
             told.get("token_pooling_num_heads"),
             told["resolved_layer_sources"],
         )
-        config = lightwam.configs.ModelConfig(
-            **variants.variant(
-                "tiny",
-                **fields,
-                dtype="float32",
-                adapter_layers=tuple(range(count)),
-                num_layers=count,
-            )
-        )
+        fields |= dict(dtype="float32", adapter_layers=tuple(range(count)), num_layers=count)
+        config = config_lib.model_variant("tiny", **fields)
         expert = build.build_model(config).expert
         tree = params.unflatten(rules.to_params(lightwam.EXPERT, tensors, case))["expert"]
         run = jax.jit(

@@ -9,6 +9,7 @@ import einops
 import jax
 import numpy as np
 
+from lightwam_jax.config import FRAMES_PER_LATENT
 from lightwam_jax.encoders import base as encoders_base
 
 _CHUNK_BYTES = 1 << 20  # pixels encoded at once: four times as fast as chunks beyond the cache
@@ -61,16 +62,15 @@ class PcaCodec:
         encoders_base.check_video(videos)
         components = channels - PLACES
         if (
-            videos.shape[1] < 1 + encoders_base.GROUP
+            videos.shape[1] < 1 + FRAMES_PER_LATENT
             or not 0 < components <= 3 * encoders_base.STRIDE**2
         ):
             raise ValueError(
                 f"PCA codec of {channels} channels on clips of {videos.shape[1]} frames; expected "
                 f"{1 + PLACES} to {3 * encoders_base.STRIDE**2 + PLACES} channels and at least "
-                f"{1 + encoders_base.GROUP} "
-                "frames"
+                f"{1 + FRAMES_PER_LATENT} frames"
             )
-        singles = einops.rearrange(videos[:, :: encoders_base.GROUP], "n t h w c -> (n t) h w c")
+        singles = einops.rearrange(videos[:, ::FRAMES_PER_LATENT], "n t h w c -> (n t) h w c")
         arrays = {}
         patches = {"first": _first_patches(singles), "later": _later_patches(videos)}
         for kind, values in patches.items():
@@ -108,7 +108,7 @@ class PcaCodec:
         later = einops.rearrange(
             later,
             "b f h w (g p q c) -> b (f g) (h p) (w q) c",
-            g=encoders_base.GROUP,
+            g=FRAMES_PER_LATENT,
             p=encoders_base.STRIDE,
             q=encoders_base.STRIDE,
         )
@@ -177,7 +177,7 @@ def _later_patches(video):
     return einops.rearrange(
         video[:, 1:],
         "b (f g) (h p) (w q) c -> b f h w (g p q c)",
-        g=encoders_base.GROUP,
+        g=FRAMES_PER_LATENT,
         p=encoders_base.STRIDE,
         q=encoders_base.STRIDE,
     )

@@ -10,6 +10,7 @@ import numpy as np
 
 from lightwam_jax.checkpoint import run as checkpoint
 from lightwam_jax.checkpoint import storage
+from lightwam_jax.config import FRAMES_PER_LATENT
 from lightwam_jax.encoders import base as encoders_base
 from lightwam_jax.encoders import converted
 from lightwam_jax.models.vae import WanVAE
@@ -116,7 +117,7 @@ class WanCodec:
                 f"[B, F, h, w, {self.latent_channels}]"
             )
         frames, height, width = latents.shape[1:4]
-        shape = (4 * frames - 3, height * self.stride, width * self.stride)
+        shape = (1 + FRAMES_PER_LATENT * (frames - 1), height * self.stride, width * self.stride)
         return converted.in_parts(
             functools.partial(self._decode, self._decoder), latents, self._rows(shape)
         )

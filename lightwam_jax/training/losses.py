@@ -10,10 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from lightwam_jax import flow
+from lightwam_jax.config import FRAMES_PER_LATENT
 from lightwam_jax.models.lightwam import pool_latents
 from lightwam_jax.training import gripper_timing as gripper_timing_lib
-
-FRAMES_PER_LATENT = 4  # video frames that the codec packs into each latent frame after the first
 
 
 class Noise(NamedTuple):
