@@ -27,44 +27,45 @@ class ModelConfig:
 
     variant: str  # the table the sizes come from
     dim: int  # width of the backbone
-    num_heads: int
-    head_dim: int
+    num_heads: int  # attention heads of a block
+    head_dim: int  # width of a head
     ffn_dim: int  # width of the feed-forward layers
     num_layers: int  # blocks
     text_dim: int  # width of the text encoder's rows
     freq_dim: int  # width of the timestep's sinusoids
     latent_channels: int  # channels of the video latent
     eps: float = 1e-6  # of the backbone's norms
+    # Which frames a video token sees: "first_frame_causal": all, but frame 0 only itself.
     attention_mask: Literal["first_frame_causal", "per_frame_causal", "bidirectional"] = (
         "first_frame_causal"
     )
     gate_init: float = 0.0  # mean of the blocks' gates at the start; 1: their output counts at once
     lora_rank: int  # 0: no LoRA
-    lora_alpha: float
+    lora_alpha: float  # what LoRA adds is scaled by lora_alpha / lora_rank
     lora_layers: tuple[int, ...]  # blocks with LoRA
     lora_targets: tuple[str, ...] = variants.ALL_LORA_TARGETS  # linear layers with LoRA
     adapter_layers: tuple[int, ...]  # blocks followed by an adapter; the action expert reads there
     adapter_dim: int  # width of the adapters' bottleneck
-    adapter_scale: float = 1.0
-    # How the action expert reads the tokens; "concat" joins num_queries groups of neighbours.
+    adapter_scale: float = 1.0  # factor of what the adapters add
+    # How the action expert reads the tokens; "concat" joins the means of num_queries groups.
     pooling: Literal["learned_query", "mean", "concat"] = "learned_query"
-    num_queries: int
+    num_queries: int  # learned queries per state that is read; of "concat": groups
     query_init: float = 0.02  # deviation of the learned queries at the start, as released
     pool_heads: int  # attention heads of the learned queries
     merge_dim: int = 0  # width of the merged query slots; 0: one softmax-weighted sum over queries
-    merge_slots: int = 2
+    merge_slots: int = 2  # merged query slots; only with merge_dim
     sources: tuple[Source, ...] = ("adapted",)  # which states the action expert reads
     layer_sources: tuple[tuple[Source, ...], ...] = ()  # per adapter layer; (): `sources` for all
     per_layer_dim: int  # width of the summary of one adapter layer
     trunk_dim: int  # width of the action expert's trunk
-    trunk_blocks: int = 1
+    trunk_blocks: int = 1  # residual blocks of the trunk
     step_pos_dim: int  # width of the sinusoids that number the steps of the action chunk
-    action_dim: int = 7
+    action_dim: int = 7  # width of an action
     proprio_dim: int = 8  # width of the robot's state
     dtype: DType = "bfloat16"  # compute
     frozen_dtype: DType = "bfloat16"  # storage of parameters that do not learn
     attention: Literal["xla", "cudnn"] = "xla"  # "cudnn": NVIDIA, bfloat16 only
-    # What the backward pass computes again: nothing, everything, or all but matrix products.
+    # What the backward pass computes again: nothing, everything, or all but the projections.
     remat: Literal["none", "full", "dots"] = "none"
     scan_unroll: int = 1  # blocks per loop iteration; large: fully unrolled
 
@@ -77,7 +78,7 @@ class LossConfig:
     residual_target: bool = False  # predict latents minus the first frame
     temporal_weighting: bool = True  # weight the steps of the action chunk by the next three keys
     prefix_steps: int = 8  # the first prefix_steps get prefix_weight
-    prefix_weight: float = 1.0
+    prefix_weight: float = 1.0  # weight of the first steps
     tail_weight: float = 0.0  # weight of the other steps
     shift: float = 5.0  # of the flow-matching schedule
     mask_text_padding: bool = False  # False: attention sees padding rows (zeros), as in the release
@@ -103,8 +104,8 @@ class AugmentConfig:
 
     crop: float = 1.0  # smallest side of a random crop, as a share; 1: none
     brightness: float = 0.0  # largest relative change
-    contrast: float = 0.0
-    saturation: float = 0.0
+    contrast: float = 0.0  # largest relative change
+    saturation: float = 0.0  # largest relative change
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +115,8 @@ class DataConfig:
     path: str = ""  # directory of the episodes; several, between commas, are read as one data set
     cache: str = ""  # directory of the latent and text caches and of the statistics
     exclude: tuple[str, ...] = ()  # ids of episodes to leave out; nothing else is ever left out
-    check_frames: Literal["none", "ends", "all"] = "ends"  # what `--what stats` decodes of each
+    # What `precompute --what stats` decodes of each episode.
+    check_frames: Literal["none", "ends", "all"] = "ends"
     fields: FieldsConfig = FieldsConfig()
     state_dim: int = 0  # width in the data where it is less than the model's; 0: equal
     action_dim: int = 0  # the same for actions
@@ -126,6 +128,7 @@ class DataConfig:
         ...,
     ] = ()
     camera_size: tuple[int, ...] = ()  # (height, width) each is first resized to; (): as its region
+    # "robotwin": the first camera above the two others.
     layout: Literal["single", "horizontal", "vertical", "robotwin"] = "horizontal"
     canvas: tuple[int, int] = (224, 448)  # height, width in pixels of the laid-out cameras
 
@@ -141,6 +144,7 @@ class DataConfig:
     codec_weights: str = ""  # directory of converted VAE weights (python -m converters vae)
     text_encoder: Literal["umt5", "hashed"] = "umt5"  # "hashed": deterministic; for the demo
     text_weights: str = ""  # directory of converted umT5 weights (python -m converters t5)
+    # What the text encoder reads; {task} is the instruction.
     prompt_template: str = (
         "A video recorded from a robot's point of view executing the following instruction: {task}"
     )
@@ -148,8 +152,8 @@ class DataConfig:
     num_frames: int = 33  # raw frames a window spans
     frame_stride: int = 4  # raw frames between the video frames of a window
     action_horizon: int = 32  # actions per chunk
-    # "quantile": 1 % to 99 %. The release's z-score divides by a deviation of 0 too:
-    # "z_score_reference".
+    # "quantile": 1 % to 99 %; "z_score_reference": the release's, which divides by a deviation of 0
+    # too.
     normalization: Literal[
         "min_max", "quantile", "z_score", "z_score_reference", "constants", "none"
     ] = "min_max"
@@ -180,10 +184,10 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    lr: float = 1e-4
+    lr: float = 1e-4  # at its peak
     warmup_steps: int = 1000  # linear from lr / warmup_steps
     final_lr_ratio: float = 0.01  # cosine down to lr * final_lr_ratio
-    b1: float = 0.9
+    b1: float = 0.9  # of AdamW, as b2 and eps
     b2: float = 0.95
     eps: float = 1e-8
     weight_decay: float = 1e-2  # on everything that learns, as in the release
@@ -203,16 +207,14 @@ class TrainConfig:
         r"^proprio_encoder/",
     )
     init: str = ""  # checkpoint directory of base weights to start from; "": random
-    steps: int = 150_000
+    steps: int = 150_000  # optimizer steps
     batch_size: int = 64  # samples per optimizer step, over all devices and micro-batches
-    log_every: int = 50
-    eval_every: int = 2000  # open-loop validation; 0: never
-    eval_batches: int = 16
-    checkpoint_every: int = 2000
+    log_every: int = 50  # steps
+    eval_every: int = 2000  # steps; open-loop validation; 0: never
+    eval_batches: int = 16  # of a validation
+    checkpoint_every: int = 2000  # steps; 0: only at the end
     keep_last: int = 2  # newest checkpoints on disk; 0: all
-    keep_every: int = (
-        0  # besides, checkpoints of a multiple of this step are never deleted; 0: none
-    )
+    keep_every: int = 0  # besides, multiples of this step are never deleted; 0: none
     stuck_after_s: float = 300.0  # seconds without progress until a run says where it is; 0: never
 
 
@@ -234,7 +236,7 @@ class EvaluationConfig:
     episodes: int = 50  # of each task
     first_seed: int = 1_000_000  # held-out seeds: first_seed, first_seed + 1, ...
     replan_steps: int = 10  # executed steps per predicted chunk
-    max_steps: int = 400
+    max_steps: int = 400  # of an episode
     workers: int = 2  # simulator processes
     batch: int = 8  # episodes at once = rows of the policy's batch, for any number of workers
     videos: int = 4  # episodes kept as MP4
