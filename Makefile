@@ -16,7 +16,7 @@ START := $(shell date +%s)
 SIM := metaworld libero
 SIM_PACKAGES := metaworld==3.1.1 hf-libero==0.1.4 robosuite==1.4.0 bddl==1.0.1
 
-.PHONY: setup setup-torch setup-sim demo test test-all slips verify lint clean
+.PHONY: setup setup-torch setup-sim demo test test-all slips verify lint docs clean
 
 setup: $(VENV)/.core
 setup-torch: $(VENV)/.torch
@@ -62,6 +62,9 @@ verify: setup-torch
 lint: setup
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+
+docs: setup
+	$(PY) -m lightwam_jax.config_docs
 
 clean:
 	rm -rf $(VENV)

@@ -26,7 +26,7 @@ ELSEWHERE = {"robotwin": "RoboTwin runs policies itself: docs/robotwin.md"}
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Run directory of train.py.")
 _OUT = flags.DEFINE_string("out", None, "Directory of the results; default: the run directory.")
-_MODE = flags.DEFINE_string("mode", "demo", f"One of {', '.join(MODES)}.")
+_MODE = flags.DEFINE_string("mode", None, f"One of {', '.join(MODES)}.")
 _STEP = flags.DEFINE_integer("step", None, "Checkpoint to evaluate; default: the newest.")
 _TASKS = flags.DEFINE_list("tasks", None, "Of the suite; default: config.evaluation.tasks.")
 _EPISODES = flags.DEFINE_integer(
@@ -63,8 +63,12 @@ def main(argv):
     if _WORKDIR.value is None:
         raise app.UsageError("--workdir is needed, the run directory of train.py")
     if _MODE.value not in MODES:
-        problem = ELSEWHERE.get(_MODE.value, "unknown")
-        _fail(f"--mode {_MODE.value}: {problem}; the modes are {', '.join(MODES)}")
+        problem = (
+            f" {_MODE.value}: {ELSEWHERE.get(_MODE.value, 'unknown')}"
+            if _MODE.value
+            else " is needed"
+        )
+        _fail(f"--mode{problem}; the modes are {', '.join(MODES)}")
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # Orbax reports every file it reads
     from lightwam_jax import sharding

@@ -1,6 +1,8 @@
 """Trains a Light-WAM policy; the same command again continues an interrupted run.
 
 python train.py --config configs/libero.py:spatial --workdir runs/spatial [--config.key=value ...]
+
+docs/config.md lists the keys, with defaults, allowed values and meaning.
 """
 
 import errno
@@ -15,7 +17,7 @@ from lightwam_jax.checkpoint import storage
 from lightwam_jax.training import loop
 
 _CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "Python file with get_config().", lock_config=True
+    "config", None, "Python file with get_config(); its keys: docs/config.md.", lock_config=True
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of checkpoints, metrics and reports.")
 _COORDINATOR = flags.DEFINE_string(
@@ -92,4 +94,4 @@ def _fail(error):
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=config_lib.parse_flags)

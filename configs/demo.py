@@ -13,78 +13,60 @@ does
 It records demonstrations of a scripted expert in a small MuJoCo scene (starts are cheap: new scenes
 teach which object is meant), fits a PCA codec on them (no pretrained weights are needed or
 downloaded), trains a tiny Light-WAM from scratch, backbone included, and evaluates it closed-loop
-on 50 unseen seeds.
+on 50 unseen seeds. It takes minutes on two CPU cores (README.md has them) and solved 50 of 50.
 """
 
 from configs import base
 
+MODEL = dict(
+    dim=128,
+    num_heads=4,
+    head_dim=32,
+    ffn_dim=256,
+    num_layers=2,
+    text_dim=64,
+    freq_dim=64,
+    latent_channels=32,
+    lora_rank=0,
+    lora_layers=(),
+    lora_targets=(),
+    adapter_layers=(0, 1),
+    adapter_dim=32,
+    num_queries=8,
+    pool_heads=4,
+    per_layer_dim=256,
+    trunk_dim=384,
+    step_pos_dim=64,
+    query_init=1.0,  # at the release's 0.02, queries from scratch look everywhere for long
+    gate_init=1.0,  # ... and at 0 the blocks' own contribution takes hundreds of steps to grow
+    action_dim=4,
+    proprio_dim=5,
+    dtype="float32",
+    frozen_dtype="float32",
+)
+
 
 def get_config():
-    c = base.get_config(
-        "tiny",
-        dim=128,
-        num_heads=4,
-        head_dim=32,
-        ffn_dim=256,
-        num_layers=2,
-        text_dim=64,
-        freq_dim=64,
-        latent_channels=32,
-        lora_rank=0,
-        lora_layers=(),
-        lora_targets=(),
-        adapter_layers=(0, 1),
-        adapter_dim=32,
-        num_queries=8,
-        pool_heads=4,
-        per_layer_dim=256,
-        trunk_dim=384,
-        step_pos_dim=64,
-        query_init=1.0,  # at the release's 0.02, queries from scratch look everywhere for long
-        gate_init=1.0,  # ... and at 0 the blocks' own contribution takes hundreds of steps to grow
-        action_dim=4,
-        proprio_dim=5,
-        dtype="float32",
-        frozen_dtype="float32",
-    )
+    c = base.get_config("tiny", **MODEL)
     c.name = "demo"
-
     c.data.source = "lerobot"
-    c.data.path = "data/demo/episodes"
-    c.data.cache = "data/demo/cache"
-    c.data.cameras = ("scene", "wrist")
-    c.data.canvas = (64, 128)
-    c.data.codec = "pca"
-    c.data.text_encoder = "hashed"
-    c.data.prompt_template = "{task}"
-    c.data.text_len = 8
-    c.data.num_frames = 9
-    c.data.frame_stride = 1
-    c.data.action_horizon = 8
-    c.data.val_fraction = 0.05
+    c.data.path, c.data.cache = "data/demo/episodes", "data/demo/cache"
+    c.data.update(cameras=("scene", "wrist"), canvas=(64, 128), codec="pca")
+    c.data.update(text_encoder="hashed", prompt_template="{task}", text_len=8)
+    c.data.update(num_frames=9, frame_stride=1, action_horizon=8, val_fraction=0.05)
 
     c.loss.downsample = 2
     c.loss.lambda_video = 0.25  # from scratch, the actions must not wait for the video
     c.loss.prefix_steps = 4  # what is executed before the policy plans anew
     c.loss.tail_weight = 0.1
-
-    c.optimizer.lr = 1e-3
-    c.optimizer.warmup_steps = 200
-    c.optimizer.clip_norm = 1.0
-    c.optimizer.weight_decay = 1e-2
-    c.optimizer.ema_decay = 0.995
+    c.optimizer.update(lr=1e-3, warmup_steps=200, clip_norm=1.0, ema_decay=0.995)
 
     # Nothing is pretrained here, so everything learns.
     c.train.trainable = (".*",)
-    c.train.steps = 3000
-    c.train.batch_size = 32
-    c.train.log_every = 50
-    c.train.eval_every = 1000
-    c.train.eval_batches = 4
-    c.train.checkpoint_every = 1500
+    c.train.update(steps=3000, batch_size=32, checkpoint_every=1500)
+    c.train.update(eval_every=1000, eval_batches=4)
 
     c.evaluation.suite = "demo"
     c.evaluation.env = dict(image_size=64)  # as recorded
-    c.evaluation.replan_steps = 4
-    c.evaluation.max_steps = 60
+    c.evaluation.update(replan_steps=4, max_steps=60)
     return c

@@ -196,7 +196,7 @@ def _dit_shapes(fields):
     if not fields["adapter_layers"]:  # a model without adapters cannot be built
         given.update(adapter_layers=(0,), adapter_dim=1)
         start = "dit/(?!adapters_)"
-    shapes = model_shapes(config_lib.ModelConfig(**variants.variant("tiny", **given)))
+    shapes = model_shapes(config_lib.model_variant("tiny", **given))
     return {path: shape for path, shape in shapes.items() if re.match(start, path)}
 
 

@@ -1,5 +1,6 @@
 """The released Light-WAM checkpoint: `mot`, action expert, proprio encoder <-> our tree."""
 
+import dataclasses
 import re
 
 from converters import wan_dit
@@ -135,27 +136,25 @@ def model_config(
         raise ValueError("key proprio_encoder.weight is missing")
     fields["proprio_dim"] = shapes["proprio_encoder.weight"][1]
     fields.update(adapter_scale=adapter_scale, attention_mask=attention_mask, dtype=dtype)
-    fields = {**variants.variant("wan21_1_3b"), **fields}
-    known = variants.VARIANTS.items()
-    same = [
-        name
-        for name, table in known
-        if all(
-            fields[k] == table[k]
-            for k in table
-            if k
-            not in (
-                "action_dim",
-                "proprio_dim",
-                "dtype",
-                "frozen_dtype",
-                "layer_sources",
-                "sources",
-            )
-        )
-    ]
-    fields["variant"] = same[0] if same else "custom"
-    return config_lib.ModelConfig(**fields)
+    made = config_lib.model_variant("wan21_1_3b", **fields)
+    same = (
+        name for name in variants.VARIANTS if _sizes(config_lib.model_variant(name)) == _sizes(made)
+    )
+    return dataclasses.replace(made, variant=next(same, "custom"))
+
+
+def _sizes(config):
+    """What tells the variants apart."""
+    free = (
+        "variant",
+        "action_dim",
+        "proprio_dim",
+        "dtype",
+        "frozen_dtype",
+        "layer_sources",
+        "sources",
+    )
+    return {key: value for key, value in dataclasses.asdict(config).items() if key not in free}
 
 
 def expert_fields(expert, dim, pool_heads=None, sources=()):

@@ -1,135 +1,175 @@
-"""From a ConfigDict to frozen dataclasses: below this file no ConfigDict exists.
+"""Every config key, once: type, default and meaning. `docs/config.md` is made from this file.
 
-The dataclasses mirror `configs/base.py` section by section. A key that is missing, unknown or of
-another type is an error before anything else happens.
+A comment above a key, or behind it, is its meaning there; `make docs` writes the page. Configs are
+ConfigDicts (`configs/*.py`) down to `from_config_dict`; everything below works with these frozen
+dataclasses. A key that is missing, unknown or of another type is an error before anything else
+happens (`config_read.py`); `config_checks.py` has which values may be together.
 """
 
 import dataclasses
-import difflib
 import json
 import typing
+from typing import Literal
 
-from lightwam_jax import config_checks
+from lightwam_jax import config_checks, config_read
+from lightwam_jax.models import variants
+
+# Video frames that the codec packs into each latent frame after the first.
+FRAMES_PER_LATENT = 4
+
+Source = Literal["backbone", "adapted", "delta"]
+DType = Literal["bfloat16", "float32"]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Sizes and dtypes; see `models/variants.py`."""
+    """Sizes and dtypes. Keys without a default have one in every table of `models/variants.py`."""
 
-    variant: str
-    dim: int
-    num_heads: int
-    head_dim: int
-    ffn_dim: int
-    num_layers: int
-    text_dim: int
-    freq_dim: int
-    latent_channels: int
-    eps: float
-    attention_mask: str
-    gate_init: float
-    lora_rank: int
-    lora_alpha: float
-    lora_layers: tuple
-    lora_targets: tuple
-    adapter_layers: tuple
-    adapter_dim: int
-    adapter_scale: float
-    pooling: str
-    num_queries: int
-    query_init: float
-    pool_heads: int
-    merge_dim: int
-    merge_slots: int
-    sources: tuple
-    layer_sources: tuple
-    per_layer_dim: int
-    trunk_dim: int
-    trunk_blocks: int
-    step_pos_dim: int
-    action_dim: int
-    proprio_dim: int
-    dtype: str
-    frozen_dtype: str
-    attention: str
-    remat: str
-    scan_unroll: int
+    variant: str  # the table the sizes come from
+    dim: int  # width of the backbone
+    num_heads: int  # attention heads of a block
+    head_dim: int  # width of a head
+    ffn_dim: int  # width of the feed-forward layers
+    num_layers: int  # blocks
+    text_dim: int  # width of the text encoder's rows
+    freq_dim: int  # width of the timestep's sinusoids
+    latent_channels: int  # channels of the video latent
+    eps: float = 1e-6  # of the backbone's norms
+    # Which frames a video token sees: "first_frame_causal": all, but frame 0 only itself.
+    attention_mask: Literal["first_frame_causal", "per_frame_causal", "bidirectional"] = (
+        "first_frame_causal"
+    )
+    gate_init: float = 0.0  # mean of the blocks' gates at the start; 1: their output counts at once
+    lora_rank: int  # 0: no LoRA
+    lora_alpha: float  # what LoRA adds is scaled by lora_alpha / lora_rank
+    lora_layers: tuple[int, ...]  # blocks with LoRA
+    lora_targets: tuple[str, ...] = variants.ALL_LORA_TARGETS  # linear layers with LoRA
+    adapter_layers: tuple[int, ...]  # blocks followed by an adapter; the action expert reads there
+    adapter_dim: int  # width of the adapters' bottleneck
+    adapter_scale: float = 1.0  # factor of what the adapters add
+    # How the action expert reads the tokens; "concat" joins the means of num_queries groups.
+    pooling: Literal["learned_query", "mean", "concat"] = "learned_query"
+    num_queries: int  # learned queries per state that is read; of "concat": groups
+    query_init: float = 0.02  # deviation of the learned queries at the start, as released
+    pool_heads: int  # attention heads of the learned queries
+    merge_dim: int = 0  # width of the merged query slots; 0: one softmax-weighted sum over queries
+    merge_slots: int = 2  # merged query slots; only with merge_dim
+    sources: tuple[Source, ...] = ("adapted",)  # which states the action expert reads
+    layer_sources: tuple[tuple[Source, ...], ...] = ()  # per adapter layer; (): `sources` for all
+    per_layer_dim: int  # width of the summary of one adapter layer
+    trunk_dim: int  # width of the action expert's trunk
+    trunk_blocks: int = 1  # residual blocks of the trunk
+    step_pos_dim: int  # width of the sinusoids that number the steps of the action chunk
+    action_dim: int = 7  # width of an action
+    proprio_dim: int = 8  # width of the robot's state
+    dtype: DType = "bfloat16"  # compute
+    frozen_dtype: DType = "bfloat16"  # storage of parameters that do not learn
+    attention: Literal["xla", "cudnn"] = "xla"  # "cudnn": NVIDIA, bfloat16 only
+    # What the backward pass computes again: nothing, everything, or all but the projections.
+    remat: Literal["none", "full", "dots"] = "none"
+    scan_unroll: int = 1  # blocks per loop iteration; large: fully unrolled
 
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
-    downsample: int
-    lambda_video: float
-    lambda_action: float
-    residual_target: bool
-    temporal_weighting: bool
-    prefix_steps: int
-    prefix_weight: float
-    tail_weight: float
-    shift: float
-    mask_text_padding: bool
+    downsample: Literal[1, 2, 4] = 2  # spatial average pooling of the video latents
+    lambda_video: float = 1.0  # weight of the video loss
+    lambda_action: float = 1.0  # weight of the action loss
+    residual_target: bool = False  # predict latents minus the first frame
+    temporal_weighting: bool = True  # weight the steps of the action chunk by the next three keys
+    prefix_steps: int = 8  # the first prefix_steps get prefix_weight
+    prefix_weight: float = 1.0  # weight of the first steps
+    tail_weight: float = 0.0  # weight of the other steps
+    shift: float = 5.0  # of the flow-matching schedule
+    mask_text_padding: bool = False  # False: attention sees padding rows (zeros), as in the release
 
 
 @dataclasses.dataclass(frozen=True)
-class KeysConfig:
-    episodes: str
-    state: tuple
-    action: tuple
-    image: str
-    task: str
-    fps: float
-    channel_order: str
+class FieldsConfig:
+    """Where an episode keeps what; "" and (): the source's own names (`data/formats/`)."""
+
+    episodes: str = ""  # hdf5: pattern of the groups that are episodes; "": a file is one
+    state: tuple[str, ...] = ()  # concatenated, in this order
+    action: tuple[str, ...] = ()  # concatenated, in this order
+    image: str = ""  # with {camera}, e.g. "observation.images.{camera}"
+    task: str = ""  # the instruction
+    fps: float = 0.0  # where the data do not say
+    # "bgr": images with red and blue swapped (RoboTwin's HDF5).
+    channel_order: Literal["rgb", "bgr"] = "rgb"
 
 
 @dataclasses.dataclass(frozen=True)
 class AugmentConfig:
-    crop: float
-    brightness: float
-    contrast: float
-    saturation: float
+    """Changes of the images, only with data.encode_online."""
+
+    crop: float = 1.0  # smallest side of a random crop, as a share; 1: none
+    brightness: float = 0.0  # largest relative change
+    contrast: float = 0.0  # largest relative change
+    saturation: float = 0.0  # largest relative change
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    source: str
-    path: str
-    cache: str
-    exclude: tuple
-    check_frames: str
-    fields: KeysConfig
-    state_dim: int
-    action_dim: int
-    cameras: tuple
-    orientation: tuple
-    camera_size: tuple
-    layout: str
-    canvas: tuple
-    action_as: tuple
-    action_state_dims: tuple
-    gripper_dims: tuple
-    gripper_closed_open: tuple
-    gripper_snap: bool
-    codec: str
-    codec_weights: str
-    text_encoder: str
-    text_weights: str
-    prompt_template: str
-    text_len: int
-    num_frames: int
-    frame_stride: int
-    action_horizon: int
-    normalization: str
-    normalization_range: tuple
-    delta_mask: tuple
-    val_fraction: float
-    mixture: dict
-    dataset: str
-    embodiment: str
-    encode_online: bool
-    augment: AugmentConfig
-    workers: int
-    threads: int
-    prefetch: int
+    # Format of the episodes: "lerobot" is v2.1 and v3.0, "fake" makes random values.
+    source: Literal["", "lerobot", "rlds", "hdf5", "fake"] = ""
+    path: str = ""  # directory of the episodes; several, between commas, are read as one data set
+    cache: str = ""  # directory of the latent and text caches and of the statistics
+    exclude: tuple[str, ...] = ()  # ids of episodes to leave out; nothing else is ever left out
+    # What `precompute --what stats` decodes of each episode.
+    check_frames: Literal["none", "ends", "all"] = "ends"
+    fields: FieldsConfig = FieldsConfig()
+    state_dim: int = 0  # width in the data where it is less than the model's; 0: equal
+    action_dim: int = 0  # the same for actions
+
+    cameras: tuple[str, ...] = ("",)  # names, in layout order
+    # Per camera, before anything else; rotations are counter-clockwise; (): as recorded.
+    orientation: tuple[
+        Literal["", "rotate_90", "rotate_180", "rotate_270", "flip_vertical", "flip_horizontal"],
+        ...,
+    ] = ()
+    camera_size: tuple[int, ...] = ()  # (height, width) each is first resized to; (): as its region
+    # "robotwin": the first camera above the two others.
+    layout: Literal["single", "horizontal", "vertical", "robotwin"] = "horizontal"
+    canvas: tuple[int, int] = (224, 448)  # height, width in pixels of the laid-out cameras
+
+    # Per dimension, actions as the model sees them; the policy gives back the data's; (): as is.
+    action_as: tuple[Literal["absolute", "delta_state", "delta_previous"], ...] = ()
+    # Per dimension: the state that "delta_state" subtracts; (): the one of the same number.
+    action_state_dims: tuple[int, ...] = ()
+    gripper_dims: tuple[int, ...] = ()  # action dimensions that are grippers
+    gripper_closed_open: tuple[float, float] = (0.0, 1.0)  # their values in the data, made 0 and 1
+    gripper_snap: bool = False  # the policy gives fully closed or fully open, nothing between
+
+    codec: Literal["wan21", "wan22", "pca"] = "wan21"  # "pca": fitted on the data; for the demo
+    codec_weights: str = ""  # directory of converted VAE weights (python -m converters vae)
+    text_encoder: Literal["umt5", "hashed"] = "umt5"  # "hashed": deterministic; for the demo
+    text_weights: str = ""  # directory of converted umT5 weights (python -m converters t5)
+    # What the text encoder reads; {task} is the instruction.
+    prompt_template: str = (
+        "A video recorded from a robot's point of view executing the following instruction: {task}"
+    )
+    text_len: int = 128  # rows of the text embedding
+    num_frames: int = 33  # raw frames a window spans
+    frame_stride: int = 4  # raw frames between the video frames of a window
+    action_horizon: int = 32  # actions per chunk
+    # "quantile": 1 % to 99 %; "z_score_reference": the release's, which divides by a deviation of 0
+    # too.
+    normalization: Literal[
+        "min_max", "quantile", "z_score", "z_score_reference", "constants", "none"
+    ] = "min_max"
+    normalization_range: tuple[float, float] = (-1.0, 1.0)  # of "constants": mapped to -1 and 1
+    delta_mask: tuple[bool, ...] = ()  # per dimension: True for a delta (zeroed when padded)
+    val_fraction: float = 0.0  # share of episodes held out for open-loop validation
+    # Several data sets: {name: {"weight": 1.0, "embodiment": "", and keys that differ}}. Those of
+    # one embodiment (default: its name) share statistics.
+    mixture: dict = dataclasses.field(default_factory=dict)
+    dataset: str = ""  # set by the program for each data set of a mixture
+    embodiment: str = ""  # names the statistics where there are several
+    encode_online: bool = False  # frames are read and encoded during training; no latent cache
+    augment: AugmentConfig = AugmentConfig()
+    workers: int = 0  # Grain worker processes; 0: threads in this process
+    threads: int = 4  # read threads
+    prefetch: int = 256  # samples buffered ahead of the step
 
     @property
     def video_frames(self):
@@ -138,87 +178,127 @@ class DataConfig:
 
     @property
     def latent_frames(self):
-        """Latent frames of a window: 1 + one per four further video frames."""
-        return 1 + (self.video_frames - 1) // 4
+        """Latent frames of a window: the first video frame, then one per `FRAMES_PER_LATENT`."""
+        return 1 + (self.video_frames - 1) // FRAMES_PER_LATENT
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    lr: float
-    warmup_steps: int
-    final_lr_ratio: float
-    b1: float
-    b2: float
-    eps: float
-    weight_decay: float
-    clip_norm: float
-    accum_steps: int
-    ema_decay: float
+    lr: float = 1e-4  # at its peak
+    warmup_steps: int = 1000  # linear from lr / warmup_steps
+    final_lr_ratio: float = 0.01  # cosine down to lr * final_lr_ratio
+    b1: float = 0.9  # of AdamW, as b2 and eps
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 1e-2  # on everything that learns, as in the release
+    clip_norm: float = 0.0  # global gradient norm; 0: no clipping, as the release effectively ran
+    accum_steps: int = 1  # micro-batches per optimizer step; batch_size is the sum over them
+    ema_decay: float = 0.0  # exponential moving average of the trainable parameters; 0: none
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    trainable: tuple
-    init: str
-    steps: int
-    batch_size: int
-    log_every: int
-    eval_every: int
-    eval_batches: int
-    checkpoint_every: int
-    keep_last: int
-    keep_every: int
-    stuck_after_s: float
+    # Regular expressions on parameter paths; what matches learns, the rest is frozen.
+    trainable: tuple[str, ...] = (
+        r"/lora_[ab]$",
+        r"^dit/adapters_",
+        r"^dit/head/",
+        r"^expert/",
+        r"^proprio_encoder/",
+    )
+    init: str = ""  # checkpoint directory of base weights to start from; "": random
+    steps: int = 150_000  # optimizer steps
+    batch_size: int = 64  # samples per optimizer step, over all devices and micro-batches
+    log_every: int = 50  # steps
+    eval_every: int = 2000  # steps; open-loop validation; 0: never
+    eval_batches: int = 16  # of a validation
+    checkpoint_every: int = 2000  # steps; 0: only at the end
+    keep_last: int = 2  # newest checkpoints on disk; 0: all
+    keep_every: int = 0  # besides, multiples of this step are never deleted; 0: none
+    stuck_after_s: float = 300.0  # seconds without progress until a run says where it is; 0: never
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    data: int
-    fsdp: int
-    frozen: str
+    data: int = -1  # devices over the batch; -1: all that are left
+    fsdp: int = 1  # devices over the parameters
+    # Frozen weights: "sharded" over fsdp too and gathered block by block, or "replicated": whole on
+    # every device (3 GiB in bfloat16), nothing to gather.
+    frozen: Literal["sharded", "replicated"] = "sharded"
 
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationConfig:
-    suite: str
-    tasks: tuple
-    env: dict
-    episodes: int
-    first_seed: int
-    replan_steps: int
-    max_steps: int
-    workers: int
-    batch: int
-    videos: int
+    suite: str = ""  # simulated suite, of `envs/__init__.py`; "": none
+    tasks: tuple[str, ...] = ()  # names of its tasks; (): all
+    # Arguments of the suite's make(): image size, protocol, ...
+    env: dict = dataclasses.field(default_factory=dict)
+    episodes: int = 50  # of each task
+    first_seed: int = 1_000_000  # held-out seeds: first_seed, first_seed + 1, ...
+    replan_steps: int = 10  # executed steps per predicted chunk
+    max_steps: int = 400  # of an episode
+    workers: int = 2  # simulator processes
+    batch: int = 8  # episodes at once = rows of the policy's batch, for any number of workers
+    videos: int = 4  # episodes kept as MP4
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """A whole run. Fields are the sections of `configs/base.py`."""
+    """A whole run."""
 
-    name: str
-    seed: int
+    name: str = ""  # shown in logs and reports
+    seed: int = 42  # initialisation, shuffling, noise
     model: ModelConfig
-    loss: LossConfig
-    data: DataConfig
-    optimizer: OptimizerConfig
-    train: TrainConfig
-    mesh: MeshConfig
-    evaluation: EvaluationConfig
+    loss: LossConfig = LossConfig()
+    data: DataConfig = DataConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    train: TrainConfig = TrainConfig()
+    mesh: MeshConfig = MeshConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
 
 
-def from_config_dict(tree):
+def model_variant(name, **overrides):
+    """Returns the `ModelConfig` of a table of `models/variants.py`, with `overrides`.
+
+    Raises:
+      ValueError: unknown variant or unknown override.
+    """
+    if name not in variants.VARIANTS:
+        raise ValueError(
+            f"model variant {name!r} is unknown; expected one of {', '.join(variants.VARIANTS)}"
+        )
+    for key in overrides:
+        config_read.check_known(key, ModelConfig, "config.model")
+    return ModelConfig(**{"variant": name, **variants.VARIANTS[name], **overrides})
+
+
+def defaults(variant, **model_overrides):
+    """Returns every key with its default, as a nested dict; see `model_variant`."""
+    return dataclasses.asdict(Config(model=model_variant(variant, **model_overrides)))
+
+
+def from_config_dict(tree, made_in=None):
     """Returns the `Config` of a ConfigDict (or plain nested dict), checked key by key.
+
+    Args:
+      made_in: of a config that a run wrote: the run's place, for errors.
 
     Raises:
       ValueError: unknown or missing key, a value of another type, or values that contradict
         each other; the message names the key and what was expected.
     """
     tree = tree.to_dict() if hasattr(tree, "to_dict") else tree
-    config = _section(Config, tree, "config")
-    config_checks.check(config)
+    if made_in:
+        config_read.refuse_old(tree, made_in)
+    config = config_read.section(Config, tree, "config")
+    config_checks.check(config, FRAMES_PER_LATENT)
     datasets(config)
     return config
+
+
+def parse_flags(argv):
+    """Reads the flags, for `app.run`; an unknown --config.KEY ends the program with one line."""
+    return config_read.parse_flags(argv, Config)
 
 
 class Dataset(typing.NamedTuple):
@@ -256,9 +336,9 @@ def datasets(config):
             )
         keys = dataclasses.asdict(config.data) | {"dataset": name, "embodiment": name}
         keys["fields"] |= changes.pop("fields", {})
-        data = _section(DataConfig, keys | changes | {"mixture": {}}, path)
+        data = config_read.section(DataConfig, keys | changes | {"mixture": {}}, path)
         dataset = dataclasses.replace(config, data=data)
-        config_checks.check(dataset)
+        config_checks.check(dataset, FRAMES_PER_LATENT)
         found.append(Dataset(name, weight, dataset))
     return found
 
@@ -284,28 +364,11 @@ def of_embodiment(config, embodiment=""):
 
 
 # What decides the shapes of a batch, or is there once for the whole run.
-_SHARED = frozenset(
-    (
-        "dataset",
-        "cache",
-        "canvas",
-        "codec",
-        "codec_weights",
-        "text_encoder",
-        "text_weights",
-        "prompt_template",
-        "text_len",
-        "num_frames",
-        "frame_stride",
-        "action_horizon",
-        "mixture",
-        "encode_online",
-        "augment",
-        "workers",
-        "threads",
-        "prefetch",
-    )
-)
+_SHARED = {
+    *("dataset", "cache", "canvas", "codec", "codec_weights", "text_encoder", "text_weights"),
+    *("prompt_template", "text_len", "num_frames", "frame_stride", "action_horizon", "mixture"),
+    *("encode_online", "augment", "workers", "threads", "prefetch"),
+}
 
 
 def state_width(config):
@@ -326,31 +389,3 @@ def to_json(config):
 def from_json(text):
     """Returns the `Config` that `to_json` wrote."""
     return from_config_dict(json.loads(text))
-
-
-def _section(cls, tree, path):
-    hints = typing.get_type_hints(cls)
-    for key in tree:
-        if key not in hints:
-            near = difflib.get_close_matches(key, hints, n=1)
-            known = f"known keys: {', '.join(sorted(hints))}"
-            advice = f"did you mean {near[0]!r}?" if near else known
-            raise ValueError(f"{path}.{key} is not a config key; {advice}")
-    missing = sorted(set(hints) - set(tree))
-    if missing:
-        raise ValueError(
-            f"{path} lacks {', '.join(missing)}; configs/base.py has every key with its default"
-        )
-    return cls(**{key: _value(kind, tree[key], f"{path}.{key}") for key, kind in hints.items()})
-
-
-def _value(kind, value, path):
-    if dataclasses.is_dataclass(kind):
-        return _section(kind, value, path)
-    if kind is tuple and isinstance(value, (list, tuple)):
-        return tuple(tuple(v) if isinstance(v, (list, tuple)) else v for v in value)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise ValueError(f"{path} is {value!r} ({type(value).__name__}); expected {kind.__name__}")
-    return value

@@ -380,4 +380,4 @@ if __name__ == "__main__":  # flags are global: importing this module must not d
     flags.DEFINE_integer("process_index", 0, "Which of --process_count processes this one is.")
     flags.DEFINE_integer("process_count", 1, "How many processes share the work.")
     flags.mark_flag_as_required("config")
-    app.run(main)
+    app.run(main, flags_parser=config_lib.parse_flags)

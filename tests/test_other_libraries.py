@@ -15,7 +15,7 @@ from converters.__main__ import main
 from lightwam_jax import config as config_lib
 from lightwam_jax import params
 from lightwam_jax.checkpoint import run as checkpoint
-from lightwam_jax.models import dit, t5, variants
+from lightwam_jax.models import dit, t5
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -95,7 +95,7 @@ def test_transformer_of_diffusers(transformer, tmp_path):
     stored = checkpoint.load_params(out)
     fields = dict(stored.meta["config"]["model"], attention_mask="bidirectional", dtype="float32")
     fields = {key: tuple(x) if isinstance(x, list) else x for key, x in fields.items()}
-    config = config_lib.ModelConfig(**variants.variant("tiny", **fields))
+    config = config_lib.model_variant("tiny", **fields)
     module = dit.WanDiT(
         **{
             name: getattr(config, name)

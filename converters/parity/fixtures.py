@@ -12,7 +12,7 @@ from converters import files, layouts, lightwam, rules, umt5, wan_dit, wan_vae
 from lightwam_jax import build, params
 from lightwam_jax import config as config_lib
 from lightwam_jax.encoders import wan
-from lightwam_jax.models import t5, variants
+from lightwam_jax.models import t5
 
 # Distance of the reference's own float32 result from its float64 result, relative to the largest
 # value of a tensor, where the fixture's manifest does not record it. Tolerances are 10x the noise.
@@ -149,7 +149,7 @@ class Fixtures:
             attention_mask=told["video_attention_mask_mode"],
             eps=told["eps"],
         )
-        config = config_lib.ModelConfig(**variants.variant("tiny", **fields))
+        config = config_lib.model_variant("tiny", **fields)
         flat = rules.to_params(wan_dit.RULES, tensors, name)
         tree = params.segmented(params.unflatten(flat), config)["dit"]
         return build.build_model(config).dit, tree, flat

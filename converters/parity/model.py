@@ -12,7 +12,7 @@ from converters import lightwam, rules
 from converters.parity.fixtures import Compare, channels_first, channels_last, matching
 from lightwam_jax import build, flow, params
 from lightwam_jax import config as config_lib
-from lightwam_jax.models import adapters, dit, layers, variants
+from lightwam_jax.models import adapters, dit, layers
 
 # ---- a_dit -------------------------------------------------------------------------------------
 
@@ -171,7 +171,7 @@ def b_state_fusion(fixtures):
             told["resolved_layer_sources"],
         )
         fields.update(dtype="float32", adapter_layers=tuple(range(count)), num_layers=count)
-        config = config_lib.ModelConfig(**variants.variant("tiny", **fields))
+        config = config_lib.model_variant("tiny", **fields)
         expert = build.build_model(config).expert
         tree = params.unflatten(rules.to_params(lightwam.EXPERT, tensors, case))["expert"]
         run = jax.jit(expert.apply, static_argnums=2)

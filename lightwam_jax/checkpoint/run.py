@@ -382,6 +382,6 @@ def load_params(path, mesh=None):
         params=params_lib.merge(*parts),
         meta=meta,
         path=directory,
-        config=config_lib.from_config_dict(config) if whole else None,
+        config=config_lib.from_config_dict(config, made_in=directory) if whole else None,
         assets=assets if assets.is_dir() else None,
     )

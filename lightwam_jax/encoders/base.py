@@ -4,9 +4,10 @@ import typing
 
 import numpy as np
 
+from lightwam_jax.config import FRAMES_PER_LATENT
+
 STRIDES = {"pca": 8, "wan21": 8, "wan22": 16}  # config.data.codec -> pixels per latent cell
 STRIDE = STRIDES["pca"]
-GROUP = 4  # video frames per latent frame, after the first
 
 
 class Codec(typing.Protocol):
@@ -79,10 +80,11 @@ def check_video(video, stride=STRIDE):
             "(images in 0..255 are uint8)"
         )
     _, t, h, w, _ = video.shape
-    if (t - 1) % GROUP or h % stride or w % stride:
+    if (t - 1) % FRAMES_PER_LATENT or h % stride or w % stride:
         raise ValueError(
-            f"video of {t} frames of {h}x{w}; expected 1 + a multiple of {GROUP} frames and sides "
-            f"that are multiples of {stride}: change config.data.num_frames or config.data.canvas"
+            f"video of {t} frames of {h}x{w}; expected 1 + a multiple of {FRAMES_PER_LATENT} "
+            f"frames and sides that are multiples of {stride}: change config.data.num_frames or "
+            "config.data.canvas"
         )
 
 

@@ -9,12 +9,11 @@ import jax
 import numpy as np
 
 from lightwam_jax import atomic
+from lightwam_jax.config import FRAMES_PER_LATENT
 from lightwam_jax.encoders import base
-from lightwam_jax.encoders.base import GROUP, STRIDE
+from lightwam_jax.encoders.base import STRIDE
 
-_CHUNK_BYTES = (
-    1 << 20
-)  # pixels encoded at once; larger than the CPU's cache takes four times as long
+_CHUNK_BYTES = 1 << 20  # encoded at once; more than the CPU's cache holds takes four times as long
 PLACES = 4  # latent channels that tell a cell's place on the canvas
 _CHROMA = 3.0  # weight of colour differences against brightness when components are chosen
 
@@ -62,12 +61,12 @@ class PcaCodec:
         """
         base.check_video(videos)
         components, most, frames = channels - PLACES, 3 * STRIDE**2, videos.shape[1]
-        if frames < 1 + GROUP or not 0 < components <= most:
+        if frames < 1 + FRAMES_PER_LATENT or not 0 < components <= most:
             raise ValueError(
                 f"PCA codec of {channels} channels on clips of {frames} frames; expected "
-                f"{1 + PLACES} to {most + PLACES} channels and at least {1 + GROUP} frames"
+                f"{1 + PLACES} to {most + PLACES} channels and {1 + FRAMES_PER_LATENT} frames or more"
             )
-        singles = einops.rearrange(videos[:, ::GROUP], "n t h w c -> (n t) h w c")
+        singles = einops.rearrange(videos[:, ::FRAMES_PER_LATENT], "n t h w c -> (n t) h w c")
         arrays = {}
         patches = {"first": _first_patches(singles), "later": _later_patches(videos)}
         for kind, values in patches.items():
@@ -97,7 +96,7 @@ class PcaCodec:
             first = latents[:, :1] @ arrays["first_decode"] + arrays["first_mean"]
             later = latents[:, 1:] @ arrays["later_decode"] + arrays["later_mean"]
         first = _rearrange(first, "b f h w (p q c) -> b f (h p) (w q) c")
-        later = _rearrange(later, "b f h w (g p q c) -> b (f g) (h p) (w q) c", g=GROUP)
+        later = _rearrange(later, "b f h w (g p q c) -> b (f g) (h p) (w q) c", g=FRAMES_PER_LATENT)
         return _namespace(latents).concatenate([first, later], axis=1)
 
     def encode(self, video):
@@ -155,7 +154,9 @@ def _first_patches(frames):
 
 def _later_patches(video):
     """[B, T, H, W, 3] -> [B, F-1, h, w, 768]; frame 0 left out."""
-    return _rearrange(video[:, 1:], "b (f g) (h p) (w q) c -> b f h w (g p q c)", g=GROUP)
+    return _rearrange(
+        video[:, 1:], "b (f g) (h p) (w q) c -> b f h w (g p q c)", g=FRAMES_PER_LATENT
+    )
 
 
 def _fit_basis(patches, channels, whitening):

@@ -10,6 +10,7 @@ import numpy as np
 from lightwam_jax import atomic
 from lightwam_jax.checkpoint import run as checkpoint
 from lightwam_jax.checkpoint import storage
+from lightwam_jax.config import FRAMES_PER_LATENT
 from lightwam_jax.encoders import base, converted
 from lightwam_jax.models.vae import WanVAE
 from lightwam_jax.models.vae22 import Wan22VAE
@@ -87,7 +88,7 @@ class WanCodec:
         latents = np.asarray(latents)
         base.check_latents(latents, self.latent_channels)
         frames, height, width = latents.shape[1:4]
-        shape = (4 * frames - 3, height * self.stride, width * self.stride)
+        shape = (1 + FRAMES_PER_LATENT * (frames - 1), height * self.stride, width * self.stride)
         decode = functools.partial(self._decode, self._decoder)
         return converted.in_parts(decode, latents, self._rows(shape))
 

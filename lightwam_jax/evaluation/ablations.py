@@ -1,13 +1,16 @@
-"""Trains and evaluates the cells of `configs/ablations.py`, several seeds each, into one table.
+"""Trains and evaluates the cells of a study, several seeds each, into one table.
 
   python -m lightwam_jax.evaluation.ablations --config configs/ablations.py --out runs/ablations
 
+A study is a Python file (--study, default: configs/ablations.py) with CELLS, {name: what it is},
+MAIN, the names that run without --cells, and cell(c, name), which changes a config to be that cell.
 A run is a directory OUT/CELL/SEED: of train.py, with result.json when it is done. The same command
 continues where it was stopped; two of them with different --seeds may share OUT. The table,
 ablations.md, .png and .json in OUT, has every cell with a result, also of earlier commands.
 """
 
 import dataclasses
+import importlib.util
 import json
 import pathlib
 import sys
@@ -19,7 +22,6 @@ import scipy.stats
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from configs import ablations as ablations_lib
 from lightwam_jax import config as config_lib
 from lightwam_jax import html_report
 from lightwam_jax.data import loader
@@ -31,13 +33,16 @@ from lightwam_jax.training import flops, loop, workdir
 COLUMNS = ("success", "action_l1")  # of a result; the means of the table
 
 
-def plan(base, names):
-    """Returns {cell: ConfigDict}, all checked before anything is trained.
+def plan(base, names, cell):
+    """Returns {name: ConfigDict}, all checked before anything is trained.
+
+    Args:
+      base: ConfigDict. names: of cells. cell: function (base, name) -> ConfigDict.
 
     Raises:
       ValueError: an unknown cell, one the base cannot have, or two that are the same.
     """
-    cells = {name: ablations_lib.cell(base, name) for name in names}
+    cells = {name: cell(base, name) for name in names}
     seen = {}
     for name, c in cells.items():
         config_lib.from_config_dict(c)
@@ -98,21 +103,15 @@ def _closed_loop(policy, directory):
     setup = suites_lib.of_config(config, suite)
     manifest = closed_loop.manifest_of(policy, setup)
     policy.warm_up([config.evaluation.batch])
-    rate = report.rate(
-        rollout.run(
-            policy.act,
-            setup.env,
-            setup.episodes,
-            config.evaluation,
-            directory / "episodes.jsonl",
-            report.log_manifest(manifest, manifest["weights"]),
-            directory.parent.name,
-        )
+    log = directory / "episodes.jsonl", report.log_manifest(manifest, manifest["weights"])
+    results = rollout.run(
+        policy.act, setup.env, setup.episodes, config.evaluation, *log, directory.parent.name
     )
+    rate = report.rate(results)
     if rate.errors:
         raise RuntimeError(
             f"{rate.errors} of {len(setup.episodes)} episodes could not be run "
-            f"({directory / 'episodes.jsonl'}); the same command tries them again"
+            f"({log[0]}); the same command tries them again"
         )
     return {"successes": rate.successes, "episodes": rate.episodes}, manifest
 
@@ -144,13 +143,13 @@ class Mean:
         return float(scipy.stats.t.ppf(0.975, n - 1) * np.std(self.values, ddof=1) / n**0.5)
 
 
-def collect(out):
-    """Returns {cell: [result]} of all that is done in `out`, cells in their order.
+def collect(out, names):
+    """Returns {cell: [result]} of all that is done in `out`, cells in the order of `names`.
 
     A result is that of `run` and the number of "parameters", from the run's report.
     """
     found = {}
-    for name in ablations_lib.CELLS:
+    for name in names:
         files = sorted(out.glob(f"{name}/*/result.json"), key=lambda path: int(path.parent.name))
         if files:
             found[name] = [
@@ -189,22 +188,14 @@ def difference(cell, base):
     return Mean(tuple(new - old for new, old in pairs))
 
 
-def markdown(results):
-    """Returns the table of {cell: [result]} as Markdown.
+def markdown(results, about):
+    """Returns the table of {cell: [result]} as Markdown; `about` is {cell: what it is}.
 
     FLOPs are of a training step, relative to the first cell; differences are to it, too.
     """
     first = next(iter(results))
-    head = [
-        "cell",
-        "what it is",
-        "success, mean and 95 % interval",
-        "each seed",
-        f"less {first}, seed by seed",
-        "action L1",
-        "FLOPs",
-        "parameters",
-    ]
+    head = "cell|what it is|success, mean and 95 % interval|each seed|"
+    head = f"{head}less {first}, seed by seed|action L1|FLOPs|parameters".split("|")
     rows = [head, ["---"] * len(head)]
     for name, cell in results.items():
         m, less = means(cell), difference(cell, results[first])
@@ -216,33 +207,24 @@ def markdown(results):
             change = f"{100 * less.value:+.0f} ± {100 * less.half:.0f} %"
         if "action_l1" in m:
             l1 = f"{m['action_l1'].value:.4f} ± {m['action_l1'].half:.4f}"
-        rows.append(
-            [
-                name,
-                ablations_lib.CELLS[name],
-                success,
-                each,
-                change,
-                l1,
-                f"{cell[0]['flops'] / results[first][0]['flops']:.2f}",
-                f"{cell[0]['parameters'] / 1e6:.2f} M",
-            ]
-        )
+        flops_ratio = f"{cell[0]['flops'] / results[first][0]['flops']:.2f}"
+        parameters = f"{cell[0]['parameters'] / 1e6:.2f} M"
+        rows.append([name, about[name], success, each, change, l1, flops_ratio, parameters])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
 
 
-def write_table(out):
-    """Writes ablations.md, ablations.json and ablations.png into `out`; returns the first."""
-    results = collect(out)
+def write_table(out, about):
+    """Writes ablations.md, .json and .png into `out`; returns the first. See `markdown`."""
+    results = collect(out, about)
     (out / "ablations.json").write_text(json.dumps(results, indent=1) + "\n")
-    table = markdown(results)
+    table = markdown(results, about)
     (out / "ablations.md").write_text(table)
     if all("success" in means(cell) for cell in results.values()):
-        _chart(out / "ablations.png", results)
+        _chart(out / "ablations.png", results, about)
     return table
 
 
-def _chart(path, results):
+def _chart(path, results, about):
     """A row per cell; intervals (Student's t) are drawn from 0 to 100 only."""
     with html_report.chart(path, 9.4, 1.0 + 0.42 * len(results)) as axes:
         for row, cell in enumerate(results.values()):
@@ -250,25 +232,24 @@ def _chart(path, results):
             values = 100 * np.array(mean.values)
             if len(values) > 1:
                 ends = np.clip([mean.value - mean.half, mean.value + mean.half], 0, 1)
-                axes.plot(
-                    100 * ends,
-                    [row, row],
-                    color=report.UNTRAINED,
-                    lw=6,
-                    solid_capstyle="butt",
-                    alpha=0.6,
-                )
+                style = dict(color=report.UNTRAINED, lw=6, solid_capstyle="butt", alpha=0.6)
+                axes.plot(100 * ends, [row, row], **style)
             axes.plot(values, [row] * len(values), "o", color=report.TRAINED, ms=5, alpha=0.7)
             axes.plot(100 * mean.value, row, "|", color=html_report.INK, ms=16, mew=2)
-        axes.set_yticks(
-            range(len(results)), [ablations_lib.CELLS[name] for name in results], fontsize=10
-        )
+        axes.set_yticks(range(len(results)), [about[name] for name in results], fontsize=10)
         axes.invert_yaxis()
         axes.set_xlim(-2, 102)
         axes.set_xlabel("episodes solved, %: seeds, mean, 95 % interval", fontsize=10)
 
 
 # ---- the command line --------------------------------------------------------------------------
+
+
+def _study(path):
+    spec = importlib.util.spec_from_file_location("study", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def main(argv):
@@ -279,7 +260,8 @@ def main(argv):
     logging.set_verbosity(logging.WARNING)
     try:
         seeds = [int(seed) for seed in given.seeds]
-        cells = plan(given.config, given.cells)
+        study = _study(given.study)
+        cells = plan(given.config, given.cells or study.MAIN, study.cell)
         jobs = [(name, seed) for seed in seeds for name in cells]
         for k, (name, seed) in enumerate(jobs):
             c = cells[name].copy_and_resolve_references()
@@ -295,7 +277,7 @@ def main(argv):
                 flush=True,
             )
             jax.clear_caches()  # of other shapes; the next seed finds them on the disk
-            table = write_table(out)
+            table = write_table(out, study.CELLS)
         print(f"{table}\nwritten to {out}")
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -305,9 +287,8 @@ def main(argv):
 if __name__ == "__main__":
     config_flags.DEFINE_config_file("config", None, "Base of the cells.", lock_config=True)
     flags.DEFINE_string("out", None, "Directory of the runs and the table.")
-    flags.DEFINE_list(
-        "cells", list(ablations_lib.MAIN), f"Some of {', '.join(ablations_lib.CELLS)}."
-    )
+    flags.DEFINE_string("study", "configs/ablations.py", "Python file that defines the cells.")
+    flags.DEFINE_list("cells", None, "Names of CELLS in the study; default: its MAIN.")
     flags.DEFINE_list("seeds", ["0", "1", "2"], "Added to config.seed.")
     flags.mark_flags_as_required(["config", "out"])
-    app.run(main)
+    app.run(main, flags_parser=config_lib.parse_flags)

@@ -100,7 +100,7 @@ class NormMLP(nn.Module):
 
 
 class StateFusionActionExpert(nn.Module):
-    """Token states at the adapter layers -> action chunk. Fields: see models/variants.py.
+    """Token states at the adapter layers -> action chunk. Fields: see `config.ModelConfig`.
 
     `layer_sources[i]` names which states of the i-th adapter layer are read: "backbone" (block
     output), "adapted" (after the adapter), "delta" (adapted - backbone); order matters.

@@ -1,6 +1,6 @@
 """The Wan video transformer, cut into scanned runs of blocks at the adapters.
 
-Reference: wan_video_dit.py of the PyTorch release; SPEC section 1 has every formula.
+Reference: wan_video_dit.py of the PyTorch release; docs/spec.md section 1 has every formula.
 """
 
 from typing import NamedTuple
@@ -38,8 +38,8 @@ def segments(num_layers, adapter_layers, lora_layers):
         beyond = [i for i in chosen if not 0 <= i < num_layers]
         if beyond:
             raise ValueError(
-                f"{kind} layers {beyond} do not exist: the model has {num_layers} "
-                f"blocks, numbered from 0"
+                f"{kind} layers {beyond} do not exist: the model has {num_layers} blocks, "
+                "numbered from 0"
             )
     runs, start = [], 0
     for i in range(num_layers):
@@ -50,40 +50,8 @@ def segments(num_layers, adapter_layers, lora_layers):
     return tuple(runs)
 
 
-class SelfAttention(nn.Module):
-    """Self-attention over video tokens [B,S,D]; RMSNorm over all heads, then rotary positions."""
-
-    num_heads: int
-    head_dim: int
-    ranks: dict
-    alpha: float
-    eps: float
-    mode: str
-    implementation: str
-    dtype: jnp.dtype
-
-    @nn.compact
-    def __call__(self, x, rope):
-        width = self.num_heads * self.head_dim
-
-        def project(name):
-            return LoRALinear(
-                width, self.ranks.get(f"self_attn.{name}", 0), self.alpha, self.dtype, name=name
-            )(x)
-
-        q = rms_norm(self.eps, "norm_q")(project("q"))
-        k = rms_norm(self.eps, "norm_k")(project("k"))
-        # [B,S,N*K] -> [B,S,N,K]
-        q, k, v = (_heads(a, self.num_heads) for a in (q, k, project("v")))
-        q, k = (layers.apply_rope(a, *rope).astype(self.dtype) for a in (q, k))
-        out = layers.frame_attention(q, k, v, rope[0].shape[0], self.mode, self.implementation)
-        return LoRALinear(
-            x.shape[-1], self.ranks.get("self_attn.o", 0), self.alpha, self.dtype, name="o"
-        )(_merge_heads(out))
-
-
-class CrossAttention(nn.Module):
-    """Attention from video tokens to the context, whose keys and values come ready-made."""
+class Attention(nn.Module):
+    """Projections, with LoRA where `ranks` names them, and RMSNorm over all heads of q and k."""
 
     dim: int
     num_heads: int
@@ -94,17 +62,37 @@ class CrossAttention(nn.Module):
     implementation: str
     dtype: jnp.dtype
 
+    kind = ""  # of the LoRA targets
+
     def setup(self):
-        width = self.num_heads * self.head_dim
-
         def linear(name, features):
-            return LoRALinear(
-                features, self.ranks.get(f"cross_attn.{name}", 0), self.alpha, self.dtype
-            )
+            rank = self.ranks.get(f"{self.kind}.{name}", 0)
+            return LoRALinear(features, rank, self.alpha, self.dtype)
 
-        self.q, self.k, self.v = (linear(name, width) for name in "qkv")
+        self.q, self.k, self.v = (linear(name, self.num_heads * self.head_dim) for name in "qkv")
         self.o = linear("o", self.dim)
         self.norm_q, self.norm_k = rms_norm(self.eps), rms_norm(self.eps)
+
+
+class SelfAttention(Attention):
+    """Self-attention over video tokens [B,S,D], with rotary positions."""
+
+    mode: str
+
+    kind = "self_attn"
+
+    def __call__(self, x, rope):
+        q, k, v = self.norm_q(self.q(x)), self.norm_k(self.k(x)), self.v(x)
+        q, k, v = (_heads(a, self.num_heads) for a in (q, k, v))  # [B,S,N*K] -> [B,S,N,K]
+        q, k = (layers.apply_rope(a, *rope).astype(self.dtype) for a in (q, k))
+        out = layers.frame_attention(q, k, v, rope[0].shape[0], self.mode, self.implementation)
+        return self.o(_merge_heads(out))
+
+
+class CrossAttention(Attention):
+    """Attention from video tokens to the context, whose keys and values come ready-made."""
+
+    kind = "cross_attn"
 
     def keys_values(self, context):
         """Context [B,L,D] -> keys, values [B,L,N,K]; independent of the video tokens."""
@@ -148,22 +136,22 @@ class Block(nn.Module):
     dtype: jnp.dtype
 
     def setup(self):
-        shared = dict(ranks=self.ranks, alpha=self.alpha, dtype=self.dtype)
-        heads = dict(
+        lora = dict(ranks=self.ranks, alpha=self.alpha, dtype=self.dtype)
+        attention = lora | dict(
+            dim=self.dim,
             num_heads=self.num_heads,
             head_dim=self.head_dim,
             eps=self.eps,
             implementation=self.implementation,
         )
-        self.modulation = self.param(
-            "modulation", _modulation_init(self.gate_init), (1, 6, self.dim)
-        )
+        init = _modulation_init(self.gate_init)
+        self.modulation = self.param("modulation", init, (1, 6, self.dim))
         self.norm1 = layer_norm(self.eps, affine=False)
         self.norm2 = layer_norm(self.eps, affine=False)
         self.norm3 = layer_norm(self.eps)
-        self.self_attn = SelfAttention(mode=self.mode, **heads, **shared)
-        self.cross_attn = CrossAttention(dim=self.dim, **heads, **shared)
-        self.ffn = FeedForward(self.ffn_dim, **shared)
+        self.self_attn = SelfAttention(mode=self.mode, **attention)
+        self.cross_attn = CrossAttention(**attention)
+        self.ffn = FeedForward(self.ffn_dim, **lora)
 
     def keys_values(self, carry, context):
         """Scan body: this block's cross-attention keys and values; the carry is unused."""
@@ -194,7 +182,7 @@ REMAT_POLICIES = {
 
 
 class WanDiT(nn.Module):
-    """Wan video transformer with LoRA, adapters and taps. Fields: see models/variants.py."""
+    """Wan video transformer with LoRA, adapters and taps. Fields: see `config.ModelConfig`."""
 
     dim: int
     num_heads: int
@@ -230,27 +218,19 @@ class WanDiT(nn.Module):
         for segment in self.segments:
             setattr(self, segment.name, self._scanned_blocks(segment))
         for layer in self.adapter_layers:
-            setattr(
-                self,
-                f"adapters_{layer}",
-                Adapter(self.adapter_dim, self.adapter_scale, self.eps, self.dtype),
-            )
+            adapter = Adapter(self.adapter_dim, self.adapter_scale, self.eps, self.dtype)
+            setattr(self, f"adapters_{layer}", adapter)
         self.head = Head(self.latent_channels, self.eps, self.dtype)
 
     def block_fields(self, lora):
         """Constructor arguments of this model's blocks, with or without LoRA."""
+        same = ("dim", "num_heads", "head_dim", "ffn_dim", "eps", "gate_init", "dtype")
         return dict(
-            dim=self.dim,
-            num_heads=self.num_heads,
-            head_dim=self.head_dim,
-            ffn_dim=self.ffn_dim,
+            {name: getattr(self, name) for name in same},
+            ranks=dict.fromkeys(self.lora_targets, self.lora_rank) if lora else {},
             alpha=self.lora_alpha,
-            eps=self.eps,
-            ranks={t: self.lora_rank for t in self.lora_targets} if lora else {},
             mode=self.attention_mask,
-            gate_init=self.gate_init,
             implementation=self.attention,
-            dtype=self.dtype,
         )
 
     def _scanned_blocks(self, segment):
@@ -269,15 +249,11 @@ class WanDiT(nn.Module):
             length=segment.stop - segment.start,
             unroll=self.scan_unroll,
         )
-        everywhere = nn.broadcast
-        scanned = nn.scan(
-            block,
-            methods={
-                "__call__": dict(over_blocks, in_axes=(0, everywhere, everywhere, everywhere)),
-                "keys_values": dict(over_blocks, in_axes=everywhere),
-            },
-        )
-        return scanned(**self.block_fields(segment.lora))
+        methods = {
+            "__call__": dict(over_blocks, in_axes=(0, *[nn.broadcast] * 3)),
+            "keys_values": dict(over_blocks, in_axes=nn.broadcast),
+        }
+        return nn.scan(block, methods=methods)(**self.block_fields(segment.lora))
 
     def embed_time(self, t):
         """Timesteps [...] -> (embedding [...,D], modulation [...,6,D]), float32."""
@@ -322,9 +298,8 @@ class WanDiT(nn.Module):
         _, frames, height, width, _ = latents.shape
         if height % 2 or width % 2:
             raise ValueError(
-                f"latent grid {height}x{width} must be even in both directions: "
-                "the patch is 2x2 (canvas sides must be multiples of two latent "
-                "cells)"
+                f"latent grid {height}x{width} must be even in both directions: a patch is 2x2 "
+                "(the sides of config.data.canvas must be multiples of two latent cells)"
             )
         rope = layers.rope_table(frames, height // 2, width // 2, self.head_dim)
         times = jnp.zeros((1, 1)) if t is None else jnp.stack([jnp.zeros_like(t), t], axis=1)
@@ -351,15 +326,8 @@ class WanDiT(nn.Module):
         """Tokens [B,S,D] after all blocks -> velocity of latents of `shape` [B,F,H,W,C]."""
         _, frames, height, width, _ = shape
         patches = self.head(tokens, e, frames)
-        return einops.rearrange(
-            patches,
-            "b (f h w) (p q c) -> b f (h p) (w q) c",
-            f=frames,
-            h=height // 2,
-            w=width // 2,
-            p=2,
-            q=2,
-        )
+        sizes = dict(f=frames, h=height // 2, w=width // 2, p=2, q=2)
+        return einops.rearrange(patches, "b (f h w) (p q c) -> b f (h p) (w q) c", **sizes)
 
     def _segments_up_to(self, stop_after):
         return [s for s in self.segments if stop_after is None or s.start <= stop_after]

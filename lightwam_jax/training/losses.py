@@ -10,9 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from lightwam_jax import flow
+from lightwam_jax.config import FRAMES_PER_LATENT
 from lightwam_jax.models.lightwam import pool_latents
-
-FRAMES_PER_LATENT = 4  # video frames that the codec packs into each latent frame after the first
 
 
 class Noise(NamedTuple):

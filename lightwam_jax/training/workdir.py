@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from lightwam_jax import atomic
+from lightwam_jax import atomic, config_read
 from lightwam_jax import config as config_lib
 from lightwam_jax.checkpoint import run as checkpoint
 from lightwam_jax.checkpoint import storage
@@ -45,6 +45,7 @@ def check_same_run(config, workdir):
     if not path.exists() or not any(p.name.isdigit() for p in (workdir / "checkpoints").glob("*")):
         return
     old, new = json.loads(path.read_text()), json.loads(config_lib.to_json(config))
+    config_read.refuse_old(old, workdir)
     changed = checkpoint.config_differences(old, new)
     fatal = {key: values for key, values in changed.items() if not MAY_CHANGE.match(key)}
     if fatal:

@@ -9,6 +9,8 @@ import json
 import os
 import pathlib
 
+from lightwam_jax import config_read
+
 
 class Journal:
     """An open journal, locked: no other process can open it.
@@ -68,13 +70,14 @@ class Journal:
                 entry = json.loads(line)
                 if number:
                     self.entries.append(parse(entry))
-                else:
-                    there = entry["manifest"]
+                    continue
+                there = entry["manifest"]
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(
                     f"{path}, line {number + 1} is damaged ({error}): delete the file to begin anew"
                 ) from error
-        refuse_others(path, there, manifest, elsewhere)
+            config_read.refuse_old({"evaluation": there}, path, f"delete it, or {elsewhere}")
+            refuse_others(path, there, manifest, elsewhere)
 
 
 def refuse_others(path, there, now, elsewhere):
