@@ -22,7 +22,7 @@ from lightwam_jax.data.doctor import examine
 from lightwam_jax.data.formats import lerobot
 from lightwam_jax.envs import base as envs_base
 from lightwam_jax.envs import record
-from lightwam_jax.envs.demo import env as demo
+from lightwam_jax.envs.demo import tabletop as demo
 from tests import synthetic
 
 ROOT = pathlib.Path(__file__).parents[2]
