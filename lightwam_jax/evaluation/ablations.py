@@ -96,14 +96,14 @@ def _closed_loop(policy, directory):
     config, suite = policy.config, policy.config.evaluation.suite
     if not suite:
         return None, closed_loop.manifest_of(policy)
-    setup = suites_lib.of_config(config, suite)
-    manifest = closed_loop.manifest_of(policy, setup)
+    suite_run = suites_lib.of_config(config, suite)
+    manifest = closed_loop.manifest_of(policy, suite_run)
     policy.warm_up([config.evaluation.batch])
     rate = report.rate(
         rollout.run(
             policy.act,
-            setup.env,
-            setup.episodes,
+            suite_run.env,
+            suite_run.episodes,
             config.evaluation,
             directory / "episodes.jsonl",
             report.log_manifest(manifest, manifest["weights"]),
@@ -112,7 +112,7 @@ def _closed_loop(policy, directory):
     )
     if rate.errors:
         raise RuntimeError(
-            f"{rate.errors} of {len(setup.episodes)} episodes could not be run "
+            f"{rate.errors} of {len(suite_run.episodes)} episodes could not be run "
             f"({directory / 'episodes.jsonl'}); the same command tries them again"
         )
     return {"successes": rate.successes, "episodes": rate.episodes}, manifest

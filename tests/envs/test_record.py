@@ -337,11 +337,11 @@ def test_suites_say_whether_the_gripper_fumbles_and_what_seeds_it(toy):
 
 def test_recorders_and_suites_import_neither_jax_nor_a_simulator():
     code = (
-        "import sys; from lightwam_jax.evaluation import envs, record, worker\n"
-        "from lightwam_jax.envs import metaworld\n"
+        "import sys; from lightwam_jax.envs import metaworld, record\n"
+        "from lightwam_jax.evaluation import worker\n"
         "print(sorted({m.split('.')[0] for m in sys.modules} "
         "& {'jax', 'flax', 'metaworld', 'gymnasium', 'mujoco'}))\n"
-        "from lightwam_jax.envs import demo\n"
+        "from lightwam_jax.envs.demo import tabletop\n"
         "print('jax' in sys.modules)"
     )
     out = subprocess.run(

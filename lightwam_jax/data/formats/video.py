@@ -248,11 +248,15 @@ class Writer:
     Attributes: frames, added so far; bytes, encoded so far (encoders lag some frames behind).
     """
 
-    def __init__(self, path, fps, codec="libx264", pix_fmt="yuv420p", **options):
-        """Opens `path`; `options` go to the encoder ("libx264", "libsvtav1", "mpeg4", ...)."""
+    def __init__(self, path, fps, codec="libx264", pix_fmt="yuv420p", movflags="", **options):
+        """Opens `path`; `options` go to the encoder ("libx264", "libsvtav1", "mpeg4", ...).
+
+        `movflags`: of the container; "faststart" lets browsers play before the file has arrived.
+        """
         self.path, self.frames, self.bytes = path, 0, 0
         self._rate = fractions.Fraction(fps).limit_denominator(100_000)
-        self._container = av.open(os.fspath(path), "w", format="mp4")
+        flags = {"movflags": movflags} if movflags else {}
+        self._container = av.open(os.fspath(path), "w", format="mp4", options=flags)
         self._stream = self._container.add_stream(
             codec, rate=self._rate, options=_OPTIONS.get(codec, {}) | options
         )
@@ -316,7 +320,7 @@ def write(path, frames, fps, codec="libx264", pix_fmt="yuv420p", **options):
 
     Args:
       path: file. frames: sides are even. fps: frames per second.
-      codec, pix_fmt, options: of the encoder.
+      codec, pix_fmt, options: of the encoder; see `Writer`.
 
     Raises:
       ValueError: see `Writer.add`.

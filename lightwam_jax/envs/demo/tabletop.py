@@ -132,7 +132,7 @@ class TabletopEnv:
     """
 
     def __init__(self, image_size=64, difficulty=None):
-        """`image_size`: pixels per side of what the policy sees. `difficulty`: None: the default."""
+        """`image_size`: pixels per side of what the policy sees; `difficulty`: None: defaults."""
         self.image_size = image_size
         self.difficulty = difficulty or Difficulty()
         self.scene = None
