@@ -210,10 +210,10 @@ def _imagined_section(policy, directory, env, results, size):
     draw_future(policy, directory, [_as_episode(*each) for each in zip(episodes, replays)])
     return html_report.Section(
         "What it imagines",
-        "The same backbone predicts video from the first frame and the instruction. Three rows each: "
-        f"what happened when {acted} acted, at the resolution of the video loss; the most that the "
-        "latent codec can show of it; and what the policy imagines. Below each frame: PSNR and "
-        "SSIM against what happened.",
+        "The same backbone predicts video from the first frame and the instruction. Three rows "
+        f"each: what happened when {acted} acted, at the resolution of the video loss; the most "
+        "that the latent codec can show of it; and what the policy imagines. Below each frame: "
+        "PSNR and SSIM against what happened.",
         _wide(*(directory / name for name in ("future.png", "future.mp4", "psnr.png", "ssim.png"))),
     )
 
