@@ -41,8 +41,6 @@ def imports(path):
 PENDING_FILES = dict.fromkeys(
     (
         "lightwam_jax/precompute.py",
-        "lightwam_jax/evaluation/closed_loop.py",
-        "lightwam_jax/envs/libero/env.py",
         "lightwam_jax/models/dit.py",
         "lightwam_jax/data/doctor/examine.py",
         "lightwam_jax/data/doctor/report.py",
@@ -52,9 +50,6 @@ PENDING_FILES = dict.fromkeys(
     550,
 )
 PENDING_FUNCTIONS = {
-    "lightwam_jax/evaluation/rollout.py:run",
-    "lightwam_jax/evaluation/closed_loop.py:evaluate",
-    "lightwam_jax/evaluation/closed_loop.py:_sections",
     "lightwam_jax/training/step.py:make_train_step",
     "lightwam_jax/training/loop.py:run",
     "lightwam_jax/data/doctor/examine.py:_columns",
