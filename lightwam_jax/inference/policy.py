@@ -233,7 +233,7 @@ class Policy:
         if "head" not in self.params["dit"]:
             raise ValueError(
                 "this policy was loaded with deploy=True and is not the whole model: load it with "
-                "deploy=False to predict video, or for untrained()"
+                "Policy.load(..., deploy=False) to predict video, or for untrained()"
             )
 
     def _check(self, images, state, prompts):
