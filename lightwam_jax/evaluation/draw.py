@@ -293,8 +293,6 @@ def save_mp4(path, frames, fps=10, hold=1.0):
       path: file to write. frames: sides are padded to even numbers. fps: frames per second.
       hold: seconds the last frame stays.
     """
-    frames = np.asarray(frames)
-    _, height, width, _ = frames.shape
-    longer = ((0, math.ceil(hold * fps)), (0, height % 2), (0, width % 2), (0, 0))
-    frames = np.pad(frames, longer, mode="edge")
-    video_lib.write(path, frames, fps, crf="20", movflags="faststart")
+    held = [(0, math.ceil(hold * fps)), (0, 0), (0, 0), (0, 0)]
+    frames = np.pad(frames, held, mode="edge")
+    video_lib.write(path, frames, fps, crf="20", faststart=True, pad=True)

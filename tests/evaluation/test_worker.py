@@ -132,12 +132,12 @@ def test_a_repetition_shows_every_step_that_was_asked_for(monkeypatch):
     result, seen = play(Counter({9: (True, True)}))
     env = Counter({9: (True, True)})
     spec = types.SimpleNamespace(make=lambda: env)
-    video = worker.replay(spec, result, every=4, size=5, replan_steps=4)
+    video = worker.replay(spec, result, every=5, size=6, replan_steps=4)
     assert env.actions == result.actions.tolist()
-    assert video["frame_steps"] == [0, 4, 8, 9] and video["plan_steps"] == [0, 4, 8]
-    assert video["frames"]["scene"].shape == (4, 5, 5, 3)
-    assert video["frames"]["scene"][:, 0, 0, 0].tolist() == [0, 4, 8, 9]
-    assert video["frames"]["wrist"][:, 0, 0, 0].tolist() == [100, 104, 108, 109]
+    assert video["frame_steps"] == [0, 5, 9] and video["plan_steps"] == [0, 4, 8]
+    assert video["frames"]["scene"].shape == (3, 6, 6, 3)
+    assert video["frames"]["scene"][:, 0, 0, 0].tolist() == [0, 5, 9]
+    assert video["frames"]["wrist"][:, 0, 0, 0].tolist() == [100, 105, 109]
     assert [o["state"][0] for o in video["observations"]] == [o["state"][0] for o in seen]
     env.ends = {9: (False, True)}
     with pytest.raises(RuntimeError, match=r"count/3/11 ended with success=True .* with False"):

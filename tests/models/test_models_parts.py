@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lightwam_jax.models import adapters, dit, layers, lightwam, lora
+from lightwam_jax import flow
+from lightwam_jax.models import adapters, dit, layers, lightwam, lora, t5
 
 
 def test_rotary_angles_belong_to_frame_row_and_column_in_this_order():
@@ -87,3 +88,13 @@ def test_the_state_is_seen_whatever_text_is_masked():
     )
     assert seen.tolist() == [[True, False, True]]
     assert rows[0, :, 0].tolist() == [0, 0, 1]
+
+
+def test_the_solver_starts_each_step_where_it_is():
+    times, steps = flow.sampling_schedule(2, 3.0)  # 1/2 is moved to 3/2 / (1 + 2/2)
+    np.testing.assert_allclose(times, [1000, 750], rtol=1e-6)
+    np.testing.assert_allclose(steps, [-0.25, -0.75], rtol=1e-6)
+
+
+def test_text_positions_tell_before_from_after():
+    np.testing.assert_array_equal(t5.relative_buckets(3), [[0, 17, 18], [1, 0, 17], [2, 1, 0]])

@@ -75,12 +75,9 @@ def test_grippers_are_named_by_the_config_or_the_suite():
     for name, dims in gripper_timing.OF_SUITE.items():
         action = envs.suite(name).ACTION
         assert dims == tuple(i for i, each in enumerate(action) if each == "gripper"), name
-    config = synthetic.make_config()
-    assert gripper_timing.dims(config) == (3,)
-    hdf5 = dataclasses.replace(config, data=dataclasses.replace(config.data, source="hdf5"))
-    assert gripper_timing.dims(hdf5) == ()
-    declared = dataclasses.replace(hdf5.data, gripper_dims=(6,))
-    assert gripper_timing.dims(dataclasses.replace(hdf5, data=declared)) == (6,)
+    assert gripper_timing.dims(synthetic.make_config(**{"evaluation.suite": "demo"})) == (3,)
+    assert gripper_timing.dims(synthetic.make_config()) == ()
+    assert gripper_timing.dims(synthetic.make_config(**{"data.gripper_dims": (6,)})) == (6,)
 
 
 @pytest.mark.parametrize("mode", ["min_max", "z_score", "none"])
@@ -100,7 +97,7 @@ def test_middle_is_that_of_the_range_whatever_the_normalisation(mode):
 
 
 def test_a_suite_s_gripper_that_the_data_lack_is_an_error():
-    config = synthetic.make_config()
+    config = synthetic.make_config(**{"evaluation.suite": "demo"})
     statistics = {"action": {"default": {"global_min": [0.0, 0.0], "global_max": [1.0, 1.0]}}}
     with pytest.raises(ValueError, match=r"action 3 should be a gripper .* actions 0 to 1"):
         gripper_timing.of_data(config, statistics, normalize.min_max([0.0, 0.0], [1.0, 1.0]))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 
 import ml_dtypes
 import numpy as np
@@ -80,7 +81,11 @@ def test_a_run_continues_on_its_own_cache_and_config_only(config, tmp_path, capl
     assert "learning-rate schedule" not in caplog.text
     workdir.check_same_run(longer, run)
     assert f"from {config.train.steps} to 9: the learning-rate schedule" in caplog.text
-    (tmp_path / "cache" / "assets" / "text" / "prompts").write_text("b")  # of the same size
+    prompts, copy = (
+        place / "text" / "prompts" for place in (tmp_path / "cache/assets", run / "assets")
+    )
+    prompts.write_text("b")  # of the same size, and as old
+    os.utime(prompts, ns=(copy.stat().st_atime_ns, copy.stat().st_mtime_ns))
     with pytest.raises(ValueError, match=r"prompts is not what the run .* the cache was rebuilt"):
         workdir.check_same_run(config, run)
 

@@ -132,7 +132,9 @@ def decode_image(encoded, channel_order):
         with PIL.Image.open(io.BytesIO(encoded), formats=("JPEG", "PNG", "WEBP")) as image:
             if image.mode not in ("RGB", "RGBA", "L"):
                 raise ValueError(f"an image of mode {image.mode}; expected 8-bit RGB, RGBA or L")
-            return in_rgb(np.asarray(image.convert("RGB")), channel_order)
+            # Converting copies even what is RGB already.
+            rgb = image if image.mode == "RGB" else image.convert("RGB")
+            return in_rgb(np.asarray(rgb), channel_order)
     except (OSError, SyntaxError, PIL.Image.DecompressionBombError) as error:  # damaged files
         raise ValueError(f"{len(encoded)} bytes do not decode: {error}") from error
 

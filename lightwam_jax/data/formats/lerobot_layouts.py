@@ -43,14 +43,14 @@ class Single(_Layout):
 
     def rows(self, number, table):
         """Writes the table of an episode; returns nothing to list."""
-        with resumable.writing(self._of(self.data_path, number)) as path:
+        with resumable.writing(self._of(self.data_path, number), sync=False) as path:
             pq.write_table(table, path)
         return {}
 
     def video(self, number, key, chunks, fps):
         """Writes the video of an episode; returns nothing to list."""
         with (
-            resumable.writing(self._of(self.video_path, number, key)) as path,
+            resumable.writing(self._of(self.video_path, number, key), sync=False) as path,
             self.open_video(path, fps) as writer,
         ):
             for frames in chunks:

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import zlib
 
 import numpy as np
 import pyarrow as pa
@@ -21,8 +22,8 @@ _INDEX = {
 }
 _FRAMES = 64  # held in memory at once
 _SAMPLED = 100  # images of an episode that statistics are made of
-# Higher levels save a tenth of the bytes and take three times as long.
-_PNG_LEVEL = 1
+# A third of the time of zlib's default, for a tenth more bytes.
+_PNG = {"format": "PNG", "compress_type": zlib.Z_RLE}
 
 
 def write(episodes, directory, version="2.1", cameras=(), **options):
@@ -300,7 +301,7 @@ class _Frames:
 
 def _png(image):
     content = io.BytesIO()
-    Image.fromarray(image).save(content, format="PNG", compress_level=_PNG_LEVEL)
+    Image.fromarray(image).save(content, **_PNG)
     return content.getvalue()
 
 

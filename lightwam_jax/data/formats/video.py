@@ -1,4 +1,4 @@
-"""Video files: the exact frames at given times, a quick look without decoding, and writing.
+"""Video files: the exact frames at given times, facts without decoding, and writing.
 
 Every call opens the file anew: PyAV's containers are not thread-safe, and opening costs 1 to 5 ms
 where decoding the frames of a window costs 10 to 50.
@@ -14,7 +14,7 @@ import typing
 import av
 import numpy as np
 
-from lightwam_jax.data import episodes
+from lightwam_jax.data.episodes import FrameError
 
 # Seconds between the time asked for and the frame found. Rounding stays below it (float32 times up
 # to half an hour), a real drift does not; LeRobot tests its data sets with the same number.
@@ -48,31 +48,23 @@ def probe(path):
     """
     with _open(path) as (container, stream):
         if cut := _cut_off(path, stream):
-            raise episodes.FrameError(path, None, cut)
+            raise FrameError(path, None, cut)
         count = stream.frames or sum(packet.size > 0 for packet in container.demux(stream))
         rate = stream.average_rate or stream.guessed_rate
         fps = float(rate) if rate else math.nan
         duration = float(stream.duration * stream.time_base) if stream.duration else count / fps
-        return VideoInfo(
-            count,
-            fps,
-            stream.height,
-            stream.width,
-            stream.codec_context.codec.canonical_name,
-            duration,
-            stream.codec_context.pix_fmt,
-        )
+        context = stream.codec_context
+        codec, pix_fmt = context.codec.canonical_name, context.pix_fmt
+        return VideoInfo(count, fps, stream.height, stream.width, codec, duration, pix_fmt)
 
 
 def _cut_off(path, stream):
     """Returns a sentence if a file is shorter than its own index says, else ""."""
     index, size = stream.index_entries, os.path.getsize(path)
     end = index[-1].pos + index[-1].size if len(index) else 0
-    return (
-        f"truncated: its frames reach to byte {end:,}, the file ends at {size:,}; copy it again"
-        if end > size
-        else ""
-    )
+    if end <= size:
+        return ""
+    return f"truncated: its frames reach to byte {end:,}, the file ends at {size:,}; copy it again"
 
 
 def frames(path, times, numbers=None, tolerance=TOLERANCE):
@@ -93,7 +85,7 @@ def frames(path, times, numbers=None, tolerance=TOLERANCE):
     numbers = numbers[first].tolist()
     try:
         return _read(path, ascending, numbers, tolerance, True)[place]
-    except episodes.FrameError as error:
+    except FrameError as error:
         if not isinstance(error.__cause__, av.InvalidDataError):
             raise
     # Not closed, a group of images needs frames from before its keyframe.
@@ -103,7 +95,6 @@ def frames(path, times, numbers=None, tolerance=TOLERANCE):
 def _read(path, times, numbers, tolerance, seek):
     """Returns `frames` of ascending times; decodes everything before them unless it may seek."""
     with _open(path) as (container, stream):
-        tick = float(stream.time_base)
         out = np.empty((len(times), stream.height, stream.width, 3), np.uint8)
         found = _nearest(container, stream, times, seek)
         for i, (time, number) in enumerate(zip(times, numbers)):
@@ -111,35 +102,26 @@ def _read(path, times, numbers, tolerance, seek):
                 frame = next(found)
             except av.FFmpegError as error:
                 cut = _cut_off(path, stream)
-                raise episodes.FrameError(
-                    path, number, (f"cannot be decoded, at {time:.4f} s: {cut or error.strerror}")
-                ) from None if cut else error
-            if frame is None or abs(frame.pts * tick - time) > tolerance + tick / 2:
-                near = "" if frame is None else f"; the nearest is at {frame.pts * tick:.4f} s"
-                raise episodes.FrameError(
-                    path,
-                    number,
-                    f"no frame at {time:.4f} s{near}: "
-                    + (
-                        _cut_off(path, stream)
-                        or "frames are missing, or the timestamps and the video "
-                        "do not belong together"
-                    ),
-                )
-            if frame.is_corrupt or (frame.height, frame.width) != out.shape[1:3]:
-                raise episodes.FrameError(
-                    path,
-                    number,
-                    (
-                        f"the frame at {time:.4f} s is damaged"
-                        if frame.is_corrupt
-                        else f"{frame.height} x {frame.width} pixels in a video of "
-                        f"{out.shape[1]} x "
-                        f"{out.shape[2]}"
-                    ),
-                )
+                reason = f"cannot be decoded, at {time:.4f} s: {cut or error.strerror}"
+                raise FrameError(path, number, reason) from (None if cut else error)
+            if fault := _fault(path, stream, out.shape[1:3], frame, time, tolerance):
+                raise FrameError(path, number, fault)
             out[i] = frame.to_ndarray(format="rgb24")
     return out
+
+
+def _fault(path, stream, size, frame, time, tolerance):
+    """Returns a sentence if a frame is not what is wanted at `time`, else ""."""
+    tick = float(stream.time_base)
+    if frame is None or abs(frame.pts * tick - time) > tolerance + tick / 2:
+        near = "" if frame is None else f"; the nearest is at {frame.pts * tick:.4f} s"
+        apart = "frames are missing, or the timestamps and the video do not belong together"
+        return f"no frame at {time:.4f} s{near}: {_cut_off(path, stream) or apart}"
+    if frame.is_corrupt:
+        return f"the frame at {time:.4f} s is damaged"
+    if (frame.height, frame.width) != size:
+        return f"{frame.height} x {frame.width} pixels in a video of {size[0]} x {size[1]}"
+    return ""
 
 
 def _nearest(container, stream, times, seek):
@@ -206,16 +188,13 @@ def _open(path):
     try:
         container = av.open(os.fspath(path))
     except FileNotFoundError:
-        raise episodes.FrameError(path, None, "no such file") from None
+        raise FrameError(path, None, "no such file") from None
     except (av.FFmpegError, OSError) as error:
-        raise episodes.FrameError(
-            path,
-            None,
-            f"cannot be opened ({error.strerror}): not a video, or cut off before its end",
-        ) from error
+        reason = f"cannot be opened ({error.strerror}): not a video, or cut off before its end"
+        raise FrameError(path, None, reason) from error
     with container:
         if not container.streams.video:
-            raise episodes.FrameError(path, None, "has no video stream")
+            raise FrameError(path, None, "has no video stream")
         stream = container.streams.video[0]
         # Several files are read at once: one thread each is the quickest, and dav1d with more
         # delays its frames.
@@ -248,20 +227,34 @@ class Writer:
     Attributes: frames, added so far; bytes, encoded so far (encoders lag some frames behind).
     """
 
-    def __init__(self, path, fps, codec="libx264", pix_fmt="yuv420p", movflags="", **options):
-        """Opens `path`; `options` go to the encoder ("libx264", "libsvtav1", "mpeg4", ...).
+    def __init__(
+        self,
+        path,
+        fps,
+        codec="libx264",
+        pix_fmt="yuv420p",
+        *,
+        faststart=False,
+        pad=False,
+        **options,
+    ):
+        """Opens `path`.
 
-        `movflags`: of the container; "faststart" lets browsers play before the file has arrived.
+        Args:
+          path: file to write.
+          fps: frames per second.
+          codec, pix_fmt, options: of the encoder: "libx264", "libsvtav1", "mpeg4", ...; crf="20".
+          faststart: index at the front, so that browsers play the file while they load it.
+          pad: repeat the last row and column of images of odd size, which are refused otherwise.
         """
         self.path, self.frames, self.bytes = path, 0, 0
         self._rate = fractions.Fraction(fps).limit_denominator(100_000)
-        flags = {"movflags": movflags} if movflags else {}
-        self._container = av.open(os.fspath(path), "w", format="mp4", options=flags)
-        self._stream = self._container.add_stream(
-            codec, rate=self._rate, options=_OPTIONS.get(codec, {}) | options
-        )
+        container = {"movflags": "faststart"} if faststart else {}
+        self._container = av.open(os.fspath(path), "w", format="mp4", options=container)
+        options = _OPTIONS.get(codec, {}) | options
+        self._stream = self._container.add_stream(codec, rate=self._rate, options=options)
         self._stream.pix_fmt = pix_fmt
-        self._size = None
+        self._size, self._pad = None, pad
 
     def add(self, frames, keyframe=False):
         """Appends uint8 [k, H, W, 3]; `keyframe`: decoding can begin at the first of them.
@@ -271,28 +264,28 @@ class Writer:
         """
         frames = np.asarray(frames)
         if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3:
-            raise ValueError(
-                f"{self.path}: frames are {frames.dtype} {list(frames.shape)}; "
-                "expected uint8 [k, H, W, 3]"
-            )
-        height, width = size = frames.shape[1:3]
+            found = f"{frames.dtype} {list(frames.shape)}"
+            raise ValueError(f"{self.path}: frames are {found}; expected uint8 [k, H, W, 3]")
+        height, width = frames.shape[1:3]
+        images = f"{self.path}: images of {height} x {width} pixels"
         if height % 2 or width % 2:
-            raise ValueError(
-                f"{self.path}: images of {height} x {width} pixels; video needs "
-                "even sides: crop them, or keep images instead of video"
-            )
+            if not self._pad:
+                raise ValueError(
+                    f"{images}; video needs even sides: crop them, or keep images instead of video"
+                )
+            frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), "edge")
+        size = frames.shape[1:3]
         if self._size is None:
             self._stream.height, self._stream.width = self._size = size
         if self._size != size:
             raise ValueError(
-                f"{self.path}: images of {height} x {width} pixels after those of "
-                f"{self._size[0]} x {self._size[1]}; one file has one size"
+                f"{images} after those of {self._size[0]} x {self._size[1]}; one file has one size"
             )
         for i, image in enumerate(frames):
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
             frame.pts, frame.time_base = self.frames, 1 / self._rate
             if keyframe and i == 0:
-                frame.pict_type = av.video.frame.ImageType.I
+                frame.pict_type = av.video.frame.PictureType.I
             self._mux(frame)
             self.frames += 1
 
@@ -315,15 +308,7 @@ class Writer:
         self.close() if kind is None else self._container.close()
 
 
-def write(path, frames, fps, codec="libx264", pix_fmt="yuv420p", **options):
-    """Writes uint8 [n, H, W, 3] as an MP4 file whose frame i is shown at i / fps.
-
-    Args:
-      path: file. frames: sides are even. fps: frames per second.
-      codec, pix_fmt, options: of the encoder; see `Writer`.
-
-    Raises:
-      ValueError: see `Writer.add`.
-    """
-    with Writer(path, fps, codec, pix_fmt, **options) as writer:
+def write(path, frames, fps, codec="libx264", **options):
+    """Writes uint8 [n, H, W, 3] as an MP4 file; `options` and errors: see `Writer`."""
+    with Writer(path, fps, codec, **options) as writer:
         writer.add(frames)

@@ -23,7 +23,7 @@ def episode(begin, fps, length=6):
         images={
             "top": lerobot_meta.Video(file, begin),
             "side": lerobot_meta.Video(pathlib.Path("side.mp4"), 5.0),
-            "single": lerobot.Images(file, "single", 10, 16, file),
+            "single": lerobot.Images(file, "single", ("single",), 10, 16, file),
         },
         timestamps=np.arange(length) / fps,
         file="data.parquet",
@@ -51,7 +51,7 @@ def test_a_video_begins_at_the_nearest_frame(begin, fps, frame):
 
 def test_frames_are_asked_for_by_time_in_the_file(monkeypatch):
     asked = []
-    monkeypatch.setattr(lerobot.video, "frames", lambda *arguments: asked.append(arguments))
+    monkeypatch.setattr(lerobot.video_lib, "frames", lambda *arguments: asked.append(arguments))
     monkeypatch.setattr(lerobot, "_images", lambda *arguments: asked.append(arguments))
     one = episode(0.7, 10.0)
     one = dataclasses.replace(one, timestamps=one.timestamps + 0.01 * (np.arange(6) == 3))

@@ -21,7 +21,7 @@ def test_images_of_an_episode_that_begins_within_a_row_group(tmp_path):
     file = tmp_path / "file-000.parquet"
     table = pa.table({"top": [png(level) for level in range(10)]})
     pq.write_table(table, file, row_group_size=3)
-    place = lerobot.Images(file, "top", 4, 8, tmp_path)  # groups begin at rows 0, 3, 6, 9
+    place = lerobot.Images(file, "top", ("top",), 4, 8, tmp_path)  # groups begin at rows 0, 3, 6, 9
     seen = lerobot._images(place, np.array([0, 3, 1]))
     assert seen[:, 0, 0, 0].tolist() == [4, 7, 5]
 

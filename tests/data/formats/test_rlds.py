@@ -107,7 +107,7 @@ def test_frames_are_the_ones_asked_for(data, written):
     np.testing.assert_array_equal(
         read[5].frames("scene", wanted), written[5].images["scene"][wanted]
     )
-    swapped, _ = data(data__fields__colour="bgr")
+    swapped, _ = data(data__fields__channel_order="bgr")
     np.testing.assert_array_equal(
         swapped[5].frames("scene", wanted), written[5].images["scene"][wanted][..., ::-1]
     )
