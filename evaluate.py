@@ -122,6 +122,7 @@ def open_loop(policy, workdir, out, began):
 def visualize(policy, workdir, out, began):
     """Attention and imagined video on episodes of the validation split."""
     del workdir, began
+    from lightwam_jax import html_report
     from lightwam_jax.data import episodes
     from lightwam_jax.evaluation import closed_loop as closed_loop_lib
     from lightwam_jax.evaluation import draw
@@ -146,7 +147,7 @@ def visualize(policy, workdir, out, began):
     if policy.config.model.pooling != "learned_query":
         print("no attention.png: only config.model.pooling='learned_query' attends")
     else:
-        draw.save_png(directory / "attention.png", draw.attention_grid(policy, seen))
+        html_report.save_png(directory / "attention.png", draw.attention_grid(policy, seen))
     closed_loop_lib.draw_future(policy, directory, chosen)
     print(f"written to {directory}")
 

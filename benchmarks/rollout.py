@@ -55,7 +55,7 @@ class Timed:
         )
 
     def reset(self, episode):
-        """See `evaluation/worker.py`; so are the others."""
+        """See `envs/base.py`; so are the others."""
         return self._timed(self._env.reset, episode)
 
     def observe(self):

@@ -1,12 +1,28 @@
-"""A report as one HTML file: images and videos inside, nothing loaded from elsewhere."""
+"""What reports are made of: the page, one HTML file that needs nothing else; charts; image grids.
+
+Charts are drawn by matplotlib, image grids by PIL; both become PNG files that a page includes.
+"""
 
 import base64
 import contextlib
 import dataclasses
+import functools
 import html
+import itertools
+import math
 import pathlib
+import typing
 
-INK = "#1d2733"
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+INK, SOFT, PAPER = "#1d2733", "#5d6b7c", "white"
+BLUE, GREY, GREEN = "#2563eb", "#a3adba", "#2f9e6e"
+COLOURS = (BLUE, "#d97706", GREEN, "#9333ea", "#dc2626", "#0891b2", INK, GREY)  # of curves
+GAP = 8  # pixels between images of a grid
+
+
+# ---- the page ------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,23 +83,6 @@ def write_html(path, title, headline, facts, sections, manifest, folded="Run man
         tone=tone + " words" * (len(headline[0]) > 12),
     )
     pathlib.Path(path).write_text(page, encoding="utf-8")
-
-
-@contextlib.contextmanager
-def chart(path, width, height, rows=1, columns=1):
-    """Gives axes in the house style, [rows, columns] of them if more than one.
-
-    The chart, `width` x `height` inches, is written as PNG at the end of the `with` block.
-    """
-    from matplotlib.figure import Figure  # not pyplot: no display, nothing global
-
-    figure = Figure(figsize=(width, height), dpi=200, layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False)
-    for one in axes.flat:
-        one.spines[["top", "right"]].set_visible(False)
-        one.tick_params(colors=INK, labelsize=9)
-    yield axes if axes.size > 1 else axes[0, 0]
-    figure.savefig(path)
 
 
 def _section(section):
@@ -189,3 +188,118 @@ _PAGE = """<!doctype html>
 <section><details><summary>{folded}</summary><table>{manifest}</table></details></section>
 </main></body></html>
 """
+
+
+# ---- charts --------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def chart(path, width, height, rows=1, columns=1):
+    """Gives axes in the house style, [rows, columns] of them if more than one.
+
+    The chart, `width` x `height` inches, is written as PNG at the end of the `with` block.
+    """
+    from matplotlib.figure import Figure  # not pyplot: no display, nothing global
+
+    figure = Figure(figsize=(width, height), dpi=200, layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for one in axes.flat:
+        one.spines[["top", "right"]].set_visible(False)
+        one.tick_params(colors=INK, labelsize=9)
+    yield axes if axes.size > 1 else axes[0, 0]
+    figure.savefig(path)
+
+
+def curve_chart(path, series, ylabel, log=False, xlabel="training step", width=6.4):
+    """Writes a PNG of curves.
+
+    Args:
+      path: file to write.
+      series: {label: (x [n], values [n])}.
+      ylabel, xlabel: with their units. log: logarithmic values. width: inches.
+    """
+    from matplotlib import ticker
+
+    with chart(path, width, 3.0) as axes:
+        for (label, (x, values)), colour in zip(series.items(), itertools.cycle(COLOURS)):
+            few = {"marker": "o", "ms": 3} if len(x) < 30 else {}
+            axes.plot(x, values, label=label, color=colour, lw=1.5, **few)
+        if log:
+            axes.set_yscale("log")
+            axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+            axes.yaxis.set_minor_formatter(ticker.NullFormatter())
+        axes.set_xlabel(xlabel)
+        axes.set_ylabel(ylabel)
+        axes.grid(axis="y", color="#e6e9ee", lw=0.8)
+        axes.legend(frameon=False, fontsize=9, ncols=2 if len(series) > 4 else 1)
+
+
+# ---- image grids ---------------------------------------------------------------------------------
+
+
+class Row(typing.NamedTuple):
+    """One row of a grid: tiles uint8 [h,w,3], a label left of it, a title above, notes below."""
+
+    tiles: list
+    label: str = ""
+    title: str = ""
+    notes: tuple = ()
+
+
+def grid(rows, header=(), edge=128, title=""):
+    """Lays out labelled rows of tiles on white.
+
+    Args:
+      rows: `Row`s. header: text above each column.
+      edge: height of a tile; widths follow. title: of the whole image.
+
+    Returns:
+      uint8 [H,W,3].
+    """
+    margin = GAP + max(_width(row.label, 14) for row in rows) + GAP
+    tiles = [[_fit(tile, edge) for tile in row.tiles] for row in rows]
+    widths = [max(t.width for t in column if t) for column in itertools.zip_longest(*tiles)]
+    lefts = [margin, *(margin + np.cumsum([width + GAP for width in widths])).tolist()]
+    above = [28 if row.title else 0 for row in rows]
+    heights = [a + edge + (22 if row.notes else 0) + GAP for row, a in zip(rows, above)]
+    top = (40 if title else GAP) + (24 if any(header) else 0)
+    width = max(lefts[-1], 2 * GAP + _width(title, 20))
+    canvas = Image.new("RGB", (width, top + sum(heights)), PAPER)
+    draw = ImageDraw.Draw(canvas)
+    draw.text((GAP, GAP), title, INK, _font(20))
+    for left, text in zip(lefts, header):
+        draw.text((left, top - 22), text, SOFT, _font(14))
+    for row, line, lift, height in zip(rows, tiles, above, heights):
+        draw.text((GAP, top + 5), row.title, INK, _font(16))
+        draw.text((GAP, top + lift + edge // 2 - 9), row.label, SOFT, _font(14))
+        for left, tile in zip(lefts, line):
+            canvas.paste(tile, (left, top + lift))
+        for left, note in zip(lefts, row.notes):
+            draw.text((left, top + lift + edge + 2), note, SOFT, _font(14))
+        top += height
+    return np.asarray(canvas)
+
+
+def save_png(path, image):
+    """Writes uint8 [H,W,3]."""
+    Image.fromarray(np.asarray(image)).save(path)
+
+
+def _fit(tile, edge):
+    image = Image.fromarray(np.asarray(tile))
+    # Small images are shown as the pixels they are.
+    how = Image.Resampling.NEAREST if edge > 2 * image.height else Image.Resampling.LANCZOS
+    return image.resize((round(image.width * edge / image.height), edge), how)
+
+
+@functools.cache
+def _font(size):
+    import matplotlib
+
+    path = f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf"  # the same on every machine
+    return ImageFont.truetype(path, size)
+
+
+def _width(text, size):
+    return math.ceil(_font(size).getlength(text))

@@ -41,8 +41,6 @@ def imports(path):
 # To be cut up by the next steps of the reorganisation.
 PENDING_FILES = dict.fromkeys(
     (
-        "lightwam_jax/evaluation/closed_loop.py",
-        "lightwam_jax/envs/libero/env.py",
         "lightwam_jax/data/doctor/examine.py",
         "lightwam_jax/data/doctor/report.py",
         "converters/parity/data.py",
@@ -50,9 +48,6 @@ PENDING_FILES = dict.fromkeys(
     550,
 )
 PENDING_FUNCTIONS = {
-    "lightwam_jax/evaluation/rollout.py:run",
-    "lightwam_jax/evaluation/closed_loop.py:evaluate",
-    "lightwam_jax/evaluation/closed_loop.py:_sections",
     "lightwam_jax/data/doctor/examine.py:_columns",
 }
 

@@ -64,7 +64,7 @@ class PcaCodec:
         if frames < 1 + FRAMES_PER_LATENT or not 0 < components <= most:
             raise ValueError(
                 f"PCA codec of {channels} channels on clips of {frames} frames; expected "
-                f"{1 + PLACES} to {most + PLACES} channels and {1 + FRAMES_PER_LATENT} frames or more"
+                f"{1 + PLACES} to {most + PLACES} channels, {1 + FRAMES_PER_LATENT} frames or more"
             )
         singles = einops.rearrange(videos[:, ::FRAMES_PER_LATENT], "n t h w c -> (n t) h w c")
         arrays = {}

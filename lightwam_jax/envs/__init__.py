@@ -1,20 +1,19 @@
-"""The simulated suites, one module each, found by name.
+"""The simulated suites, one module each, found by name. An environment is: `envs/base.py`.
 
-A module has
-  make(**kwargs)                      a new environment; see `base.py`
-  episodes(tasks, count, first_seed)  [`base.EpisodeSpec`] to evaluate, `count` of each task
-  demonstrations(...)                 those to record, where they are others
-  has_expert(task)                    where not every task has a scripted expert
-  groups(tasks)                       {name: [tasks]} that have rates of their own, if any
+A suite's module can be imported where its simulator is not installed. It has
+  make(**kwargs)                      returns a new environment
+  episodes(tasks, count, first_seed)  `base.EpisodeSpec`s to evaluate: `count` of each task
   TASKS                               names of the tasks that `--tasks all` means
-  CAMERAS, STATE, ACTION              names: of the cameras, and of the dimensions
+  CAMERAS, STATE, ACTION              names of the cameras, and of the dimensions
   FPS, MOST_STEPS, ROBOT              control steps per second, limit of an episode, robot type
-and, if `envs/record.py` is to do otherwise than usual,
-  disturbed_by(episode)               seed of the disturbances of an episode, not of its key
-  FUMBLES                             (chance per step that the gripper does the opposite, and for
-                                      how many steps)
-  SETTINGS                            {name: value} that decide the data besides the flags
-and can be imported where its simulator is not installed.
+and, where it needs them,
+  has_expert(task)                    whether a task has a scripted expert; else every task has one
+  groups(tasks)                       {name: [tasks]} that get success rates of their own
+  demonstrations(...)                 as `episodes`, to record demonstrations from
+  disturbed_by(episode)               seed of the disturbances in a demonstration
+  FUMBLES                             in demonstrations: chance per step that the gripper does the
+                                      opposite, and for how many steps
+  SETTINGS                            {name: value} that decide demonstrations besides the flags
 """
 
 import importlib
@@ -22,7 +21,7 @@ import importlib
 from lightwam_jax.envs import base as envs_base
 
 SUITES = {
-    "demo": "lightwam_jax.envs.demo.env",
+    "demo": "lightwam_jax.envs.demo.tabletop",
     "libero": "lightwam_jax.envs.libero.env",
     "metaworld": "lightwam_jax.envs.metaworld",
 }

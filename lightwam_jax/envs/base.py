@@ -1,16 +1,16 @@
-"""What an environment provides, and how episodes are named.
+"""What an environment is: the protocol every simulator is put behind, and how episodes are named.
 
-What an environment provides (see `envs/demo/env.py`):
+An environment serves all tasks of its suite. It has (`envs/demo/tabletop.py` is a short example)
   reset(episode)        starts an `EpisodeSpec` and returns the first observation, as `observe`;
-                        everything random in it comes from the episode
+                        everything random in the episode comes from the `EpisodeSpec`
   observe()             {"images": {camera: uint8 [H,W,3]}, "state": f32 [P], "prompt": str}
-  step(action)          (None, success, done) for an action f32 [A]; renders nothing
-  expert_action()       f32 [A]; only for the expert's own episodes
-  image(camera, size) uint8 [size,size,3]; only for `replay`
+  step(action)          executes f32 [A], renders nothing; returns (None, success, done)
+  expert_action()       f32 [A] for the present state; only where there is a scripted expert
+  image(camera, size)   uint8 [size,size,3], for the videos of the report
   describe()            optional: plain values that decide physics and pixels, for the manifest:
-                        versions of the simulator, its renderer, cameras; after a `reset`
+                        versions of simulator and renderer, cameras; called after a `reset`
   close()               optional
-One environment serves all tasks of its suite.
+What a suite of environments is: `envs/__init__.py`.
 """
 
 import dataclasses

@@ -1,14 +1,15 @@
 """Meta-World v3 (https://meta-world.github.io): 50 tasks of a Sawyer arm with a gripper.
 
 What the policy gets: two cameras, the first four numbers of Meta-World's observation (hand x, y, z
-in metres, opening of the gripper 0..1) and an instruction. The rest of the observation holds the
-places of the objects and, in numbers 36 to 38, of the goal, and stays here. Where Meta-World draws
-the goal as a coloured ball (reach, push, ...), the cameras see it as they see anything else: there
-is no other way to know where to go.
+in metres, opening of the gripper 0..1) and an instruction. It does not get the rest of the
+observation: the places of the objects and, in numbers 36 to 38, of the goal. Where Meta-World draws
+the goal as a coloured ball (reach, push, ...), the cameras see it: there is no other way to know
+where to go.
 
-What differs from Meta-World's own images, stated by `describe`: corner2 is mounted upside down
-and is turned by 180 degrees; it stands nearer and has a longer lens, so that the table fills the
-image; shadows, reflections and multisampling are off, which take most of the time in software.
+What differs from Meta-World's own images, as `describe` says: corner2 is mounted upside down, so
+its images are turned by 180 degrees; it stands nearer and has a longer lens, so that the table
+fills the image; shadows, reflections and multisampling are off, because they take most of the time
+when rendering on a CPU.
 """
 
 import importlib.metadata
@@ -80,40 +81,23 @@ INSTRUCTIONS = {
     "window-open-v3": "open the window",
     "window-close-v3": "close the window",
 }
-_MT10 = (
-    "reach-v3",
-    "push-v3",
-    "pick-place-v3",
-    "door-open-v3",
-    "drawer-open-v3",
-    "drawer-close-v3",
-    "button-press-topdown-v3",
-    "peg-insert-side-v3",
-    "window-open-v3",
-    "window-close-v3",
+
+
+def _tasks(names):
+    return tuple(f"{name}-v3" for name in names.split())
+
+
+_MT10 = _tasks(
+    "reach push pick-place door-open drawer-open drawer-close button-press-topdown "
+    "peg-insert-side window-open window-close"
 )
-SETS = {  # as in Meta-World 3.1.1, which calls any single task MT1
-    "MT10": _MT10,
-    "MT25": (
-        *_MT10,
-        "coffee-pull-v3",
-        "pick-out-of-hole-v3",
-        "disassemble-v3",
-        "pick-place-wall-v3",
-        "basketball-v3",
-        "stick-pull-v3",
-        "button-press-wall-v3",
-        "faucet-open-v3",
-        "door-lock-v3",
-        "lever-pull-v3",
-        "sweep-into-v3",
-        "faucet-close-v3",
-        "coffee-button-v3",
-        "button-press-topdown-wall-v3",
-        "dial-turn-v3",
-    ),
-    "MT50": tuple(INSTRUCTIONS),
-}
+_MT25 = _MT10 + _tasks(
+    "coffee-pull pick-out-of-hole disassemble pick-place-wall basketball stick-pull "
+    "button-press-wall faucet-open door-lock lever-pull sweep-into faucet-close coffee-button "
+    "button-press-topdown-wall dial-turn"
+)
+# As in Meta-World 3.1.1, which calls any single task MT1.
+SETS = {"MT10": _MT10, "MT25": _MT25, "MT50": tuple(INSTRUCTIONS)}
 TASKS = tuple(INSTRUCTIONS)
 
 
@@ -153,15 +137,12 @@ def episodes(tasks, count, first_seed):
             f"Meta-World has no task {', '.join(unknown)}; expected names like "
             f"reach-v3 (see {__name__}.INSTRUCTIONS) or {', '.join(SETS)}"
         )
-    return [
-        envs_base.EpisodeSpec(name, 0, first_seed + i)
-        for name in dict.fromkeys(names)
-        for i in range(count)
-    ]
+    seeds = range(first_seed, first_seed + count)
+    return [envs_base.EpisodeSpec(name, 0, seed) for name in dict.fromkeys(names) for seed in seeds]
 
 
 class MetaWorldEnv:
-    """One simulated table; see `envs/base.py` for what each method promises.
+    """One simulated table; `envs/base.py` says what each method promises.
 
     The same episode and actions give the same bits in any process, whatever ran before.
     """
@@ -216,10 +197,10 @@ class MetaWorldEnv:
         """Returns the versions and settings that decide physics and pixels, as plain values."""
         from OpenGL import GL
 
+        names = (GL.glGetString(name).decode() for name in (GL.GL_RENDERER, GL.GL_VERSION))
         return {
             "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
-            "renderer": f"{os.environ['MUJOCO_GL']}, {GL.glGetString(GL.GL_RENDERER).decode()}, "
-            f"{GL.glGetString(GL.GL_VERSION).decode()}",
+            "renderer": ", ".join((os.environ["MUJOCO_GL"], *names)),
             "cameras": list(CAMERAS),
             "image_size": self._image_size,
             "corner2": {"turned": 180, **self._corner2},

@@ -4,8 +4,8 @@
         --episodes 100 --out data/metaworld/episodes
 
 Only episodes that the expert solves are kept; the seeds that follow replace the others. So the data
-depend on the flags alone, not on the number of worker processes. Killed at any moment, the same
-command continues; finished, it is done at once.
+depend on the flags alone, not on the number of worker processes. If it is killed, the same command
+continues; if it is finished, the same command does nothing.
 """
 
 import collections
@@ -45,14 +45,14 @@ def demonstrate(suite, env, episode, noise, most_steps):
     """Lets the expert play one episode, disturbed, and returns what a learner needs.
 
     Now and then a push of standard deviation `noise` is added to the executed motion for some
-    steps, and in some suites, more rarely, the gripper does the opposite; recorded is the expert's
-    own action for the state really reached. So the demonstrations show how to recover (as in DART,
-    Laskey et al. 2017). Without noise nothing is disturbed.
+    steps. In some suites, more rarely, the gripper does the opposite. Recorded is the expert's own
+    action for the state that was really reached. So the demonstrations show how to recover (as in
+    DART, Laskey et al. 2017). Without noise nothing is disturbed.
 
     Args:
       suite: module of `envs`.
-      env: see `evaluation/worker.py`; the last dimension of its actions is the gripper.
-      episode: `base.EpisodeSpec`; it also fixes the disturbances.
+      env: see `envs/base.py`; the last dimension of its actions is the gripper.
+      episode: `base.EpisodeSpec`; it also decides the disturbances.
       noise: in units of the action. most_steps: where an unsolved episode ends.
 
     Returns:
@@ -62,7 +62,7 @@ def demonstrate(suite, env, episode, noise, most_steps):
     fumbles, fumble_steps = getattr(suite, "FUMBLES", (0.0, 0))
     observation, rows = env.reset(episode), collections.defaultdict(list)
     success = done = False
-    pushed = fumbling = 0
+    pushed = fumbling = 0  # steps that are left of a disturbance
     while not done and len(rows["action"]) < most_steps:
         if rows["action"]:
             observation = env.observe()
@@ -73,13 +73,13 @@ def demonstrate(suite, env, episode, noise, most_steps):
             rows[camera].append(image)
         executed = action.copy()
         if noise > 0:
-            pushed = max(pushed - 1, 0) or _PUSH_STEPS * bool(rng.random() < _PUSH)
+            pushed = pushed - 1 if pushed > 1 else _PUSH_STEPS * (rng.random() < _PUSH)
             if pushed == _PUSH_STEPS:
                 push = rng.normal(0, noise, len(action) - 1)
             if pushed:
                 executed[:-1] += push
         if noise > 0 and fumbles:
-            fumbling = max(fumbling - 1, 0) or fumble_steps * bool(rng.random() < fumbles)
+            fumbling = fumbling - 1 if fumbling > 1 else fumble_steps * (rng.random() < fumbles)
             executed[-1] *= -1 if fumbling else 1
         _, success, done = env.step(executed)
     return bool(success), observation["prompt"], {k: np.stack(row) for k, row in rows.items()}
@@ -91,9 +91,9 @@ def _disturbed_by(episode):
 
 @dataclasses.dataclass(frozen=True)
 class _Part:
-    """Demonstrations of one task: `count` from the seed of `first` on.
+    """`count` demonstrations of one task, from the seed of `first` on, of `most_steps` at most.
 
-    start: only the first `most_steps` steps of each are kept, solved or not.
+    start: they are kept whether solved or not.
     """
 
     first: envs_base.EpisodeSpec
@@ -121,10 +121,9 @@ def record(
 
     Args:
       suite: of `envs.SUITES`. tasks: names, or ("all",). out: directory.
-      first_seed: of the first episode of every task.
-      noise: see `demonstrate`. workers: processes.
-      starts: further episodes of each task, of half a million seeds later, of which only the first
-        `start_steps` steps are kept.
+      first_seed: of the first episode of every task. noise: see `demonstrate`. workers: processes.
+      starts: further episodes of each task, from half a million seeds later, of which only the
+        first `start_steps` steps are kept.
       images: "video", or "png": without loss. **env: arguments of the suite's `make`.
 
     Returns:
@@ -149,8 +148,8 @@ def record(
         print(f"{out} is up to date", flush=True)
         return tried
     later = [dataclasses.replace(first, seed=first.seed + _FIRST_START) for first in listed]
-    parts = [_Part(first, count, module.MOST_STEPS, False) for first in listed]
-    parts += [_Part(first, starts, start_steps, True) for first in later if starts]
+    parts = [_Part(first, count, module.MOST_STEPS, start=False) for first in listed]
+    parts += [_Part(first, starts, start_steps, start=True) for first in later if starts]
     with _pool(workers, suite, env, noise) as pool:
         # Before there is a directory: an environment that cannot be made leaves none behind.
         manifest = settings | {"environment": pool.submit(_describe, listed[0]).result()}
@@ -160,7 +159,7 @@ def record(
 
 
 def _finished(out, settings):
-    """Returns {task: tried} of a finished recording, None where there is nothing."""
+    """Returns {task: tried} of a finished recording; None where there is nothing."""
     out = pathlib.Path(out)
     if not out.exists():
         return None
@@ -170,14 +169,14 @@ def _finished(out, settings):
     found = ("tried", "seeds", "environment")
     there = {key: value for key, value in about.items() if key not in found}
     journal.refuse_others(out, there, settings, _ELSEWHERE)
-    (out / "journal.jsonl").unlink(missing_ok=True)  # of a kill at the very end
+    (out / "journal.jsonl").unlink(missing_ok=True)  # it is there after a kill at the very end
     return about["tried"]
 
 
 def _record(pool, module, parts, log, manifest, out, ahead):
     """Writes what the journal does not have yet, and then meta/; returns {task: tried}."""
     growing = pathlib.Path(f"{out}.partial")
-    if not log.entries:  # what else is there, nobody knows how it was recorded
+    if not log.entries:  # nobody knows how the files that may be there were recorded
         for folder in ("data", "videos"):
             shutil.rmtree(growing / folder, ignore_errors=True)
     writer = lerobot_write.Writer(
@@ -188,12 +187,9 @@ def _record(pool, module, parts, log, manifest, out, ahead):
         names={"observation.state": list(module.STATE), "action": list(module.ACTION)},
         entries=[line["entry"] for line in log.entries],
     )
-    seeds = collections.defaultdict(list)
-    tried = {}
-    total = sum(part.count for part in parts)
-    with tqdm.tqdm(
-        total=total, initial=len(log.entries), desc="demonstrations", unit="episode"
-    ) as bar:
+    seeds, tried = collections.defaultdict(list), {}
+    total, there = sum(part.count for part in parts), len(log.entries)
+    with tqdm.tqdm(total=total, initial=there, desc="demonstrations", unit="episode") as bar:
         for number, part in enumerate(parts):
             done = [line["tried"] for line in log.entries if line["part"] == number]
             for episode, after in _demonstrations(pool, part, done, ahead, module.FPS):
@@ -212,10 +208,10 @@ def _record(pool, module, parts, log, manifest, out, ahead):
 
 
 def _demonstrations(pool, part, done, ahead, fps):
-    """Yields the missing ones of a part by seed: (`EpisodeSpec`, how many were tried up to it).
+    """Yields the missing ones of a part by seed: (`ArrayEpisode`, how many were tried up to it).
 
     Args:
-      done: of those that are there, how many were tried up to each. ahead: played at once.
+      done: how many were tried up to each of those that are there. ahead: played at once.
     """
     kept, tried = len(done), max(done, default=0)
     waiting, seed = collections.deque(), part.first.seed + tried
@@ -224,22 +220,18 @@ def _demonstrations(pool, part, done, ahead, fps):
             episode = dataclasses.replace(part.first, seed=seed)
             waiting.append((episode, pool.submit(_demonstrate, episode, part.most_steps)))
             seed += 1
-        episode, result = waiting.popleft()
-        success, prompt, arrays = result.result()
+        episode, played = waiting.popleft()
+        success, prompt, arrays = played.result()
         tried += 1
         if success or part.start:
             kept += 1
             state, actions = arrays.pop("state"), arrays.pop("action")
-            yield (
-                episodes_lib.ArrayEpisode(
-                    episode.key, float(fps), prompt, state, actions, images=arrays
-                ),
-                tried,
-            )
+            key, fps = episode.key, float(fps)
+            yield episodes_lib.ArrayEpisode(key, fps, prompt, state, actions, arrays), tried
         elif kept + 3 < _LEAST_SOLVED * tried:
             raise RuntimeError(
-                f"the expert solved {kept} of {tried} episodes of "
-                f"{episode.task}: give less --noise, or leave the task out"
+                f"the expert solved {kept} of {tried} episodes of {episode.task}: "
+                "give less --noise, or leave the task out"
             )
 
 
@@ -292,20 +284,11 @@ def main(argv):
         raise app.UsageError(f"unexpected argument {argv[1]!r}; tasks go into --tasks")
     given = flags.FLAGS
     os.environ.update(_ONE_THREAD)
+    names = ("first_seed", "noise", "workers", "starts", "start_steps", "images")
+    options = {name: given[name].value for name in names}
     try:
-        tried = record(
-            given.suite,
-            given.tasks,
-            given.episodes,
-            given.out,
-            given.first_seed,
-            given.noise,
-            given.workers,
-            given.starts,
-            given.start_steps,
-            given.images,
-            **json.loads(given.env),
-        )
+        env = json.loads(given.env)
+        tried = record(given.suite, given.tasks, given.episodes, given.out, **options, **env)
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -100,17 +100,22 @@ def _closed_loop(policy, directory):
     config, suite = policy.config, policy.config.evaluation.suite
     if not suite:
         return None, closed_loop.manifest_of(policy)
-    setup = suites_lib.of_config(config, suite)
-    manifest = closed_loop.manifest_of(policy, setup)
+    suite_run = suites_lib.of_config(config, suite)
+    manifest = closed_loop.manifest_of(policy, suite_run)
     policy.warm_up([config.evaluation.batch])
     log = directory / "episodes.jsonl", report.log_manifest(manifest, manifest["weights"])
     results = rollout.run(
-        policy.act, setup.env, setup.episodes, config.evaluation, *log, directory.parent.name
+        policy.act,
+        suite_run.env,
+        suite_run.episodes,
+        config.evaluation,
+        *log,
+        directory.parent.name,
     )
     rate = report.rate(results)
     if rate.errors:
         raise RuntimeError(
-            f"{rate.errors} of {len(setup.episodes)} episodes could not be run "
+            f"{rate.errors} of {len(suite_run.episodes)} episodes could not be run "
             f"({log[0]}); the same command tries them again"
         )
     return {"successes": rate.successes, "episodes": rate.episodes}, manifest

@@ -33,32 +33,19 @@ def compare(one, other, may_differ=()):
     }
     if refused := {key: values for key, values in unlike.items() if key not in told}:
         raise ValueError(
-            "these evaluations did not measure the same thing:\n"
-            + _listed(refused)
-            + "\nIf that is meant, say so: --may_differ="
-            + ",".join(refused)
+            f"these evaluations did not measure the same thing:\n{_listed(refused)}\n"
+            f"If that is meant, say so: --may_differ={','.join(refused)}"
         )
     rows = [("", str(files[0]), str(files[1]))]
     tasks = dict.fromkeys(task for summary in summaries for task in summary["tasks"])
     for task in tasks if len(tasks) > 1 else ():
-        rows.append(
-            (task, *(_rate(summary["tasks"].get(task, {}).get("trained")) for summary in summaries))
-        )
-    rows.append(
-        (
-            "all",
-            *(
-                _rate(
-                    {
-                        "successes": round(summary["success_rate"] * summary["episodes"]),
-                        "episodes": summary["episodes"],
-                        "errors": summary["errors"],
-                    }
-                )
-                for summary in summaries
-            ),
-        )
-    )
+        found = [summary["tasks"].get(task, {}).get("trained") for summary in summaries]
+        rows.append((task, *map(_rate, found)))
+    totals = [
+        summary | {"successes": round(summary["success_rate"] * summary["episodes"])}
+        for summary in summaries
+    ]
+    rows.append(("all", *map(_rate, totals)))
     widths = [max(len(row[i]) for row in rows) + 2 for i in range(3)]
     table = "\n".join(
         "".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in rows

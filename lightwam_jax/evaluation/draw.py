@@ -1,24 +1,22 @@
 """Images of what a policy looks at and imagines: query attention, future video, image strips.
 
-Everything takes and returns uint8 arrays [..., H, W, 3]; `save_png` and `save_mp4` write them.
+Everything takes and returns uint8 arrays [..., H, W, 3].
 """
 
 import functools
 import math
-import typing
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
+from lightwam_jax import html_report
 from lightwam_jax.data import cameras as cameras_lib
 from lightwam_jax.data import windows as windows_lib
+from lightwam_jax.data.formats import video as video_lib
 from lightwam_jax.encoders import base as encoders_base
 from lightwam_jax.encoders import quality
+from lightwam_jax.evaluation import rollout
 from lightwam_jax.models import lightwam
-
-INK, SOFT, PAPER = (29, 39, 51), (93, 107, 124), (255, 255, 255)
-GAP = 8  # pixels between images
-
 
 # ---- attention -----------------------------------------------------------------------------------
 
@@ -91,28 +89,22 @@ def attention(policy, observations):
     rows = policy.config.evaluation.batch  # a size the evaluation has compiled already
     chunks = []
     for start in range(0, len(observations), rows):
-        chunk = observations[start : start + rows]
-        chunk = chunk + chunk[:1] * (rows - len(chunk))
-        images = {c: np.stack([o["images"][c] for o in chunk]) for c in policy.config.data.cameras}
-        state = np.stack([o["state"] for o in chunk])
-        _, taps = policy.act(images, state, [o["prompt"] for o in chunk], return_taps=True)
+        batch = rollout.stack(observations[start : start + rows], rows)
+        _, taps = policy.act(*batch, return_taps=True)
         chunks.append(attention_maps(taps, policy.config.data))
+    joined = lambda name, camera: np.concatenate([chunk[name][camera] for chunk in chunks])
     return {
-        name: {
-            camera: np.concatenate([chunk[name][camera] for chunk in chunks])[: len(observations)]
-            for camera in maps
-        }
+        name: {camera: joined(name, camera)[: len(observations)] for camera in maps}
         for name, maps in chunks[0].items()
     }
 
 
-def attention_grid(policy, observations, images=None, edge=168):
-    """A row per observation: for each camera the image, then the attention of every layer.
+def attention_grid(policy, observations, edge=168):
+    """A row per observation and camera: the image, then the attention of every layer.
 
     Args:
       policy: `Policy`.
       observations: dicts {"images", "state", "prompt"} as environments give them.
-      images: per observation {camera: uint8 [H,W,3]}, sharper than what the policy sees; or None.
       edge: height of a tile in pixels.
 
     Returns:
@@ -122,15 +114,13 @@ def attention_grid(policy, observations, images=None, edge=168):
     cameras = policy.config.data.cameras
     rows = []
     for i, observation in enumerate(observations):
-        shown = cameras_lib.shown(
-            images[i] if images else observation["images"], policy.config.data
-        )
+        shown = cameras_lib.shown(observation["images"], policy.config.data)
         for camera in cameras:
             tiles = [shown[camera], *(draw_over(shown, maps[name], i)[camera] for name in maps)]
             title = f"“{observation['prompt']}”" if camera == cameras[0] else ""
-            rows.append(Row(tiles, camera, title))
-    names = [name.split("_", 1) for name in maps]
-    return grid(rows, ["", *(f"layer {layer}, {source}" for layer, source in names)], edge)
+            rows.append(html_report.Row(tiles, camera, title))
+    header = ["layer {}, {}".format(*name.split("_", 1)) for name in maps]
+    return html_report.grid(rows, ["", *header], edge)
 
 
 def draw_over(images, maps, index):
@@ -164,23 +154,21 @@ def future(policy, windows, seed=0, steps=10):
       [N,frames], False past the end of an episode; "prompts": [N]}.
     """
     data, factor = policy.config.data, policy.config.loss.downsample
-    canvases, first, valid, state = [], [], [], []
+    sizes = (data.num_frames, data.frame_stride, data.action_horizon)
+    canvases, valid, now = [], [], []
     for episode, start in windows:
-        w = windows_lib.window_at(
-            episode.length, start, data.num_frames, data.frame_stride, data.action_horizon
-        )
+        w = windows_lib.window_at(episode.length, start, *sizes)
         images = {camera: episode.frames(camera, w.frames) for camera in data.cameras}
         canvases.append(policy.canvas(images))
-        first.append({camera: frames[0] for camera, frames in images.items()})
         valid.append(~w.image_is_pad)
-        state.append(episode.state[start])
+        first = {camera: frames[0] for camera, frames in images.items()}
+        now.append({"images": first, "state": episode.state[start], "prompt": episode.task})
     canvases = np.stack(canvases)
-    images = {camera: np.stack([each[camera] for each in first]) for camera in data.cameras}
-    prompts = [episode.task for episode, _ in windows]
+    observations = rollout.stack(now, len(now))
     latents = lightwam.pool_latents(policy.assets.codec.encode(canvases), factor)
     clips = {
         "codec": policy.assets.codec.decode(latents),
-        "predicted": policy.predict_video(images, np.stack(state), prompts, seed, steps),
+        "predicted": policy.predict_video(*observations, seed, steps),
     }
     clips["still"] = np.repeat(clips["codec"][:, :1], data.video_frames, axis=1)
     real = shrink(encoders_base.to_uint8(canvases), factor)
@@ -198,7 +186,7 @@ def future(policy, windows, seed=0, steps=10):
         **measured,
         "offsets": np.arange(data.video_frames) * data.frame_stride,
         "valid": np.stack(valid),
-        "prompts": prompts,
+        "prompts": [episode.task for episode, _ in windows],
     }
 
 
@@ -218,12 +206,11 @@ def future_grid(result, shown, columns=5, edge=112):
         notes = {name: [_quality(result, name, i, k) for k in frames] for name in result["psnr"]}
         notes["predicted"][0] = "given"
         rows += [
-            Row(result["real"][i, frames], "real", f"“{result['prompts'][i]}”"),
-            Row(result["codec"][i, frames], "codec limit", "", notes["codec"]),
-            Row(result["predicted"][i, frames], "imagined", "", notes["predicted"]),
+            html_report.Row(result["real"][i, frames], "real", f"“{result['prompts'][i]}”"),
+            html_report.Row(result["codec"][i, frames], "codec limit", "", notes["codec"]),
+            html_report.Row(result["predicted"][i, frames], "imagined", "", notes["predicted"]),
         ]
-    header = ["now" if offset == 0 else f"+{offset} steps" for offset in result["offsets"][frames]]
-    return grid(rows, header, edge)
+    return html_report.grid(rows, [_ahead(offset) for offset in result["offsets"][frames]], edge)
 
 
 def future_video(result, shown, edge=160):
@@ -237,19 +224,17 @@ def future_video(result, shown, edge=160):
     """
     video = []
     for k, offset in enumerate(result["offsets"]):
-        rows = [
-            Row(
-                [result["real"][i, k], result["predicted"][i, k]],
-                "",
-                f"“{result['prompts'][i]}”",
-                ["", "given" if k == 0 else _quality(result, "predicted", i, k)],
-            )
-            for i in shown
-        ]
-        video.append(
-            grid(rows, ["real", "imagined"], edge, "now" if offset == 0 else f"+{offset} steps")
-        )
+        rows = []
+        for i in shown:
+            tiles = [result["real"][i, k], result["predicted"][i, k]]
+            note = _quality(result, "predicted", i, k) if k else "given"
+            rows.append(html_report.Row(tiles, "", f"“{result['prompts'][i]}”", ["", note]))
+        video.append(html_report.grid(rows, ["real", "imagined"], edge, _ahead(offset)))
     return np.stack(video)
+
+
+def _ahead(offset):
+    return f"+{offset} steps" if offset else "now"
 
 
 def _quality(result, name, window, frame):
@@ -266,61 +251,15 @@ def shrink(frames, factor):
     return np.rint(blocks.mean((-4, -2), dtype=np.float32)).astype(np.uint8)
 
 
-# ---- grids, strips, videos -----------------------------------------------------------------------
+# ---- episodes ------------------------------------------------------------------------------------
 
 
-class Row(typing.NamedTuple):
-    """One row of a grid: tiles uint8 [h,w,3], a label left of it, a title above, notes below."""
-
-    tiles: list
-    label: str = ""
-    title: str = ""
-    notes: tuple = ()
-
-
-def grid(rows, header=(), edge=128, title=""):
-    """Lays out labelled rows of tiles on white.
-
-    Args:
-      rows: `Row`s. header: text above each column.
-      edge: height of a tile; widths follow.
-      title: of the whole image.
-
-    Returns:
-      uint8 [H,W,3].
-    """
-    margin = GAP + max(_width(row.label, 14) for row in rows) + GAP
-    tiles = [[_fit(tile, edge) for tile in row.tiles] for row in rows]
-    columns = [
-        max(line[k].width for line in tiles if k < len(line)) for k in range(max(map(len, tiles)))
-    ]
-    lefts = [margin + sum(columns[:k]) + GAP * k for k in range(len(columns) + 1)]
-    above = [28 if row.title else 0 for row in rows]
-    heights = [a + edge + (22 if row.notes else 0) + GAP for row, a in zip(rows, above)]
-    top = (40 if title else GAP) + (24 if any(header) else 0)
-    width = max(lefts[-1], 2 * GAP + _width(title, 20))
-    canvas = Image.new("RGB", (width, top + sum(heights)), PAPER)
-    draw = ImageDraw.Draw(canvas)
-    draw.text((GAP, GAP), title, INK, _font(20))
-    for left, text in zip(lefts, header):
-        draw.text((left, top - 22), text, SOFT, _font(14))
-    for row, line, lift, height in zip(rows, tiles, above, heights):
-        draw.text((GAP, top + 5), row.title, INK, _font(16))
-        draw.text((GAP, top + lift + edge // 2 - 9), row.label, SOFT, _font(14))
-        for k, tile in enumerate(line):
-            canvas.paste(tile, (lefts[k], top + lift))
-        for left, note in zip(lefts, row.notes):
-            draw.text((left, top + lift + edge + 2), note, SOFT, _font(14))
-        top += height
-    return np.asarray(canvas)
-
-
-def episode_strip(policy, record, video, count=6, edge=150):
-    """One episode in one image: both cameras over time, and where the policy looked.
+def episode_strip(policy, result, video, count=6, edge=150):
+    """One episode in one image: all cameras over time, and where the policy looked.
 
     Args:
       policy: `Policy`.
-      record, video: an episode and what `rollout.replay` returned for it.
+      result, video: `worker.EpisodeResult`, and what `rollout.replay` returned for it.
       count: columns. edge: of a tile in pixels.
 
     Returns:
@@ -329,21 +268,17 @@ def episode_strip(policy, record, video, count=6, edge=150):
     cameras = policy.config.data.cameras
     steps = np.asarray(video["frame_steps"])
     frames = np.unique(np.linspace(0, len(steps) - 1, count).round().astype(int))
-    images = [
-        cameras_lib.shown(
-            {camera: video["frames"][camera][k] for camera in cameras}, policy.config.data
-        )
-        for k in frames
-    ]
-    rows = [Row([p[camera] for p in images], f"{camera} camera") for camera in cameras]
+    images = [{camera: video["frames"][camera][k] for camera in cameras} for k in frames]
+    images = [cameras_lib.shown(each, policy.config.data) for each in images]
+    rows = [html_report.Row([p[camera] for p in images], f"{camera} camera") for camera in cameras]
     if policy.config.model.pooling == "learned_query":
         maps = list(attention(policy, video["observations"]).values())[-1]  # last adapter layer
         plans = np.searchsorted(video["plan_steps"], steps[frames], "right") - 1  # those in force
         overlaid = [draw_over(image, maps, plan) for image, plan in zip(images, plans)]
-        rows += [Row([p[camera] for p in overlaid], "attention") for camera in cameras]
-    outcome = "solved" if record.success else "not solved"
-    title = f"“{record.prompt}”: {outcome} in {record.steps} steps"
-    return grid(rows, [f"step {steps[k]}" for k in frames], edge, title)
+        rows += [html_report.Row([p[camera] for p in overlaid], "attention") for camera in cameras]
+    outcome = "solved" if result.success else "not solved"
+    title = f"“{result.prompt}”: {outcome} in {result.steps} steps"
+    return html_report.grid(rows, [f"step {steps[k]}" for k in frames], edge, title)
 
 
 def side_by_side(frames, cameras):
@@ -351,49 +286,13 @@ def side_by_side(frames, cameras):
     return np.concatenate([frames[camera] for camera in cameras], axis=2)
 
 
-def save_png(path, image):
-    """Writes uint8 [H,W,3]."""
-    Image.fromarray(np.asarray(image)).save(path)
-
-
 def save_mp4(path, frames, fps=10, hold=1.0):
     """Writes uint8 [n,H,W,3] as H.264 that every browser plays.
 
     Args:
-      path: file to write.
-      frames: sides are padded to even numbers.
-      fps: frames per second.
+      path: file to write. frames: sides are padded to even numbers. fps: frames per second.
       hold: seconds the last frame stays.
     """
-    import av
-
-    frames = np.asarray(frames)
-    n, height, width, _ = frames.shape
-    frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
-    with av.open(str(path), "w", options={"movflags": "faststart"}) as container:
-        stream = container.add_stream("libx264", rate=fps, options={"crf": "20"})
-        stream.height, stream.width = frames.shape[1:3]
-        stream.pix_fmt = "yuv420p"
-        for index in [*range(n), *[n - 1] * math.ceil(hold * fps)]:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frames[index], format="rgb24")))
-        container.mux(stream.encode())
-
-
-def _fit(tile, edge):
-    image = Image.fromarray(np.asarray(tile))
-    wide = round(image.width * edge / image.height)
-    # Small images are shown as the pixels they are.
-    how = Image.Resampling.NEAREST if edge > 2 * image.height else Image.Resampling.LANCZOS
-    return image.resize((wide, edge), how)
-
-
-@functools.cache
-def _font(size):
-    import matplotlib
-
-    path = f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf"  # the same on every machine
-    return ImageFont.truetype(path, size)
-
-
-def _width(text, size):
-    return math.ceil(_font(size).getlength(text))
+    held = [(0, math.ceil(hold * fps)), (0, 0), (0, 0), (0, 0)]
+    frames = np.pad(frames, held, mode="edge")
+    video_lib.write(path, frames, fps, crf="20", faststart=True, pad=True)

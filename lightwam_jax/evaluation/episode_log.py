@@ -1,6 +1,6 @@
-"""The journal of an evaluation's episodes: `worker.EpisodeResult`s, actions included.
+"""The log of an evaluation: a journal of `worker.EpisodeResult`s.
 
-So anyone can repeat the episodes without the policy.
+It holds the actions too, so that anyone can repeat the episodes without the policy.
 """
 
 from lightwam_jax.data.caches import journal
@@ -11,8 +11,7 @@ class EpisodeLog:
     """The log of one policy on one suite.
 
     Attributes:
-      records: {`EpisodeSpec`: `EpisodeResult`} of the episodes that ran, those that were there
-      before too.
+      results: {`EpisodeSpec`: `EpisodeResult`} of the episodes that ran, also before it was opened.
     """
 
     def __init__(self, path, manifest):
@@ -29,13 +28,13 @@ class EpisodeLog:
             path, manifest, "evaluate into another directory", worker.EpisodeResult.from_json
         )
         # One that could not be run is tried again.
-        self.records = {r.episode: r for r in self._journal.entries if r.error is None}
+        self.results = {r.episode: r for r in self._journal.entries if r.error is None}
 
-    def add(self, record):
-        """Appends a record; it is on its way to the disk when this returns."""
-        if record.error is None:
-            self.records[record.episode] = record
-        self._journal.add(record.to_json())
+    def add(self, result):
+        """Appends a result; it is on its way to the disk when this returns."""
+        if result.error is None:
+            self.results[result.episode] = result
+        self._journal.add(result.to_json())
 
     def close(self):
         """Closes the file, and with it the lock."""

@@ -19,35 +19,28 @@ MUJOCO = "3.3.2"  # its scripts/libero_env.full.yml
 _SOURCE = "eval_logs/summary_libero_{}.json of github.com/L1ziang/Light-WAM, b2785f6"
 
 
-def write_summaries(out, records, manifest, checkpoint):
+def write_summaries(out, results, manifest, checkpoint):
     """Writes `summary_libero_<suite>.json` as the reference does; returns the paths.
 
-    The keys and their units are the reference's, with three differences. A duration is the seconds
-    that a task's episodes spent in the simulator, without waiting for plans: many tasks run at
-    once, and none has a wall clock of its own. Episodes that could not be run count for nothing
-    and are the key "errors" where there are any. And what was made with stand-in assets says so in
-    a key "assets", since it is no LIBERO score.
+    Keys and units are the reference's, with three differences. A duration is the seconds that a
+    task's episodes spent in the simulator, without waiting for plans: many tasks run at once, and
+    none has a wall clock of its own. Episodes that could not be run count for nothing; there is a
+    key "errors" if there are any. What was made with stand-in assets says so in a key "assets",
+    because it is no LIBERO score.
 
     Args:
       out: pathlib.Path of the directory.
-      records: of the trained policy. manifest: of `report.manifest`.
+      results: `worker.EpisodeResult`s of the trained policy. manifest: of `report.manifest`.
       checkpoint: name or path of what was evaluated.
     """
     assets = (manifest.get("environment") or {}).get("assets")
     paths = []
-    for suite, tasks in _by_suite(records, manifest).items():
+    for suite, tasks in _by_suite(results, manifest).items():
         place, numbers = f"libero_{suite}", {}
         for task, played in tasks.items():
-            rate, number = report.rate(played), libero_files.tasks(suite).index(task)
-            numbers[f"{place}_{number}"] = {
-                "success_rate": 100 * rate.value if rate.episodes else None,
-                "duration": sum(record.seconds for record in played),
-                "total_episodes": rate.episodes,
-                "successes": rate.successes,
-                "task_description": libero_files.instruction(task),
-                **({"errors": rate.errors} if rate.errors else {}),
-            }
-        total = report.rate([record for played in tasks.values() for record in played])
+            number = libero_files.tasks(suite).index(task)
+            numbers[f"{place}_{number}"] = _task_numbers(task, played)
+        total = _total(tasks)
         durations = [task["duration"] for task in numbers.values()]
         content = {
             "run_id": f"{manifest['config']}_step_{manifest['step']:06d}",
@@ -76,34 +69,47 @@ def write_summaries(out, records, manifest, checkpoint):
     return paths
 
 
-def published(records, manifest):
+def _task_numbers(task, played):
+    rate = report.rate(played)
+    return {
+        "success_rate": 100 * rate.value if rate.episodes else None,
+        "duration": sum(result.seconds for result in played),
+        "total_episodes": rate.episodes,
+        "successes": rate.successes,
+        "task_description": libero_files.instruction(task),
+        **({"errors": rate.errors} if rate.errors else {}),
+    }
+
+
+def _total(tasks):
+    return report.rate([result for played in tasks.values() for result in played])
+
+
+def published(results, manifest):
     """Returns what the authors published of the suites that were evaluated.
 
     Args:
-      records: of the trained policy. manifest: of `report.manifest`.
+      results: of the trained policy. manifest: of `report.manifest`.
 
     Returns:
       {suite: {"source", "ours": `report.numbers`, "remark", and the published `report.numbers`}};
-      or {suite: {"not_comparable": [reasons]}}, without any number, where the evaluation was
-      another one. Without suites that they say nothing of.
+      or {suite: {"not_comparable": [reasons]}}, without any number, where the evaluation was made
+      otherwise. Suites of which nothing was published are left out.
     """
     found = {}
-    for suite, tasks in _by_suite(records, manifest).items():
+    for suite, tasks in _by_suite(results, manifest).items():
         if suite not in PUBLISHED:
             continue
         if reasons := _unlike(suite, tasks, manifest):
             found[suite] = {"not_comparable": reasons}
             continue
-        theirs = report.Rate(*PUBLISHED[suite], 0)
-        ours = report.rate([record for played in tasks.values() for record in played])
         version = manifest["environment"]["versions"]["mujoco"]
+        remark = f"MuJoCo {MUJOCO} there, {version} here: other pixels"
         found[suite] = {
             "source": _SOURCE.format(suite),
-            **report.numbers(theirs),
-            "ours": report.numbers(ours),
-            "remark": ""
-            if version == MUJOCO
-            else (f"MuJoCo {MUJOCO} there, {version} here: other pixels"),
+            **report.numbers(report.Rate(*PUBLISHED[suite], 0)),
+            "ours": report.numbers(_total(tasks)),
+            "remark": "" if version == MUJOCO else remark,
         }
     return found
 
@@ -115,25 +121,19 @@ def table(comparison):
         if "not_comparable" in found:
             rows.append((suite, "", "not comparable", "; ".join(found["not_comparable"])))
         else:
-            rows.append(
-                (
-                    suite,
-                    _said(found["ours"]),
-                    _said(found),
-                    "; ".join(filter(None, (found["source"], found["remark"]))),
-                )
-            )
+            notes = "; ".join(filter(None, (found["source"], found["remark"])))
+            rows.append((suite, _said(found["ours"]), _said(found), notes))
     return tuple(rows)
 
 
-def _by_suite(records, manifest):
-    """Returns {suite: {task: [record]}} of LIBERO's own suites, in the order of the records."""
+def _by_suite(results, manifest):
+    """Returns {suite: {task: [result]}} of LIBERO's own suites, in the order of the results."""
     found = {}
     if manifest.get("suite") == "libero":
-        for record in records:
-            suite = libero_files.suite_of(record.episode.task)
+        for result in results:
+            suite = libero_files.suite_of(result.episode.task)
             if suite in libero_files.SUITES:
-                found.setdefault(suite, {}).setdefault(record.episode.task, []).append(record)
+                found.setdefault(suite, {}).setdefault(result.episode.task, []).append(result)
     return found
 
 
@@ -142,14 +142,14 @@ def _unlike(suite, tasks, manifest):
     environment, protocol = manifest["environment"], libero.PROTOCOLS[PROTOCOL]
     cap = min(manifest["max_steps"], environment["protocol"]["max_steps"][suite])
     missing = len(libero_files.tasks(suite)) - len(tasks)
-    settle, replan_steps = environment["protocol"]["settle"], manifest["replan_steps"]
+    settle, replan = environment["protocol"]["settle"], manifest["replan_steps"]
     size, rendering = environment["image_size"], environment["rendering"]
     assets = environment["assets"]
     reasons = {
         f"made with {assets} assets": assets != "LIBERO",
         f"{missing} of the suite's tasks are missing": missing,
         f"{settle} steps to settle, {protocol.settle} there": settle != protocol.settle,
-        f"a plan every {replan_steps} steps, {protocol.replan_steps} there": replan_steps
+        f"a plan every {replan} steps, {protocol.replan_steps} there": replan
         != protocol.replan_steps,
         f"at most {cap} steps, {protocol.max_steps[suite]} there": cap != protocol.max_steps[suite],
         f"rendering {rendering!r}": rendering != "full",

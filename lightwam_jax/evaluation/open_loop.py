@@ -8,7 +8,6 @@ import ml_dtypes
 import numpy as np
 
 from lightwam_jax import html_report
-from lightwam_jax.evaluation import report
 from lightwam_jax.training import gripper_timing as gripper_timing_lib
 from lightwam_jax.training import validation
 
@@ -46,8 +45,8 @@ def evaluate(policy, batches):
     means = validation.mean_errors(sums) if sums else {"steps": 0}
     if not means["steps"]:
         raise ValueError(
-            "the validation split is empty, so there is nothing to evaluate: set "
-            "config.data.val_fraction, precompute --what latents again, and train"
+            "the validation split is empty: set config.data.val_fraction, "
+            "precompute --what latents again, and train"
         )
     own = len(assets.action.scale)  # a wider model has zeros behind the robot's dimensions
     means |= {name: means[name][..., :own] for name in ("l1", "mse", "l1_step_dim")}
@@ -74,22 +73,13 @@ def write(directory, errors):
     }
     (directory / "open_loop.json").write_text(json.dumps(plain, indent=2) + "\n")
     steps = np.arange(len(errors["l1_step"]))
-    report.curve_chart(
-        directory / "open_loop.png",
-        {"mean over dimensions": (steps, errors["l1_step"])},
-        "L1 error, normalised units",
-        xlabel="step of the chunk",
-    )
+    curve, unit = {"mean over dimensions": (steps, errors["l1_step"])}, "L1 error, normalised units"
+    html_report.curve_chart(directory / "open_loop.png", curve, unit, xlabel="step of the chunk")
     _heatmap(directory / "open_loop_dimensions.png", errors["l1_step_dim"], errors["l1"])
     if errors["grippers"]:
         _offsets(directory / "open_loop_gripper.png", errors["gripper_offsets"], errors["grippers"])
-    return "\n\n".join(
-        [
-            "\n".join(_dimension_table(errors)),
-            "\n".join(_step_table(errors)),
-            "\n".join(_gripper_table(errors["grippers"])),
-        ]
-    )
+    tables = (_dimension_table(errors), _step_table(errors), _gripper_table(errors["grippers"]))
+    return "\n\n".join("\n".join(table) for table in tables)
 
 
 def _dimension_table(errors):
@@ -119,11 +109,9 @@ def _gripper_table(grippers):
     columns = ("changing", "found", "offset", "offset_abs", "still", "spurious")
     yield f"{'gripper':<10}" + "".join(f"{name:>12}" for name in columns)
     for name, numbers in grippers.items():
-        cells = [numbers.get(column) for column in columns]
-        yield f"{name:<10}" + "".join(
-            f"{'-' if cell is None else cell if isinstance(cell, int) else f'{cell:.3f}':>12}"
-            for cell in cells
-        )
+        cells = (numbers.get(column, "-") for column in columns)
+        cells = (f"{cell:.3f}" if isinstance(cell, float) else cell for cell in cells)
+        yield f"{name:<10}" + "".join(f"{cell:>12}" for cell in cells)
     yield "changing, still: windows with and without a recorded change"
     yield "found, spurious: share of them where the prediction changes, alike or at all"
     yield "offset: mean steps it changes later than recorded; offset_abs: without the sign"
@@ -145,13 +133,12 @@ def _offsets(path, offsets, grippers):
     with html_report.chart(path, 9.4, 2.6 * len(grippers), rows=len(grippers)) as axes:
         for one, counts, (name, numbers) in zip(np.ravel(axes), offsets, grippers.items()):
             steps = np.arange(len(counts)) - len(counts) // 2
-            one.bar(steps, counts, width=0.85, color=report.TRAINED)
-            one.axvline(0, color=report.INK, lw=1)
-            missed = numbers["changing"] - counts.sum()
-            one.set_title(
-                f"gripper {name}: {numbers['changing']} recorded changes, "
-                f"{missed:.0f} without their like in the prediction",
-                fontsize=9,
+            one.bar(steps, counts, width=0.85, color=html_report.BLUE)
+            one.axvline(0, color=html_report.INK, lw=1)
+            changes = numbers["changing"]
+            title = (
+                f"gripper {name}: {changes} recorded changes, {changes - counts.sum():.0f} missed"
             )
+            one.set_title(f"{title} by the prediction", fontsize=9)
             one.set_xlabel("steps the predicted change comes later than the recorded one")
             one.set_ylabel("windows")

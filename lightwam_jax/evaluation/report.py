@@ -6,23 +6,26 @@ Every success rate carries its Wilson interval, and every result a manifest of w
 import dataclasses
 import hashlib
 import importlib.metadata
-import itertools
 import json
-import math
 import pathlib
 import platform
 import subprocess
 
 import numpy as np
+import scipy.stats
 
 from lightwam_jax import html_report
-from lightwam_jax.html_report import INK
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "mujoco")
+_LEVEL = 0.9500042097035593  # 1.96 standard deviations
+TRAINED, UNTRAINED, EXPERT = html_report.BLUE, html_report.GREY, html_report.GREEN
 
 
-def wilson_interval(successes, n, z=1.96):
-    """Returns (low, high), the Wilson score interval of a success rate; (0, 1) when n is 0.
+# ---- success rates -------------------------------------------------------------------------------
+
+
+def wilson_interval(successes, n):
+    """Returns (low, high), the 95 % Wilson interval of a success rate; (0, 1) when n is 0.
 
     Raises:
       ValueError: counts that contradict each other.
@@ -31,11 +34,9 @@ def wilson_interval(successes, n, z=1.96):
         raise ValueError(f"{successes} successes in {n} episodes; expected 0 <= successes <= n")
     if n == 0:
         return 0.0, 1.0
-    rate = successes / n
-    centre = (rate + z * z / (2 * n)) / (1 + z * z / n)
-    half = z * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    # Both ends are exact there; rounding would leave 0.9999999999999999.
-    return (0.0 if successes == 0 else centre - half), (1.0 if successes == n else centre + half)
+    test = scipy.stats.binomtest(successes, n)
+    low, high = test.proportion_ci(confidence_level=_LEVEL, method="wilson")
+    return float(low), float(high)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,27 +83,31 @@ def brief(r):
     return f"{share}{r.successes} of {r.episodes}{errors}"
 
 
-def rate(records):
-    """Returns the `Rate` of rollout records."""
-    outcomes = [record.success for record in records]
+def rate(results):
+    """Returns the `Rate` of `worker.EpisodeResult`s."""
+    outcomes = [result.success for result in results]
     return Rate(outcomes.count(True), len(outcomes) - outcomes.count(None), outcomes.count(None))
 
 
-def by_task(records):
+def by_task(results):
     """Returns {task: `Rate`}, in the order of first use."""
     tasks = {}
-    for record in records:
-        tasks.setdefault(record.episode.task, []).append(record)
+    for result in results:
+        tasks.setdefault(result.episode.task, []).append(result)
     return {task: rate(played) for task, played in tasks.items()}
 
 
-def by_group(records, groups):
+def by_group(results, groups):
     """Returns {name: `Rate`} of groups {name: [tasks]}, without those that nobody played."""
-    found = {
-        name: [record for record in records if record.episode.task in tasks]
-        for name, tasks in ((name, {*tasks}) for name, tasks in groups.items())
-    }
-    return {name: rate(played) for name, played in found.items() if played}
+    found = {}
+    for name, tasks in groups.items():
+        tasks = frozenset(tasks)  # there may be thousands
+        if played := [result for result in results if result.episode.task in tasks]:
+            found[name] = rate(played)
+    return found
+
+
+# ---- summary and manifest ------------------------------------------------------------------------
 
 
 def write_summary(
@@ -113,36 +118,32 @@ def write_summary(
     Args:
       path: file to write.
       trained, untrained: `Rate`s over the same episodes.
-      expert: that of the scripted expert, over those of them whose task has one; None where none
-        has, and then the summary has no key for it.
-      seconds: wall clock of the whole pipeline.
-      manifest: of `manifest(...)`.
-      tasks: {"trained", "untrained" and perhaps "expert": {task: `Rate`}}.
-      groups: likewise, for groups of tasks.
-      published: of `reference.published`.
+      expert: that of the scripted expert over the episodes of tasks that have one; None where
+        none has, and then the summary has no key for it.
+      seconds: wall clock of the whole pipeline. manifest: of `manifest(...)`.
+      tasks: {"trained", "untrained" and perhaps "expert": {task: `Rate`}}. groups: likewise, of
+        groups of tasks. published: of `libero_published.published`.
     """
     summary = {
         "success_rate": trained.value,
         "interval": list(trained.interval),
         "untrained_success_rate": untrained.value,
         "untrained_interval": list(untrained.interval),
-        **(
-            {}
-            if expert is None
-            else {
-                "expert_success_rate": expert.value,
-                "expert_interval": list(expert.interval),
-                "expert_episodes": expert.episodes,
-            }
-        ),
+    }
+    if expert is not None:
+        summary["expert_success_rate"] = expert.value
+        summary["expert_interval"] = list(expert.interval)
+        summary["expert_episodes"] = expert.episodes
+    summary |= {
         "episodes": trained.episodes,
         "errors": trained.errors,
         "seconds": round(seconds, 1),
-        **({"published": published} if published else {}),
-        **({"groups": _turned(groups)} if groups and groups["trained"] else {}),
-        "tasks": _turned(tasks or {}),
-        "manifest": manifest,
     }
+    if published:
+        summary["published"] = published
+    if groups and groups["trained"]:
+        summary["groups"] = _turned(groups)
+    summary |= {"tasks": _turned(tasks or {}), "manifest": manifest}
     pathlib.Path(path).write_text(json.dumps(summary, indent=2) + "\n")
     return summary
 
@@ -156,38 +157,25 @@ def _turned(rates):
     return found
 
 
-def manifest(config, step, weights, device, setup=None, environment=None, driver=None):
+def manifest(config, step, weights, device, suite_run=None, environment=None, driver=None):
     """Returns what has to be equal for two results to be comparable, and where they come from.
 
     Args:
-      config: `Config`.
-      step: of the checkpoint.
-      weights: `weights_hash` of the parameters.
-      device: description of the accelerator.
-      setup: `suites.Setup`. environment: of `rollout.describe`.
-      driver: of `gpu_driver`.
+      config: `Config`. step: of the checkpoint. weights: `weights_hash` of the parameters.
+      device: description of the accelerator. driver: of `gpu_driver`.
+      suite_run: `suites.SuiteRun`. environment: of `rollout.describe`.
     """
-    e = config.evaluation
-    suite = (
-        {}
-        if setup is None
-        else {
-            "suite": setup.suite,
-            "tasks": setup.tasks,
-            "env": dataclasses.asdict(setup.env),
-            "initial_states": sorted({episode.init for episode in setup.episodes}),
-            "demonstrated_seeds": setup.demonstrated,
+    e, found = config.evaluation, {}
+    if suite_run is not None:
+        found = {
+            "suite": suite_run.suite,
+            "tasks": suite_run.tasks,
+            "env": dataclasses.asdict(suite_run.env),
+            "initial_states": sorted({episode.init for episode in suite_run.episodes}),
+            "demonstrated_seeds": suite_run.demonstrated,
             "environment": environment,
         }
-    )
-    packages = {}
-    for name in PACKAGES:
-        try:
-            packages[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            packages[name] = "not installed"
-    return {
-        **suite,
+    return found | {
         "config": config.name,
         "model": config.model.variant,
         "step": step,
@@ -202,22 +190,20 @@ def manifest(config, step, weights, device, setup=None, environment=None, driver
         "commit": _commit(),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": packages,
+        "packages": {name: _version(name) for name in PACKAGES},
     }
 
 
-# Of a manifest: what decides how an episode goes, beside the policy.
-DECISIVE = (
-    "suite",
-    "env",
-    "environment",
-    "replan_steps",
-    "max_steps",
-    "batch",
-    "device",
-    "driver",
-    "packages",
-)
+def _version(package):
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+# Keys of a manifest that decide how an episode goes, beside the policy.
+_MACHINE = ("device", "driver", "packages")
+DECISIVE = ("suite", "env", "environment", "replan_steps", "max_steps", "batch", *_MACHINE)
 
 
 def log_manifest(manifest, policy):
@@ -256,15 +242,10 @@ def weights_hash(leaves):
 
 def _commit():
     """The commit of the source tree, "+" when it has changes; None outside a repository."""
+    how = dict(cwd=pathlib.Path(__file__).parents[2], capture_output=True, text=True, check=True)
 
     def git(*arguments):
-        return subprocess.run(
-            ["git", *arguments],
-            cwd=pathlib.Path(__file__).parents[2],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout.strip()
+        return subprocess.run(["git", *arguments], **how).stdout.strip()
 
     try:
         changed = git("status", "--porcelain", "--untracked-files=no")
@@ -273,10 +254,7 @@ def _commit():
         return None
 
 
-# ---- charts ------------------------------------------------------------------------------------
-
-TRAINED, UNTRAINED, EXPERT = "#2563eb", "#a3adba", "#2f9e6e"
-COLOURS = (TRAINED, "#d97706", EXPERT, "#9333ea", "#dc2626", "#0891b2", INK, UNTRAINED)
+# ---- what the report shows -----------------------------------------------------------------------
 
 
 def success_chart(path, rates):
@@ -290,18 +268,11 @@ def success_chart(path, rates):
         for row, (r, colour) in enumerate(zip(rates.values(), (TRAINED, UNTRAINED, EXPERT))):
             low, high = (100 * bound for bound in r.interval)
             axes.barh(row, 100 * r.value, color=colour, height=0.56)
-            axes.plot([low, high], [row, row], color=INK, lw=1.3)
+            axes.plot([low, high], [row, row], color=html_report.INK, lw=1.3)
             for end in (low, high):
-                axes.plot([end, end], [row - 0.12, row + 0.12], color=INK, lw=1.3)
-            axes.text(
-                103,
-                row,
-                f"{100 * r.value:.0f} %",
-                va="center",
-                color=INK,
-                fontsize=12,
-                fontweight="bold",
-            )
+                axes.plot([end, end], [row - 0.12, row + 0.12], color=html_report.INK, lw=1.3)
+            bold = {"fontsize": 12, "fontweight": "bold", "color": html_report.INK}
+            axes.text(103, row, f"{100 * r.value:.0f} %", va="center", **bold)
         axes.set_yticks(range(len(rates)), rates, fontsize=11)
         axes.invert_yaxis()
         axes.set_xlim(0, 112)
@@ -309,28 +280,3 @@ def success_chart(path, rates):
         axes.set_xlabel("episodes solved, %; the line is the 95 % Wilson interval")
         axes.spines["left"].set_visible(False)
         axes.tick_params(axis="y", length=0)
-
-
-def curve_chart(path, series, ylabel, log=False, xlabel="training step", width=6.4):
-    """Writes a PNG of curves.
-
-    Args:
-      path: file to write.
-      series: {label: (x [n], values [n])}.
-      ylabel, xlabel: with their units. log: logarithmic values. width: inches.
-    """
-    from matplotlib import ticker
-
-    with html_report.chart(path, width, 3.0) as axes:
-        for (label, (x, values)), colour in zip(series.items(), itertools.cycle(COLOURS)):
-            few = {"marker": "o", "ms": 3} if len(x) < 30 else {}
-            axes.plot(x, values, label=label, color=colour, lw=1.5, **few)
-        if log:
-            axes.set_yscale("log")
-            axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
-            axes.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
-            axes.yaxis.set_minor_formatter(ticker.NullFormatter())
-        axes.set_xlabel(xlabel)
-        axes.set_ylabel(ylabel)
-        axes.grid(axis="y", color="#e6e9ee", lw=0.8)
-        axes.legend(frameon=False, fontsize=9, ncols=2 if len(series) > 4 else 1)

@@ -1,15 +1,14 @@
-"""Closed-loop evaluation: one batched policy in this process, N simulator processes beside it.
+"""Runs episodes: one batched policy in this process, N simulator processes beside it.
 
-Episodes are a queue, each run exactly once. `config.batch` environments are open at any
-time, spread over `config.workers` spawned processes. Whoever needs a plan waits until all others
-need one too; then one batch of exactly `config.batch` rows is computed, padded when fewer episodes
-are left. So the same compiled function makes every plan, and what happens in an episode depends
-neither on the number of workers nor on its neighbours.
+Episodes are a queue, each run exactly once. `config.batch` environments are open at any time,
+spread over `config.workers` spawned processes. Whoever needs a plan waits until all others need one
+too. Then one batch of exactly `config.batch` rows is computed, padded when fewer episodes are left.
+So the same compiled function makes every plan, and what happens in an episode depends neither on
+the number of workers nor on the other episodes.
 
-An episode that crashes its environment or its process is tried once more and then recorded as an
-error, never as a failure of the policy. What an environment has to provide:
-`evaluation/worker.py`. With a log (`episode_log.py`) an evaluation that was killed continues where
-it was.
+An episode that crashes its environment or its process is tried once more and then counted as an
+error, never as a failure of the policy. With a log (`episode_log.py`) an evaluation that was killed
+continues where it was. What an environment has to provide: `envs/base.py`.
 """
 
 import collections
@@ -32,30 +31,18 @@ START_TIMEOUT = 600.0  # seconds a process may take to start: imports, on an ove
 _CONTEXT = multiprocessing.get_context("spawn")  # forking once jax has threads can deadlock
 
 
-def run(
-    policy_act,
-    env,
-    episodes,
-    config,
-    log_path=None,
-    manifest=None,
-    label="policy",
-    expert=False,
-    timeout=120.0,
-):
+def run(act, env, episodes, config, log_path=None, manifest=None, label="policy", timeout=120.0):
     """Runs every episode once and returns the `worker.EpisodeResult`s in the order of `episodes`.
 
     Args:
-      policy_act: (images {camera: uint8 [B,H,W,3]}, state [B,P], prompts) -> actions [B,T,A], with
-        B = config.batch at every call; None when `expert` is set.
-      env: `base.EnvSpec`.
-      episodes: distinct `base.EpisodeSpec`s.
+      act: (images {camera: uint8 [B,H,W,3]}, state [B,P], prompts) -> actions [B,T,A], with
+        B = config.batch at every call; None: `env.expert_action()` acts, inside the workers.
+      env: `base.EnvSpec`. episodes: distinct `base.EpisodeSpec`s.
       config: `EvaluationConfig` (replan_steps, max_steps, workers, batch).
-      log_path: file that gets each record as it comes. Episodes that it has already are not run
+      log_path: file that gets each result as it comes. Episodes that it has already are not run
         again, but for those that could not be run.
       manifest: what decides the results, JSON-able; a log with another one is refused.
       label: shown by the progress bar.
-      expert: let `env.expert_action()` act, inside the workers.
       timeout: seconds a worker may be silent before it counts as hung.
 
     Raises:
@@ -66,33 +53,32 @@ def run(
     episodes = list(episodes)
     if repeated := len(episodes) - len(set(episodes)):
         raise ValueError(f"each episode is run once; {repeated} of {len(episodes)} are repeated")
-    with contextlib.ExitStack() as stack:
-        log = None
-        if log_path is not None:
-            log = episode_log.EpisodeLog(log_path, manifest or {})
-            stack.callback(log.close)
-        records = {e: log.records[e] for e in episodes if e in log.records} if log else {}
-        progress = stack.enter_context(_Progress(label, len(episodes)))
-        for record in records.values():
-            progress.add(record)
-        todo = [episode for episode in episodes if episode not in records]
+    with contextlib.ExitStack() as contexts:
+        log = episode_log.EpisodeLog(log_path, manifest or {}) if log_path is not None else None
+        if log:
+            contexts.callback(log.close)
+        results = {e: log.results[e] for e in episodes if e in log.results} if log else {}
+        progress = contexts.enter_context(_Progress(label, len(episodes)))
+        for result in results.values():
+            progress.add(result)
+        todo = [episode for episode in episodes if episode not in results]
         if todo:
-            engine = stack.enter_context(_Engine(env, todo, config, expert, timeout))
-        while len(records) < len(episodes):
-            for record in engine.collect():
-                records[record.episode] = record
+            engine = contexts.enter_context(_Engine(env, todo, config, act is None, timeout))
+        while len(results) < len(episodes):
+            for result in engine.collect():
+                results[result.episode] = result
                 if log:
-                    log.add(record)
-                progress.add(record)
+                    log.add(result)
+                progress.add(result)
             if slots := engine.due():
-                batch = _stack([slot.observation for slot in slots], config.batch)
-                engine.plan(slots, policy_act(*batch))
-    if all(record.error for record in records.values()):
+                batch = stack([slot.observation for slot in slots], config.batch)
+                engine.plan(slots, act(*batch))
+    if all(result.error for result in results.values()):
+        first = results[episodes[0]].error
         raise RuntimeError(
-            f"none of the {len(episodes)} episodes could be run; the first error:\n"
-            f"{records[episodes[0]].error}"
+            f"none of the {len(episodes)} episodes could be run; the first error:\n{first}"
         )
-    return [records[episode] for episode in episodes]
+    return [results[episode] for episode in episodes]
 
 
 def describe(env, episode):
@@ -101,12 +87,12 @@ def describe(env, episode):
         return pool.apply(worker_lib.describe, (env, episode))
 
 
-def replay(env, records, every, size, replan_steps):
-    """Returns `worker.replay` of each record, several processes at a time."""
-    if not records:
+def replay(env, results, every, size, replan_steps):
+    """Returns `worker.replay` of each result, several processes at a time."""
+    if not results:
         return []
-    with _CONTEXT.Pool(min(len(records), multiprocessing.cpu_count())) as pool:
-        jobs = [(env, record, every, size, replan_steps) for record in records]
+    with _CONTEXT.Pool(min(len(results), multiprocessing.cpu_count())) as pool:
+        jobs = [(env, result, every, size, replan_steps) for result in results]
         return pool.starmap(worker_lib.replay, jobs, chunksize=1)
 
 
@@ -174,7 +160,7 @@ class _Engine:
             worker.stop()
 
     def collect(self):
-        """Hands out episodes, waits for news, and returns the records that are final."""
+        """Hands out episodes, waits for news, and returns the results that are final."""
         for slot in self._slots:
             if slot.episode is None and self._queue:
                 slot.episode, slot.attempt = self._queue.popleft()
@@ -219,17 +205,18 @@ class _Engine:
         return max(self._timeout, START_TIMEOUT) if worker.pending[0] is None else self._timeout
 
     def _receive(self, slot, kind, payload):
-        if kind == "ready":
-            return []
-        if kind == "observation":
-            slot.observation = payload
-            return []
+        """Takes the answer of a worker; returns the results that it makes final."""
         if kind == "error":
             return self._failed(slot, payload)
-        slot.episode = None
-        return [payload]
+        if kind == "result":
+            slot.episode = None
+            return [payload]
+        if kind == "observation":  # else: "ready"
+            slot.observation = payload
+        return []
 
     def _restart(self, worker, reason):
+        """Replaces a dead or hung process; its other episodes begin again without losing a try."""
         guilty = worker.pending[0]
         if guilty is None:
             raise RuntimeError(
@@ -244,6 +231,7 @@ class _Engine:
         return self._failed(guilty, reason)
 
     def _failed(self, slot, reason):
+        """Queues the slot's episode once more, or returns its result as one that could not run."""
         episode, slot.episode, slot.observation = slot.episode, None, None
         if slot.attempt < ATTEMPTS:
             self._queue.append((episode, slot.attempt + 1))
@@ -256,13 +244,9 @@ class _Progress:
 
     def __init__(self, label, total):
         self._counts = collections.Counter()
-        self._bar = tqdm.tqdm(
-            total=total,
-            desc=f"{label:<10}",
-            unit="episode",
-            dynamic_ncols=True,
-            mininterval=0.2 if sys.stderr.isatty() else 30.0,
-        )
+        every = 0.2 if sys.stderr.isatty() else 30.0  # seconds
+        look = dict(desc=f"{label:<10}", unit="episode", dynamic_ncols=True, mininterval=every)
+        self._bar = tqdm.tqdm(total=total, **look)
 
     def __enter__(self):
         return self
@@ -270,16 +254,19 @@ class _Progress:
     def __exit__(self, *exc_info):
         self._bar.close()
 
-    def add(self, record):
-        self._counts[record.success] += 1
+    def add(self, result):
+        self._counts[result.success] += 1
         ran = self._counts[True] + self._counts[False]
         errors = f", {self._counts[None]} errors" if self._counts[None] else ""
         self._bar.set_postfix_str(f"success {self._counts[True]}/{ran}{errors}", refresh=False)
         self._bar.update()
 
 
-def _stack(observations, rows):
-    """Batches observations; repeats the first to fill `rows` (rows do not see each other)."""
+def stack(observations, rows):
+    """Returns (images, state, prompts) of observations, a batch that `act` takes.
+
+    The first is repeated to fill `rows`; rows do not see each other.
+    """
     filled = observations + observations[:1] * (rows - len(observations))
     images = {c: np.stack([o["images"][c] for o in filled]) for c in filled[0]["images"]}
     state = np.stack([o["state"] for o in filled]).astype(np.float32)

@@ -10,18 +10,17 @@ from lightwam_jax.envs import base as envs_base
 
 
 @dataclasses.dataclass(frozen=True)
-class Setup:
-    """A suite ready to run.
+class SuiteRun:
+    """What is to be run: the episodes of a suite, and all that is known about them.
 
     Attributes:
-      suite: of `envs.SUITES`.
-      env: `base.EnvSpec`.
+      suite: of `envs.SUITES`. env: `base.EnvSpec`.
       episodes: `base.EpisodeSpec`s, those of a task side by side.
       fps: control steps per second.
-      demonstrated: {task: [(first seed, number of seeds)]} that demonstrations were made from;
-        None where that is not known.
+      demonstrated: {task: [(first seed, number of seeds)]} of the demonstrations; None where that
+        is not known.
       expert_tasks: those of `tasks` that have a scripted expert.
-      groups: {name: [tasks]} that have rates of their own, if there are several.
+      groups: {name: [tasks]} that get success rates of their own, if there are several.
     """
 
     suite: str
@@ -39,7 +38,7 @@ class Setup:
 
 
 def of_config(config, suite):
-    """Returns the `Setup` of a policy's config.
+    """Returns the `SuiteRun` of a policy's config.
 
     Args:
       config: `Config`. suite: of `envs.SUITES`.
@@ -67,18 +66,13 @@ def of_config(config, suite):
     names = list(dict.fromkeys(episode.task for episode in episodes))
     experts = tuple(filter(getattr(module, "has_expert", lambda task: True), names))
     groups = getattr(module, "groups", lambda tasks: {})(names)
-    return Setup(
-        suite,
-        envs.spec(suite, **e.env),
-        tuple(episodes),
-        module.FPS,
-        demonstrated,
-        experts,
-        groups if len(groups) > 1 else {},
-    )
+    groups = groups if len(groups) > 1 else {}
+    env = envs.spec(suite, **e.env)
+    return SuiteRun(suite, env, tuple(episodes), module.FPS, demonstrated, experts, groups)
 
 
 def _demonstrated(config):
+    """Returns `SuiteRun.demonstrated`, from what the recorder wrote beside the episodes."""
     found = {}
     for directory in episodes_lib.directories(config.data.path):
         file = pathlib.Path(directory, "meta", "recording.json")

@@ -1,6 +1,6 @@
 """What runs inside a simulator process: environments and the episodes in them. Never imports jax.
 
-What an environment provides: `envs/base.py`.
+What an environment has to provide: `envs/base.py`.
 """
 
 import base64
@@ -37,24 +37,21 @@ class EpisodeResult:
     actions: np.ndarray = dataclasses.field(repr=False, compare=False)
 
     def to_json(self):
-        """Returns the record as a plain dict; the actions are base64 of little-endian float32."""
+        """Returns it as a plain dict; the actions are base64 of little-endian float32."""
         names = ("success", "steps", "prompt", "error", "seconds", "checksum")
+        values = self.episode.to_json() | {name: getattr(self, name) for name in names}
         actions = base64.b64encode(self.actions.astype("<f4").tobytes()).decode()
-        return {
-            **self.episode.to_json(),
-            **{name: getattr(self, name) for name in names},
-            "actions": actions,
-        }
+        return values | {"actions": actions}
 
     @classmethod
     def from_json(cls, content):
-        """Returns the record that `to_json` wrote; ValueError if it was damaged since."""
+        """Returns the result that `to_json` wrote; ValueError if it was damaged since."""
         try:
             values = {f.name: content[f.name] for f in dataclasses.fields(cls)[1:]}
             raw = base64.b64decode(values["actions"])
             episode, steps = envs_base.EpisodeSpec.from_json(content), values["steps"]
         except (KeyError, TypeError) as error:
-            raise ValueError(f"no record of an episode: {error}") from error
+            raise ValueError(f"no result of an episode: {error}") from error
         if zlib.crc32(raw) != values["checksum"]:
             raise ValueError(f"the actions of episode {episode.key} do not fit their checksum")
         actions = np.frombuffer(raw, "<f4").astype(np.float32)
@@ -71,7 +68,7 @@ def serve(pipe, spec, replan_steps, max_steps, expert):
 
     Says ("ready", None, None) first. Messages in: ("start", slot, `EpisodeSpec`) and ("plan", slot,
     chunk [T,A]). Each is answered with ("observation", slot, observation) when the episode needs a
-    plan, ("record", slot, `EpisodeResult`) when it is over, or ("error", slot, traceback).
+    plan, ("result", slot, `EpisodeResult`) when it is over, or ("error", slot, traceback).
     """
     envs, episodes = {}, {}
     pipe.send(("ready", None, None))
@@ -88,7 +85,7 @@ def serve(pipe, spec, replan_steps, max_steps, expert):
                 payload = None
             reply = ("observation", slot, episodes[slot].send(payload))
         except StopIteration as end:
-            reply = ("record", slot, end.value)
+            reply = ("result", slot, end.value)
         except Exception:  # an error of this episode; the others of this process go on
             reply = ("error", slot, traceback.format_exc())
             envs.pop(slot, None)  # its state is unknown: the next episode gets a new one
@@ -96,11 +93,11 @@ def serve(pipe, spec, replan_steps, max_steps, expert):
 
 
 def play(env, episode, replan_steps, max_steps, expert=False):
-    """Generator: yields an observation, is sent a chunk [T,A], ..., returns a `EpisodeResult`."""
+    """Generator: yields an observation, is sent a chunk [T,A], ..., returns an `EpisodeResult`."""
     began, waited = time.monotonic(), 0.0
     observation = env.reset(episode)
-    prompt = observation["prompt"]
-    queue, executed, success, done = chunking.ChunkQueue(replan_steps), [], False, False
+    prompt, queue, executed = observation["prompt"], chunking.ChunkQueue(replan_steps), []
+    success = done = False
     while not done and len(executed) < max_steps:
         if expert:
             action = env.expert_action()
@@ -113,17 +110,10 @@ def play(env, episode, replan_steps, max_steps, expert=False):
             action = queue.pop()
         executed.append(np.asarray(action, np.float32))
         _, success, done = env.step(executed[-1])
-    actions = np.stack(executed)
-    return EpisodeResult(
-        episode,
-        bool(success),
-        len(executed),
-        prompt,
-        None,
-        time.monotonic() - began - waited,
-        zlib.crc32(actions.tobytes()),
-        actions,
-    )
+    actions, seconds = np.stack(executed), time.monotonic() - began - waited
+    checksum = zlib.crc32(actions.tobytes())
+    success, steps = bool(success), len(executed)
+    return EpisodeResult(episode, success, steps, prompt, None, seconds, checksum, actions)
 
 
 def describe(spec, episode):
@@ -141,11 +131,11 @@ def describe(spec, episode):
     return {**own, "reset_frame": {"episode": episode.key, "sha256": digest.hexdigest()[:16]}}
 
 
-def replay(spec, record, every, size, replan_steps):
-    """Repeats a recorded episode and takes its images.
+def replay(spec, result, every, size, replan_steps):
+    """Repeats an episode that ran and takes its images.
 
     Args:
-      spec: `EnvSpec`. record: `EpisodeResult` that ran.
+      spec: `EnvSpec`. result: its `EpisodeResult`.
       every: steps between two images. size: their edge in pixels.
       replan_steps: steps between two observations.
 
@@ -154,26 +144,26 @@ def replay(spec, record, every, size, replan_steps):
       policy saw at each plan, "plan_steps": [m]}; the last frame shows the end.
 
     Raises:
-      RuntimeError: the episode ended otherwise than it was recorded.
+      RuntimeError: the episode ended otherwise than it did before.
     """
     env = spec.make()
-    cameras = list(env.reset(record.episode)["images"])
-    frame_steps = sorted({*range(0, record.steps, every), record.steps})
-    plan_steps = list(range(0, record.steps, replan_steps))
+    cameras = list(env.reset(result.episode)["images"])
+    frame_steps = sorted({*range(0, result.steps, every), result.steps})
+    plan_steps = list(range(0, result.steps, replan_steps))
     frames, observations, success = {camera: [] for camera in cameras}, [], False
-    for step in range(record.steps + 1):
+    for step in range(result.steps + 1):
         if step in frame_steps:
             for camera in cameras:
                 frames[camera].append(env.image(camera, size))
         if step in plan_steps:
             observations.append(env.observe())
-        if step < record.steps:
-            _, success, _ = env.step(record.actions[step])
-    if bool(success) != record.success:
+        if step < result.steps:
+            _, success, _ = env.step(result.actions[step])
+    if bool(success) != result.success:
         raise RuntimeError(
-            f"episode {record.episode.key} ended with success={record.success} and, repeated with "
-            f"the same actions, with {bool(success)}; an environment must be a function of episode "
-            "and actions"
+            f"episode {result.episode.key} ended with success={result.success} and, repeated with "
+            f"the same actions, with {bool(success)}: episode and actions have to decide "
+            "everything that happens in an environment"
         )
     return {
         "frames": {camera: np.stack(images) for camera, images in frames.items()},

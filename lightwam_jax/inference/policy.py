@@ -4,8 +4,8 @@
     actions = policy.act({"scene": images, "wrist": images}, state, ["put the red ..."] * B)
 
 From canvas and state to actions is one pure jitted function with the weights as arguments. Around
-it: camera layout, a text cache per instruction, and padding of the batch to a few fixed sizes, so
-that nothing is ever compiled in the middle of an episode.
+it: camera layout, a cache of encoded instructions, and padding of the batch to a few fixed sizes,
+so that nothing is compiled in the middle of an episode.
 """
 
 import copy
@@ -29,7 +29,7 @@ from lightwam_jax.encoders import text as text_lib
 from lightwam_jax.inference import deploy as deploy_lib
 from lightwam_jax.models import lightwam
 
-BUCKETS = (1, 2, 4, 8, 16, 32, 64)  # batch sizes that are ever compiled
+PADDED_SIZES = (1, 2, 4, 8, 16, 32, 64)  # batch sizes that are ever compiled
 _CACHE_DTYPE = ml_dtypes.bfloat16  # of latents and text in the caches: act on what training saw
 
 
@@ -75,8 +75,8 @@ class Policy:
         stored = checkpoint.load_params(directory)
         if stored.config is None or stored.assets is None:
             raise ValueError(
-                f"{stored.path} holds parameters only; expected a checkpoint of "
-                "train.py, with config and assets"
+                f"{stored.path} holds parameters only; expected a checkpoint of train.py, with "
+                "config and assets"
             )
         config = config_lib.of_embodiment(stored.config, embodiment)
         if text_weights:
@@ -93,15 +93,9 @@ class Policy:
         """Returns a policy of the same config and assets with freshly initialised parameters."""
         self._need_whole_model()
         fresh = self._initialise(jax.random.key(seed))
+        like = lambda new, old: jax.device_put(new.astype(old.dtype), old.sharding)
         other = copy.copy(self)  # shares what is compiled already
-        other.step, other.params = (
-            None,
-            jax.tree.map(
-                lambda new, old: jax.device_put(new.astype(old.dtype), old.sharding),
-                fresh,
-                self.params,
-            ),
-        )
+        other.step, other.params = None, jax.tree.map(like, fresh, self.params)
         return other
 
     @property
@@ -113,10 +107,9 @@ class Policy:
         """Plans one action chunk per row.
 
         Args:
-          images: {camera: uint8 [B,h,w,3]}: all of config.data.cameras, as the robot gives them;
-            turned, resized and laid out as the images of the training were.
-          state: float [B,P], physical units.
-          prompts: B instructions.
+          images: {camera: uint8 [B,h,w,3]}: all of config.data.cameras, as the robot gives them.
+            They are turned, resized and laid out as the images of the training were.
+          state: float [B,P], physical units. prompts: B instructions.
           return_taps: also return the attention of the learned queries.
 
         Returns:
@@ -129,17 +122,17 @@ class Policy:
         """
         canvas, state = self._check(images, state, prompts)
         parts = []
-        for start in range(0, len(canvas), BUCKETS[-1]):
-            rows = slice(start, start + BUCKETS[-1])
+        for start in range(0, len(canvas), PADDED_SIZES[-1]):
+            rows = slice(start, start + PADDED_SIZES[-1])
             parts.append(self._act_padded(canvas[rows], state[rows], prompts[rows]))
-        actions = np.concatenate([part[0] for part in parts])
+        actions, taps = zip(*parts)
         if not return_taps:
-            return actions
-        taps = dict(parts[0][1])
-        for name in taps:
+            return np.concatenate(actions)
+        joined = {name: np.asarray(tap) for name, tap in taps[0].items()}
+        for name in joined:
             if name.startswith("attention_"):
-                taps[name] = np.concatenate([part[1][name] for part in parts])[: len(canvas)]
-        return actions, {name: np.asarray(tap) for name, tap in taps.items()}
+                joined[name] = np.concatenate([part[name] for part in taps])[: len(canvas)]
+        return np.concatenate(actions), joined
 
     def predict_video(self, images, state, prompts, seed=0, steps=10, resolution="pooled"):
         """Imagines the frames of the window that starts with this observation.
@@ -158,23 +151,14 @@ class Policy:
             raise ValueError(f"resolution is {resolution!r}; expected 'pooled' or 'full'")
         self._need_whole_model()
         canvas, state = self._check(images, state, prompts)
-        rows = _padded_size(len(canvas))
-        latents = self._imagine(
-            self.params,
-            self.assets.codec.arrays,
-            _pad(canvas, rows),
-            *self._text(prompts, rows),
-            _pad(state, rows),
-            jax.random.key(seed),
-            steps=steps,
-            full=resolution == "full",
-        )
+        inputs, key = self._padded(canvas, state, prompts), jax.random.key(seed)
+        latents = self._imagine(*inputs, key, steps=steps, full=resolution == "full")
         return self.assets.codec.decode(np.asarray(latents)[: len(canvas)])
 
     def warm_up(self, batch_sizes=(1,)):
-        """Compiles the action pass for the padded sizes of `batch_sizes`, before anything waits.
+        """Compiles the action pass for the padded batch sizes of `batch_sizes`.
 
-        From the canvas on: it is the same whatever the size of the cameras' images.
+        What is compiled begins with the canvas: the size of the cameras' images does not matter.
         """
         for n in sorted({_padded_size(size) for size in batch_sizes}):
             canvas = np.zeros((n, *self.config.data.canvas, 3), np.float32)
@@ -189,13 +173,12 @@ class Policy:
 
     def _action_pass(self, params, codec, canvas, context, mask, state):
         self._traced.append(len(canvas))
-        inputs = self._inputs(codec, canvas, context, state)
-        actions, taps = self.model.apply(
-            {"params": params},
-            *inputs,
+        inputs, horizon = (
+            self._inputs(codec, canvas, context, state),
             self.config.data.action_horizon,
-            self._mask(mask),
-            method="act",
+        )
+        actions, taps = self.model.apply(
+            {"params": params}, *inputs, horizon, self._mask(mask), method="act"
         )
         shown = ("attention_", "query_importance_")
         taps = {name: tap for name, tap in taps.items() if name.startswith(shown)}
@@ -203,24 +186,14 @@ class Policy:
         return self._transform.inverse(actions, state), taps
 
     def _video_pass(self, params, codec, canvas, context, mask, state, key, steps, full):
-        loss = self.config.loss
+        loss, frames = self.config.loss, self.config.data.latent_frames
         first, context, proprio = self._inputs(codec, canvas, context, state)
         if not full:
             first = lightwam.pool_latents(first, loss.downsample)
-        frames = self.config.data.latent_frames
         noise = jax.random.normal(key, (first.shape[0], frames, *first.shape[2:]))
-        x, _ = self.model.apply(
-            {"params": params},
-            first,
-            noise,
-            context,
-            proprio,
-            self._mask(mask),
-            steps,
-            loss.shift,
-            loss.downsample if full else 1,
-            method="denoise",
-        )
+        arguments = (first, noise, context, proprio, self._mask(mask))
+        solver = (steps, loss.shift, loss.downsample if full else 1)
+        x, _ = self.model.apply({"params": params}, *arguments, *solver, method="denoise")
         return x.at[:, 1:].add(first) if loss.residual_target else x
 
     def _inputs(self, codec, canvas, context, state):
@@ -236,15 +209,14 @@ class Policy:
     # ---- around them ---------------------------------------------------------------------------
 
     def _act_padded(self, canvas, state, prompts):
-        rows = _padded_size(len(canvas))
-        actions, taps = self._act(
-            self.params,
-            self.assets.codec.arrays,
-            _pad(canvas, rows),
-            *self._text(prompts, rows),
-            _pad(state, rows),
-        )
+        actions, taps = self._act(*self._padded(canvas, state, prompts))
         return np.asarray(actions, np.float32)[: len(canvas)], taps
+
+    def _padded(self, canvas, state, prompts):
+        """What the jitted functions read first, with as many rows as a padded batch has."""
+        rows = _padded_size(len(canvas))
+        text = self._text(prompts, rows)
+        return self.params, self.assets.codec.arrays, _pad(canvas, rows), *text, _pad(state, rows)
 
     def _text(self, prompts, rows):
         """Context [rows,L,dim] and mask [rows,L]; each instruction is encoded once and kept."""
@@ -260,9 +232,8 @@ class Policy:
     def _need_whole_model(self):
         if "head" not in self.params["dit"]:
             raise ValueError(
-                "this policy was loaded with deploy=True and is not the whole model: "
-                "load it with Policy.load(..., deploy=False) to predict video, or for "
-                "untrained()"
+                "this policy was loaded with deploy=True and is not the whole model: load it with "
+                "Policy.load(..., deploy=False) to predict video, or for untrained()"
             )
 
     def _check(self, images, state, prompts):
@@ -273,8 +244,8 @@ class Policy:
         state, width = np.asarray(state, np.float32), config_lib.state_width(self.config)
         if canvas.ndim != 4 or not len(canvas):
             raise ValueError(
-                f"the images make a canvas of shape {list(canvas.shape)}; expected a "
-                "batch [B,H,W,3] (give a single observation an axis of length 1)"
+                f"the images make a canvas of shape {list(canvas.shape)}; expected a batch "
+                "[B,H,W,3] (give a single observation an axis of length 1)"
             )
         if state.shape != (len(canvas), width):
             raise ValueError(
@@ -286,17 +257,16 @@ class Policy:
             raise ValueError(f"state is not finite in rows {rows}")
         if isinstance(prompts, str) or len(prompts) != len(canvas):
             raise ValueError(
-                f"prompts is {prompts!r}; expected a list of {len(canvas)} "
-                "instructions, one per image"
+                f"prompts is {prompts!r}; expected a list of {len(canvas)} instructions"
             )
         return canvas, state
 
 
 def _padded_size(rows):
     """Returns the smallest padded batch size that holds `rows`."""
-    if rows > BUCKETS[-1]:
-        raise ValueError(f"{rows} rows at once; expected at most {BUCKETS[-1]}")
-    return next(size for size in BUCKETS if size >= rows)
+    if rows > PADDED_SIZES[-1]:
+        raise ValueError(f"{rows} rows at once; expected at most {PADDED_SIZES[-1]}")
+    return next(size for size in PADDED_SIZES if size >= rows)
 
 
 def _pad(array, rows):

@@ -58,20 +58,17 @@ def get_model(usr_args):
         return Client(usr_args.get("host") or "localhost", int(usr_args["port"]))
     if not usr_args.get("workdir"):
         raise ValueError(
-            "deploy_policy.yml gives neither workdir, the run of a trained policy, "
-            "nor port, that of a server of one: add one of them"
+            "deploy_policy.yml gives neither workdir (the run of a trained policy) nor port (of a "
+            "policy server): add one of them"
         )
     from lightwam_jax.inference.policy import Policy  # and with it jax
 
+    embodiment = usr_args.get("embodiment") or ""
     policy = Policy.load(
-        usr_args["workdir"],
-        usr_args.get("step"),
-        deploy=True,
-        embodiment=usr_args.get("embodiment") or "",
+        usr_args["workdir"], usr_args.get("step"), deploy=True, embodiment=embodiment
     )
-    model = Model(
-        policy, int(usr_args.get("replan_steps") or policy.config.evaluation.replan_steps)
-    )
+    replan_steps = usr_args.get("replan_steps") or policy.config.evaluation.replan_steps
+    model = Model(policy, int(replan_steps))
     policy.warm_up([1])
     return model
 
@@ -119,22 +116,22 @@ def encode_observation(observation, instruction):
     """
     images = {}
     for ours, theirs in CAMERAS.items():
-        if "rgb" not in observation["observation"].get(theirs, {}):
+        seen = observation["observation"].get(theirs, {})
+        if "rgb" not in seen:
             raise ValueError(
                 f"the observation has no rgb of {theirs}: collect it "
                 "(task_config: camera and data_type)"
             )
-        images[ours] = np.asarray(observation["observation"][theirs]["rgb"])
-        if images[ours].dtype != np.uint8 or images[ours].shape[2:] != (3,):
+        image = images[ours] = np.asarray(seen["rgb"])
+        if image.dtype != np.uint8 or image.shape[2:] != (3,):
             raise ValueError(
-                f"{theirs} gives {images[ours].dtype} of shape "
-                f"{list(images[ours].shape)}; expected uint8 [h,w,3]"
+                f"{theirs} gives {image.dtype} {list(image.shape)}; expected uint8 [h,w,3]"
             )
     state = np.asarray(observation["joint_action"]["vector"], np.float32)
     if state.shape != (JOINTS,):
         raise ValueError(
-            f"joint_action has {state.size} numbers; expected {JOINTS}: two arms of "
-            "six joints and a gripper"
+            f"joint_action has {state.size} numbers; expected {JOINTS}: two arms of six joints and "
+            "a gripper"
         )
     return {"images": images, "state": state, "prompt": str(instruction)}
 
@@ -197,23 +194,21 @@ class Server(socketserver.ThreadingTCPServer):
         """Returns the reply to a message."""
         commands = {"get_action": self._model.get_action, "reset_model": self._model.reset_model}
         try:
-            command = commands.get(message.get("cmd"))
-            if command is None:
-                raise ValueError(
-                    f"cmd is {message.get('cmd')!r}; expected one of {', '.join(commands)}"
-                )
+            name = message.get("cmd")
+            if name not in commands:
+                raise ValueError(f"cmd is {name!r}; expected one of {', '.join(commands)}")
             with self._lock:
-                return {"res": command(message.get("obs"))}
+                return {"res": commands[name](message.get("obs"))}
         except Exception:  # of this request; the simulator is told, and others go on
             return {"error": traceback.format_exc()}
 
 
-class _Handler(socketserver.BaseRequestHandler):
+class _Handler(socketserver.StreamRequestHandler):
     """One connection."""
 
     def handle(self):
-        while (message := receive(self.request)) is not None:
-            send(self.request, self.server.answer(message))
+        while (message := receive(self.rfile)) is not None:
+            send(self.wfile, self.server.answer(message))
 
 
 class Client:
@@ -230,9 +225,9 @@ class Client:
         except OSError as error:
             raise ConnectionError(
                 f"no policy answers at {host}:{port} ({error}); start one: "
-                "python -m lightwam_jax.inference.robotwin --workdir DIR "
-                f"--port {port}"
+                f"python -m lightwam_jax.inference.robotwin --workdir DIR --port {port}"
             ) from error
+        self._file = self._socket.makefile("rwb")
 
     def call(self, func_name, obs=None):
         """Returns what the server's method `func_name` returns for `obs`.
@@ -241,8 +236,8 @@ class Client:
           RuntimeError: the server could not do it; with its traceback.
           ConnectionError: the server is gone.
         """
-        send(self._socket, {"cmd": func_name, "obs": obs})
-        reply = receive(self._socket)
+        send(self._file, {"cmd": func_name, "obs": obs})
+        reply = receive(self._file)
         if reply is None:
             raise ConnectionError("the policy's server closed the connection")
         if "res" not in reply:
@@ -251,39 +246,33 @@ class Client:
 
     def close(self):
         """Hangs up."""
+        self._file.close()
         self._socket.close()
 
 
-def send(connection, message):
+def send(file, message):
     """Sends a message: None, bools, numbers, strings, lists, dicts and numpy arrays."""
     content = json.dumps(message, default=_encode).encode()
-    connection.sendall(len(content).to_bytes(4, "big") + content)
+    file.write(len(content).to_bytes(4, "big") + content)
+    file.flush()
 
 
-def receive(connection):
+def receive(file):
     """Returns the next message, or None when the other side has hung up between two.
 
     Raises:
       ConnectionError: it hung up within one. ValueError: not a message.
     """
-    head = _exactly(connection, 4)
+    head = file.read(4)
     if not head:
         return None
     size = int.from_bytes(head, "big")
     if size > _LONGEST:
         raise ValueError(f"a message of {size} bytes; expected at most {_LONGEST}")
-    content = _exactly(connection, size)
+    content = file.read(size)
     if len(head) < 4 or len(content) < size:
         raise ConnectionError("the other side hung up within a message")
     return json.loads(content, object_hook=_decode)
-
-
-def _exactly(connection, size):
-    """Receives `size` bytes, fewer where the other side hangs up."""
-    content = bytearray()
-    while len(content) < size and (part := connection.recv(min(size - len(content), 2**16))):
-        content += part
-    return bytes(content)
 
 
 def _encode(value):
@@ -311,14 +300,8 @@ def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}")
     given = flags.FLAGS
-    model = get_model(
-        {
-            "workdir": given.workdir,
-            "step": given.step,
-            "replan_steps": given.replan_steps,
-            "embodiment": given.embodiment,
-        }
-    )
+    names = ("workdir", "step", "replan_steps", "embodiment")
+    model = get_model({name: given[name].value for name in names})
     with Server(model, given.host, given.port) as server:
         print(f"serving {given.workdir} at {given.host}:{server.server_address[1]}", flush=True)
         server.serve_forever()

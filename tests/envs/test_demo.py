@@ -1,4 +1,4 @@
-"""The embedded demo: its physics, images, expert and adapter."""
+"""The embedded demo: its physics, images, expert and protocol."""
 
 import hashlib
 import os
@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from lightwam_jax.envs import base as envs_base
-from lightwam_jax.envs.demo import env as demo
 from lightwam_jax.envs.demo import expert as demo_expert
 from lightwam_jax.envs.demo import render, tabletop
 from lightwam_jax.envs.demo import scene as scene_lib
@@ -19,13 +18,17 @@ from lightwam_jax.envs.demo import scene as scene_lib
 _ROOT = str(pathlib.Path(__file__).parents[2])
 
 
+def episode(seed):
+    return envs_base.EpisodeSpec("tabletop", 0, seed)
+
+
 def _play(env, seed, policy):
     """Runs an episode without rendering; returns (success, steps, digest of the physics)."""
     env.observe = lambda: None
-    env.reset(seed)
+    env.reset(episode(seed))
     digest, done = hashlib.sha256(), False
     while not done:
-        success, done = env.step(policy(env))
+        _, success, done = env.step(policy(env))
         digest.update(env.data.qpos.tobytes())
     return success, env.steps, digest.hexdigest()
 
@@ -34,7 +37,7 @@ def _same_bits(seed):
     """What must not depend on the process: physics and images of one episode."""
     env = tabletop.TabletopEnv(32)
     digest = _play(env, seed, demo_expert.act)[2]
-    return digest + hashlib.sha256(env.render("wrist").tobytes()).hexdigest()
+    return digest + hashlib.sha256(env.image("wrist").tobytes()).hexdigest()
 
 
 def test_same_seed_same_bits_in_another_process():
@@ -77,7 +80,7 @@ def test_words_decide():
         success, steps, _ = _play(
             env, seed, lambda e: demo_expert.act(e, (e.scene.target + 1) % len(e.scene.objects))
         )
-        assert not success and steps < tabletop.MAX_STEPS
+        assert not success and steps < tabletop.MOST_STEPS
 
 
 def test_doing_nothing_or_anything_fails():
@@ -107,25 +110,25 @@ def test_impossible_tables_and_bad_actions_are_refused():
     with pytest.raises(ValueError, match="expected 1 to 4"):
         tabletop.sample_scene(0, tabletop.Difficulty(objects=5))
     env = tabletop.TabletopEnv(32)
-    env.reset(0)
+    env.reset(episode(0))
     for action in (np.zeros(7), [0, 0, np.nan, 0]):
         with pytest.raises(ValueError, match="finite numbers"):
             env.step(action)
     with pytest.raises(KeyError, match="scene, wrist"):
-        env.render("ceiling")
+        env.image("ceiling")
 
 
 def test_observation():
     env = tabletop.TabletopEnv(48)
-    observation = env.reset(0)
+    observation = env.reset(episode(0))
     assert set(observation["images"]) == set(tabletop.CAMERAS)
     for image in observation["images"].values():
         assert image.shape == (48, 48, 3) and image.dtype == np.uint8 and image.std() > 10
-    assert observation["state"].shape == (tabletop.PROPRIO_DIM,)
+    assert observation["state"].shape == (len(tabletop.STATE),)
     assert observation["state"].dtype == np.float32
     colour, shape = env.scene.objects[env.scene.target][:2]
     assert observation["prompt"] == f"put the {colour} {shape} in the tray"
-    assert env.render("scene", 96).shape == (96, 96, 3)
+    assert env.image("scene", 96).shape == (96, 96, 3)
 
 
 def test_proprioception_feels_the_grasp():
@@ -147,7 +150,7 @@ def test_named_object_can_be_located_in_the_scene_image():
         object_y=(-0.10, 0.0), hand_x=(0, 0), hand_y=(0, 0), hand_z=(0.14, 0.14)
     )
     for seed in range(24):
-        image = env.reset(seed)["images"]["scene"] / 255.0
+        image = env.reset(episode(seed))["images"]["scene"] / 255.0
         colour = np.array(scene_lib.COLOURS[env.scene.objects[env.scene.target][0]])
         alike = (image @ colour) / np.linalg.norm(image, axis=-1) / np.linalg.norm(colour)
         weight = np.clip((alike - 0.955) / 0.03, 0, 1) * (np.ptp(image, axis=-1) > 0.25)
@@ -162,7 +165,7 @@ def test_named_object_can_be_located_in_the_scene_image():
 
 def test_renderer_culls_no_ray_that_would_hit():
     env = tabletop.TabletopEnv(64)
-    env.reset(3)
+    env.reset(episode(3))
     rng = np.random.default_rng(0)
     rays = rng.normal(size=(4000, 3)).astype(np.float32) * (0.4, 0.4, 0.1) - (0, 0, 1)
     rays = np.float32(rays / np.linalg.norm(rays, axis=1, keepdims=True))
@@ -207,13 +210,13 @@ def test_renderer_refuses_what_it_cannot_draw():
         render.Renderer(model)
 
 
-def test_adapter_follows_the_rollout_protocol():
-    env = demo.make(image_size=24, objects=2)
-    observation = env.reset(envs_base.EpisodeSpec("tabletop", 0, 7))
+def test_it_follows_the_rollout_protocol():
+    env = tabletop.make(image_size=24, objects=2)
+    observation = env.reset(episode(7))
     np.testing.assert_array_equal(observation["images"]["scene"], env.observe()["images"]["scene"])
     done, steps = False, 0
     while not done:
         nothing, success, done = env.step(env.expert_action())
         steps += 1
-    assert nothing is None and success and steps < tabletop.MAX_STEPS
+    assert nothing is None and success and steps < tabletop.MOST_STEPS
     assert env.image("wrist", 40).shape == (40, 40, 3)

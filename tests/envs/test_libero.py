@@ -289,7 +289,7 @@ def test_an_episode_is_the_same_in_any_process_and_the_home_stays_clean(env, tmp
     # Elsewhere after other episodes, beside another environment, with nobody to answer questions.
     code = """
 import sys
-from tests import test_libero as t
+from tests.envs import test_libero as t
 env, other = t.make(), t.make()
 t.finish(t.play(env, t.episode(t.DRAWER, 4, 1), 2))
 t.finish(t.play(env, t.episode(t.MILK, 0, 2), 0))

@@ -14,7 +14,7 @@ from lightwam_jax.envs import base as envs_base
 from lightwam_jax.envs import metaworld, record
 from lightwam_jax.evaluation import rollout, worker
 from tests import synthetic
-from tests.evaluation.test_rollout import evaluation, results
+from tests.evaluation.test_rollout import evaluation, numbers
 
 pytestmark = pytest.mark.sim
 SPEC = envs.spec("metaworld", image_size=32)
@@ -61,7 +61,7 @@ def one_worker():
 @pytest.mark.parametrize("workers", [2, 4])
 def test_results_do_not_depend_on_the_number_of_workers(one_worker, workers):
     again = rollout.run(policy, SPEC, EPISODES, evaluation(workers=workers, **SETTINGS))
-    assert results(again) == results(one_worker)
+    assert numbers(again) == numbers(one_worker)
     assert len({r.checksum for r in again}) == len(EPISODES)
 
 
@@ -69,7 +69,7 @@ def test_a_worker_killed_in_mid_episode_changes_nothing(one_worker, tmp_path):
     mark = tmp_path / "killed"
     spec = envs_base.EnvSpec("tests.envs.test_metaworld:make_mortal", {"mark": str(mark)})
     again = rollout.run(policy, spec, EPISODES, evaluation(workers=2, **SETTINGS))
-    assert mark.exists() and results(again) == results(one_worker)
+    assert mark.exists() and numbers(again) == numbers(one_worker)
 
 
 def _play(seed_first):

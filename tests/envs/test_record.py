@@ -22,7 +22,7 @@ from lightwam_jax.data.doctor import examine
 from lightwam_jax.data.formats import lerobot
 from lightwam_jax.envs import base as envs_base
 from lightwam_jax.envs import record
-from lightwam_jax.envs.demo import env as demo
+from lightwam_jax.envs.demo import tabletop as demo
 from tests import synthetic
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -337,12 +337,11 @@ def test_suites_say_whether_the_gripper_fumbles_and_what_seeds_it(toy):
 
 def test_recorders_and_suites_import_neither_jax_nor_a_simulator():
     code = (
-        "import sys; from lightwam_jax import envs\n"
+        "import sys; from lightwam_jax.envs import metaworld, record\n"
         "from lightwam_jax.evaluation import worker\n"
-        "from lightwam_jax.envs import metaworld, record\n"
         "print(sorted({m.split('.')[0] for m in sys.modules} "
         "& {'jax', 'flax', 'metaworld', 'gymnasium', 'mujoco'}))\n"
-        "from lightwam_jax.envs.demo import env\n"
+        "from lightwam_jax.envs.demo import tabletop\n"
         "print('jax' in sys.modules)"
     )
     out = subprocess.run(

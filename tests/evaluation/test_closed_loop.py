@@ -8,7 +8,7 @@ import pytest
 
 from lightwam_jax import envs
 from lightwam_jax.envs import base as envs_base
-from lightwam_jax.envs.demo import env as demo
+from lightwam_jax.envs.demo import tabletop as demo
 from lightwam_jax.evaluation import closed_loop
 from tests.inference.test_policy import make_config, make_policy
 

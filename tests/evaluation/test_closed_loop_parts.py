@@ -1,4 +1,4 @@
-"""The parts of an evaluation's report, one by one, and how demonstrations are recorded."""
+"""The parts of an evaluation's report, one by one."""
 
 import json
 import types
@@ -6,9 +6,9 @@ import types
 import numpy as np
 import pytest
 
+from lightwam_jax import html_report
 from lightwam_jax.envs import base as envs_base
-from lightwam_jax.envs import record
-from lightwam_jax.evaluation import closed_loop, report, worker
+from lightwam_jax.evaluation import closed_loop, draw, report, worker
 
 
 def ran(seed, success, steps=40, task="a", prompt="go"):
@@ -50,7 +50,7 @@ def test_rates_of_groups_stand_before_those_of_tasks():
 
 
 def test_facts_and_headline_are_of_the_right_policy():
-    rates = {name: report.rate(records) for name, records in RUNS.items()}
+    rates = {name: report.rate(played) for name, played in RUNS.items()}
     policy = types.SimpleNamespace(params={"w": np.zeros((1500, 1000))}, step=12345)
     facts = closed_loop._facts(policy, RUNS, rates, 125.4)
     assert [number for number, _ in facts] == [
@@ -63,16 +63,16 @@ def test_facts_and_headline_are_of_the_right_policy():
     ]
     assert facts[1][1] == "scripted expert, episodes of its tasks"
     none = {name: [ran(0, False)] for name in ("trained", "untrained")}
-    rates = {name: report.rate(records) for name, records in none.items()}
+    rates = {name: report.rate(played) for name, played in none.items()}
     assert [number for number, _ in closed_loop._facts(policy, none, rates, 60)][1] == "none"
-    setup = types.SimpleNamespace(demonstrated=None)
-    assert closed_loop._headline(report.Rate(40, 50, 2), setup) == (
+    suite_run = types.SimpleNamespace(demonstrated=None)
+    assert closed_loop._headline(report.Rate(40, 50, 2), suite_run) == (
         "80 %",
         "of 50 episodes solved from camera images and an instruction "
         "(95 % interval 67 to 89 %). 2 more could not be run.",
     )
-    setup.demonstrated = {"a": (0, 9)}
-    said = closed_loop._headline(report.Rate(40, 50, 0), setup)[1]
+    suite_run.demonstrated = {"a": (0, 9)}
+    said = closed_loop._headline(report.Rate(40, 50, 0), suite_run)[1]
     assert "none of which was demonstrated" in said and "could not" not in said
 
 
@@ -81,14 +81,14 @@ def test_facts_and_headline_are_of_the_right_policy():
     [(1, [0]), (2, [0, 4]), (4, [0, 2, 1, 4]), (5, [0, 2, 1, 3, 4]), (8, [0, 2, 1, 3, 4, 5])],
 )
 def test_a_quarter_of_what_is_shown_are_failures(count, shown):
-    records = [
+    results = [
         ran(seed, success, prompt=prompt)
         for seed, (success, prompt) in enumerate(
             [(True, "x"), (True, "x"), (True, "y"), (True, "y"), (False, "x"), (False, "x")]
         )
     ]
-    assert [one.episode.seed for one in closed_loop.choose(records, count)] == shown
-    assert [one.episode.seed for one in closed_loop.choose(records[4:], 2)] == [4, 5]
+    assert [one.episode.seed for one in closed_loop.choose(results, count)] == shown
+    assert [one.episode.seed for one in closed_loop.choose(results[4:], 2)] == [4, 5]
 
 
 def test_a_replay_becomes_an_episode_step_by_step():
@@ -129,10 +129,15 @@ def test_means_of_imagined_futures_leave_out_what_is_past_the_end(monkeypatch, t
             "ssim": {name: -each for name, each in measured.items()},
         }
 
-    for name in ("future", "future_sheet", "future_film", "save_png", "save_mp4"):
-        work = future if name == "future" else lambda *given, **named: drawn.append(given)
-        monkeypatch.setattr(closed_loop.visualize, name, work)
-    monkeypatch.setattr(closed_loop.report, "curve_chart", lambda *given, **named: None)
+    monkeypatch.setattr(draw, "future", future)
+    for module, name in (
+        (draw, "future_grid"),
+        (draw, "future_video"),
+        (draw, "save_mp4"),
+        (html_report, "save_png"),
+    ):
+        monkeypatch.setattr(module, name, lambda *given, **named: drawn.append(given))
+    monkeypatch.setattr(html_report, "curve_chart", lambda *given, **named: None)
     closed_loop.draw_future(policy, tmp_path, found)
     assert [start for episode, start in asked if episode is found[0]] == [4, 10, 16, 0, 20, 7, 13]
     assert {start for episode, start in asked if episode is found[1]} == {0} and len(asked) == 14
@@ -152,7 +157,7 @@ def test_learning_curves_are_of_training_and_of_validation(monkeypatch, tmp_path
     metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
     drawn = {}
     monkeypatch.setattr(
-        closed_loop.report,
+        html_report,
         "curve_chart",
         lambda path, series, *given, **named: drawn.update({path.name: series}),
     )
@@ -163,106 +168,3 @@ def test_learning_curves_are_of_training_and_of_validation(monkeypatch, tmp_path
     }
     metrics.write_text(json.dumps(rows[0]) + "\n")
     assert len(closed_loop._curves(tmp_path, tmp_path)) == 1
-
-
-# ---- recording -----------------------------------------------------------------------------------
-
-
-class Expert:
-    """Says its step in everything; `ends`: {step: (success, done)}."""
-
-    def __init__(self, **ends):
-        self.ends, self.executed = {int(k[1:]): end for k, end in ends.items()}, []
-
-    def reset(self, episode):
-        self.executed = []
-        return self.observe()
-
-    def observe(self):
-        k = len(self.executed)
-        return {
-            "images": {"scene": np.full((1, 1, 3), k % 256, np.uint8)},
-            "state": np.float32([k]),
-            "prompt": "go",
-        }
-
-    def expert_action(self):
-        return np.array([len(self.executed), 1.0, -1.0])
-
-    def step(self, action):
-        self.executed.append(action)
-        return None, *self.ends.get(len(self.executed), (False, False))
-
-
-@pytest.mark.parametrize(
-    "ends, steps, success",
-    [
-        ({}, 60, False),
-        ({"_5": (True, True)}, 5, True),
-        ({"_5": (False, True)}, 5, False),
-        ({"_5": (True, False)}, 60, False),
-        ({"_60": (True, False)}, 60, True),
-        ({"_61": (True, True)}, 60, False),
-    ],
-)
-def test_a_demonstration_is_what_was_seen_and_what_the_expert_would_do(ends, steps, success):
-    for noise in (0.0, 0.5):
-        env = Expert(**ends)
-        got = record.demonstrate(env, envs_base.EpisodeSpec("a", 0, 3), noise, 60)
-        assert got[:2] == (success, "go")
-        arrays = got[2]
-        assert arrays["state"][:, 0].tolist() == list(range(steps))
-        assert arrays["scene"][:, 0, 0, 0].tolist() == list(range(steps))
-        want = np.float32([[k, 1, -1] for k in range(steps)])
-        np.testing.assert_array_equal(arrays["action"], want)
-        pushes = np.stack(env.executed) - want
-        assert not pushes[:, 2].any(), "the gripper is never disturbed"
-        if not noise:
-            assert not pushes.any()
-
-
-def test_pushes_are_rare_last_three_steps_and_belong_to_the_episode():
-    def pushes(seed, noise=0.5, steps=600):
-        env = Expert()
-        record.demonstrate(env, envs_base.EpisodeSpec("a", 0, seed), noise, steps)
-        return np.stack(env.executed)[:, :2] - np.float32([[k, 1] for k in range(steps)])
-
-    found = pushes(3)
-    np.testing.assert_array_equal(found, pushes(3))
-    assert np.abs(found[:60] - pushes(4)[:60]).max() > 0.1
-    pushed = np.abs(found).max(1) > 0
-    assert 0.1 < pushed.mean() < 0.3  # 3 steps of every 12.5 or so and those between
-    starts = np.flatnonzero(pushed & ~np.r_[False, pushed[:-1]])
-    for start in starts[:-1]:
-        np.testing.assert_allclose(found[start : start + 3], found[[start] * 3], atol=1e-4)
-    assert 0.3 < np.std([found[start] for start in starts]) < 0.8
-    assert np.std(pushes(3, noise=5.0)[pushed]) > 3
-
-
-def test_failed_demonstrations_are_replaced_by_the_seeds_that_follow():
-    """Even seeds are solved; jobs are handed out ahead, and those left over count for nothing."""
-    asked = []
-
-    def apply_async(function, arguments):
-        ((episode,),) = (arguments,)
-        asked.append(episode)
-        arrays = {name: np.full((2, 1), episode.seed) for name in ("state", "action", "scene")}
-        return types.SimpleNamespace(get=lambda: (episode.seed % 2 == 0, "go", arrays))
-
-    pool, tried = types.SimpleNamespace(apply_async=apply_async), {"a": 0}
-    first = envs_base.EpisodeSpec("a", 4, 7)
-    found = list(record._solved(pool, first, 3, 2, tried, 20))
-    assert [one.id for one in found] == ["a/4/8", "a/4/10", "a/4/12"]
-    assert tried == {"a": 6}, "7 to 12"
-    assert [e.seed for e in asked] == list(range(7, 7 + len(asked))) and {
-        e.init for e in asked
-    } == {4}
-    assert [(one.fps, one.task, set(one.images)) for one in found] == [(20.0, "go", {"scene"})] * 3
-    assert found[1].state[0, 0] == 10
-
-
-def test_an_expert_that_fails_too_often_ends_the_recording():
-    failed = types.SimpleNamespace(get=lambda: (False, "go", {}))
-    pool, tried = types.SimpleNamespace(apply_async=lambda *given: failed), {"a": 0}
-    with pytest.raises(RuntimeError, match=r"solved 0 of 11 episodes of a: give less --noise"):
-        list(record._solved(pool, envs_base.EpisodeSpec("a", 0, 0), 5, 2, tried, 20))

@@ -4,6 +4,7 @@ import av
 import numpy as np
 import pytest
 
+from lightwam_jax import html_report
 from lightwam_jax.data import episodes
 from lightwam_jax.encoders import quality
 from lightwam_jax.evaluation import closed_loop, draw, worker
@@ -67,7 +68,7 @@ def test_attention_chunks_agree_with_one_batch(policy):
             np.testing.assert_array_equal(many[name][camera][9:], maps[camera])
 
 
-def test_sheet_lights_the_attended_camera_in_the_column_of_its_layer(policy, monkeypatch):
+def test_the_grid_lights_the_attended_camera_in_the_column_of_its_layer(policy, monkeypatch):
     hot = {("1_adapted", "scene"): (0, 1), ("3_delta", "wrist"): (1, 0)}
     maps = {
         layer: {camera: np.full((1, 2, 2), 0.01) for camera in CAMERAS}
@@ -78,7 +79,9 @@ def test_sheet_lights_the_attended_camera_in_the_column_of_its_layer(policy, mon
     monkeypatch.setattr(draw, "attention", lambda policy, observations: maps)
     grey = {camera: np.full((32, 32, 3), 100, np.uint8) for camera in CAMERAS}
     drawn = []
-    monkeypatch.setattr(draw, "grid", lambda rows, header, edge: drawn.append((rows, header)))
+    monkeypatch.setattr(
+        html_report, "grid", lambda rows, header, edge: drawn.append((rows, header))
+    )
     draw.attention_grid(policy, [{"images": grey, "prompt": "put it away"}])
     ((rows, header),) = drawn
     assert header == ["", "layer 1, adapted", "layer 3, delta"]
@@ -109,7 +112,7 @@ def test_future_measures_against_real_frames(policy):
     assert grid.dtype == np.uint8 and grid.shape[1] > 3 * 64
 
 
-def test_future_film_shows_imagined_beside_real(policy):
+def test_future_video_shows_imagined_beside_real(policy):
     result = draw.future(policy, [(recordings(), 0), (recordings(), 8)], steps=2)
     result["real"][1, 3], result["predicted"][1, 3] = 255, 0
     video = draw.future_video(result, [1], edge=32)
@@ -121,7 +124,7 @@ def test_future_film_shows_imagined_beside_real(policy):
     assert left > 64 and black[:, left : left + 64].sum() >= 32 * 64
 
 
-def test_future_is_written_as_images_film_and_numbers(policy, tmp_path):
+def test_future_is_written_as_images_video_and_numbers(policy, tmp_path):
     recorded = [recordings(14), recordings(14, seed=1)]
     closed_loop.draw_future(policy, tmp_path, recorded)
     numbers = json.loads((tmp_path / "future.json").read_text())
@@ -140,7 +143,7 @@ def test_shrink_averages_squares():
     np.testing.assert_array_equal(draw.shrink(frames, 2)[0, ..., 0], [[2, 4], [10, 12]])
 
 
-def test_film_strip_pairs_frames_with_the_plan_in_force(policy, monkeypatch):
+def test_the_strip_pairs_frames_with_the_plan_in_force(policy, monkeypatch):
     """Plans at 0, 4 and 8; the images shown are of steps 0, 4, 7 and 9."""
     steps = [0, 2, 4, 6, 7, 8, 9]
     frames = {
@@ -166,9 +169,9 @@ def test_film_strip_pairs_frames_with_the_plan_in_force(policy, monkeypatch):
 
     monkeypatch.setattr(draw, "attention", lambda policy, seen: maps)
     monkeypatch.setattr(draw, "draw_over", draw_over)
-    monkeypatch.setattr(draw, "grid", lambda *arguments: drawn.append(arguments))
-    record = worker.EpisodeResult(3, True, 9, "put it away", None, 1.0, 0, np.zeros((9, 4)))
-    draw.episode_strip(policy, record, video, count=4, edge=40)
+    monkeypatch.setattr(html_report, "grid", lambda *arguments: drawn.append(arguments))
+    result = worker.EpisodeResult(3, True, 9, "put it away", None, 1.0, 0, np.zeros((9, 4)))
+    draw.episode_strip(policy, result, video, count=4, edge=40)
     ((rows, header, edge, title),) = drawn
     assert header == ["step 0", "step 4", "step 7", "step 9"] and edge == 40
     assert asked == [0, 1, 1, 2]
@@ -179,15 +182,15 @@ def test_film_strip_pairs_frames_with_the_plan_in_force(policy, monkeypatch):
     assert title == "“put it away”: solved in 9 steps"
 
 
-def test_film_strip_is_drawn(policy):
+def test_the_strip_is_drawn(policy):
     video = {
         "frames": {c: np.full((4, 64, 64, 3), 90, np.uint8) for c in CAMERAS},
         "frame_steps": [0, 2, 4, 5],
         "observations": listed(2),
         "plan_steps": [0, 4],
     }
-    record = worker.EpisodeResult(3, False, 5, "put it away", None, 1.0, 0, np.zeros((5, 4)))
-    strip = draw.episode_strip(policy, record, video, count=3, edge=40)
+    result = worker.EpisodeResult(3, False, 5, "put it away", None, 1.0, 0, np.zeros((5, 4)))
+    strip = draw.episode_strip(policy, result, video, count=3, edge=40)
     assert strip.dtype == np.uint8 and strip.shape[0] > 4 * 40 and strip.shape[1] > 3 * 40
     # A row of a tile: the images as they are, the attention coloured.
     grey = (strip == 90).all(-1).sum(1)

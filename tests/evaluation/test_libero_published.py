@@ -37,7 +37,7 @@ def package(tmp_path, monkeypatch):
     libero_files.tasks.cache_clear()
 
 
-def records(tasks, episodes=50, failed=0, errors=0):
+def played_of(tasks, episodes=50, failed=0, errors=0):
     """`episodes` of each task at two seconds each; of the first, some fail and some cannot run."""
     found = []
     for task in tasks:
@@ -82,7 +82,7 @@ def manifest(**changes):
 
 def test_the_reference_could_have_written_it(package, tmp_path):
     """Keys, units and names of its eval_logs/summary_libero_object.json."""
-    played = records(OBJECT, failed=2)
+    played = played_of(OBJECT, failed=2)
     assert libero_published.write_summaries(tmp_path, played, manifest(), "runs/x") == [
         tmp_path / "summary_libero_object.json"
     ]
@@ -116,7 +116,7 @@ def test_the_reference_could_have_written_it(package, tmp_path):
 
 
 def test_every_suite_has_its_file_and_stand_ins_and_errors_are_told(package, tmp_path):
-    played = records(OBJECT[3:5], 4, errors=3) + records(("KITCHEN_SCENE1_open_the_drawer",), 4)
+    played = played_of(OBJECT[3:5], 4, errors=3) + played_of(("KITCHEN_SCENE1_open_the_drawer",), 4)
     paths = libero_published.write_summaries(
         tmp_path, played, manifest(environment={"assets": "stand-in"}), "runs/x"
     )
@@ -126,14 +126,14 @@ def test_every_suite_has_its_file_and_stand_ins_and_errors_are_told(package, tmp
     assert list(content["task_results"]) == ["libero_object_3", "libero_object_4"]
     assert content["task_results"]["libero_object_3"]["errors"] == 3
     assert content["suite_stats"]["libero_object"]["total_trials"] == 5
-    nothing = [worker.failed_to_run(record.episode, "broken") for record in records(OBJECT[:1], 2)]
+    nothing = [worker.failed_to_run(one.episode, "broken") for one in played_of(OBJECT[:1], 2)]
     (path,) = libero_published.write_summaries(tmp_path, nothing, manifest(), "runs/x")
     assert json.loads(path.read_text())["overall"]["average_success_rate"] is None
     assert libero_published.write_summaries(tmp_path, played, manifest(suite="metaworld"), "") == []
 
 
 def test_published_numbers_stand_beside_ours(package):
-    found = libero_published.published(records(OBJECT, failed=5, errors=1), manifest())["object"]
+    found = libero_published.published(played_of(OBJECT, failed=5, errors=1), manifest())["object"]
     assert (found["successes"], found["episodes"]) == (498, 500)
     assert found["success_rate"] == pytest.approx(0.996)
     assert found["interval"] == pytest.approx(report.wilson_interval(498, 500))
@@ -141,16 +141,16 @@ def test_published_numbers_stand_beside_ours(package):
     assert "summary_libero_object.json" in found["source"]
     assert "3.3.2 there, 3.8.1 here" in found["remark"]
     same = libero_published.published(
-        records(OBJECT), manifest(environment={"versions": {"mujoco": "3.3.2"}})
+        played_of(OBJECT), manifest(environment={"versions": {"mujoco": "3.3.2"}})
     )
     assert same["object"]["remark"] == ""
     header, row = libero_published.table(same)
     assert header[2].startswith("published") and "100.0 %  500/500" in row[1]
     assert "99.6 %  498/500, 95 % interval 98.6 to 99.9 %" in row[2]
     assert (
-        libero_published.published(records(("KITCHEN_SCENE1_open_the_drawer",)), manifest()) == {}
+        libero_published.published(played_of(("KITCHEN_SCENE1_open_the_drawer",)), manifest()) == {}
     )
-    assert libero_published.published(records(OBJECT), manifest(suite="demo")) == {}
+    assert libero_published.published(played_of(OBJECT), manifest(suite="demo")) == {}
     counts = np.array(list(libero_published.PUBLISHED.values()))
     assert 100 * (counts[:, 0] / counts[:, 1]).mean() == pytest.approx(97.2, abs=0.051), "the paper"
 
@@ -172,7 +172,7 @@ def test_published_numbers_stand_beside_ours(package):
     ],
 )
 def test_another_evaluation_is_not_compared(package, changes, tasks, reason):
-    found = libero_published.published(records(tasks), manifest(**changes))
+    found = libero_published.published(played_of(tasks), manifest(**changes))
     assert "; ".join(found["object"].pop("not_comparable")) == reason
     assert not found["object"], "no number that could be mistaken for a comparison"
     assert libero_published.table(found | {"object": {"not_comparable": [reason]}})[1] == (

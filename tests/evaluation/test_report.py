@@ -14,7 +14,7 @@ from lightwam_jax.evaluation import closed_loop, compare, draw, report, suites, 
 from tests.inference.test_policy import make_config
 
 
-def record(seed, success, prompt="put the red cube in the tray"):
+def result(seed, success, prompt="put the red cube in the tray"):
     episode = envs_base.EpisodeSpec("tray", 0, seed)
     if success is None:
         return worker.failed_to_run(episode, "Traceback: the simulator broke")
@@ -37,7 +37,7 @@ def test_wilson_interval_equals_published_values():
 
 
 def test_episodes_that_could_not_run_count_for_nothing():
-    rate = report.rate([record(i, s) for i, s in enumerate([True, True, False, None])])
+    rate = report.rate([result(i, s) for i, s in enumerate([True, True, False, None])])
     assert (rate.successes, rate.episodes, rate.errors) == (2, 3, 1)
     assert rate.value == pytest.approx(2 / 3)
     assert str(rate) == " 67 %  2/3, 95 % interval 21 to 94 %; 1 could not run"
@@ -84,11 +84,11 @@ def test_weights_hash_sees_values_names_and_dtypes():
 
 
 def test_page_is_one_file_that_needs_nothing_else(tmp_path):
-    draw.save_png(tmp_path / "a.png", np.full((8, 8, 3), 200, np.uint8))
+    html_report.save_png(tmp_path / "a.png", np.full((8, 8, 3), 200, np.uint8))
     draw.save_mp4(tmp_path / "b.mp4", np.zeros((2, 16, 16, 3), np.uint8))
     sections = [
         html_report.Section(
-            "Films <here>",
+            "Videos <here>",
             "text",
             (
                 html_report.Media(tmp_path / "a.png", "caption", wide=True),
@@ -107,7 +107,7 @@ def test_page_is_one_file_that_needs_nothing_else(tmp_path):
     )
     text = (tmp_path / "report.html").read_text()
     assert not re.search(r'(src|href)="(?!data:)', text) and "http" not in text
-    assert "Films &lt;here&gt;" in text and "packages.jax" in text and "“a &amp; b”" in text
+    assert "Videos &lt;here&gt;" in text and "packages.jax" in text and "“a &amp; b”" in text
     assert '<i class="not">not solved</i>' in text
     embedded = re.search(r"data:image/png;base64,([^\"]+)", text).group(1)
     assert base64.b64decode(embedded) == (tmp_path / "a.png").read_bytes()
@@ -159,14 +159,14 @@ def test_bars_are_percentages_with_their_intervals(axes):
 
 def test_curves_have_names_units_and_colours_of_their_own(axes):
     series = {f"dimension {i}": ([1, 2], [i, i + 1]) for i in range(9)}
-    report.curve_chart("", series, "loss", xlabel="step")
+    html_report.curve_chart("", series, "loss", xlabel="step")
     plots = axes.of("plot")
     assert [args for args, _ in plots] == list(series.values())
     assert [kwargs["label"] for _, kwargs in plots] == list(series)
     assert len({kwargs["color"] for _, kwargs in plots[:8]}) == 8
     assert axes.of("set_ylabel") == [(("loss",), {})] and not axes.of("set_yscale")
     assert axes.of("set_xlabel") == [(("step",), {})]
-    report.curve_chart("", series, "loss", log=True)
+    html_report.curve_chart("", series, "loss", log=True)
     assert axes.of("set_yscale") == [(("log",), {})]
 
 
@@ -178,21 +178,21 @@ def test_charts_are_written(tmp_path):
     }
     report.success_chart(tmp_path / "success.png", rates)
     series = {f"dimension {i}": ([1, 2, 3], [1.0, 0.5, 0.1 * (i + 1)]) for i in range(9)}
-    report.curve_chart(tmp_path / "curves.png", series, "loss", log=True)
+    html_report.curve_chart(tmp_path / "curves.png", series, "loss", log=True)
     assert (tmp_path / "success.png").stat().st_size > 5000
     assert (tmp_path / "curves.png").stat().st_size > 5000
 
 
 def test_shown_episodes_cover_instructions_and_do_not_hide_failures():
-    records = [
-        record(i, s, p)
+    results = [
+        result(i, s, p)
         for i, (s, p) in enumerate(
             [(True, "a"), (True, "a"), (False, "a"), (True, "b"), (None, "c"), (False, "b")]
         )
     ]
-    assert [r.episode.seed for r in closed_loop.choose(records, 4)] == [0, 3, 1, 2]
-    assert [r.episode.seed for r in closed_loop.choose(records[:2], 4)] == [0, 1]
-    assert [r.episode.seed for r in closed_loop.choose([records[2], records[5]], 2)] == [2, 5]
+    assert [r.episode.seed for r in closed_loop.choose(results, 4)] == [0, 3, 1, 2]
+    assert [r.episode.seed for r in closed_loop.choose(results[:2], 4)] == [0, 1]
+    assert [r.episode.seed for r in closed_loop.choose([results[2], results[5]], 2)] == [2, 5]
 
 
 def test_demonstrated_seeds_are_refused(tmp_path):

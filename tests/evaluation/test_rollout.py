@@ -107,8 +107,8 @@ def episodes(*seeds):
 NINE = episodes(*range(9))
 
 
-def results(records):
-    return [(r.episode, r.success, r.steps, r.prompt, r.error, r.checksum) for r in records]
+def numbers(found):
+    return [(r.episode, r.success, r.steps, r.prompt, r.error, r.checksum) for r in found]
 
 
 @pytest.fixture(scope="module")
@@ -140,30 +140,30 @@ def two_workers(tmp_path_factory):
 
 
 def test_each_episode_once_and_logged_as_it_comes(two_workers, expected):
-    records, log = two_workers
-    assert results(records) == expected
-    assert {r.success for r in records} == {True, False}, (
+    results, log = two_workers
+    assert numbers(results) == expected
+    assert {r.success for r in results} == {True, False}, (
         "the fake should tell good episodes from bad ones"
     )
-    assert {r.steps for r in records if not r.success} == {60}
+    assert {r.steps for r in results if not r.success} == {60}
     first, *lines = [json.loads(line) for line in log.read_text().splitlines()]
     assert first == {"manifest": {"policy": "a"}}
     assert sorted(line["seed"] for line in lines) == list(range(9))
     again = {r.episode: r for r in map(worker.EpisodeResult.from_json, lines)}
-    for record in records:
-        assert again[record.episode] == record
-        np.testing.assert_array_equal(again[record.episode].actions, record.actions)
+    for result in results:
+        assert again[result.episode] == result
+        np.testing.assert_array_equal(again[result.episode].actions, result.actions)
 
 
 @pytest.mark.parametrize("workers", [1, 4])
 def test_results_do_not_depend_on_the_number_of_workers(expected, workers):
-    records = rollout.run(policy, spec(), NINE, evaluation(workers=workers))
-    assert results(records) == expected
+    results = rollout.run(policy, spec(), NINE, evaluation(workers=workers))
+    assert numbers(results) == expected
 
 
 def test_results_do_not_depend_on_the_other_episodes(expected):
-    records = rollout.run(policy, spec(), episodes(5, 2), evaluation(workers=3))
-    assert results(records) == [expected[5], expected[2]]
+    results = rollout.run(policy, spec(), episodes(5, 2), evaluation(workers=3))
+    assert numbers(results) == [expected[5], expected[2]]
 
 
 def test_a_killed_evaluation_continues(tmp_path, expected):
@@ -195,12 +195,12 @@ def test_a_killed_evaluation_continues(tmp_path, expected):
         asked.append(len(prompts))
         return policy(images, state, prompts)
 
-    records = rollout.run(counting, spec(), NINE, evaluation(), log, {"policy": "a"})
-    assert results(records) == expected and asked
+    results = rollout.run(counting, spec(), NINE, evaluation(), log, {"policy": "a"})
+    assert numbers(results) == expected and asked
     assert log.read_bytes().startswith(there) and log.read_bytes().count(b"\n") == 10
     asked.clear()
     finished = rollout.run(counting, spec(colour="red"), NINE, evaluation(), log, {"policy": "a"})
-    assert results(finished) == results(records) and not asked, "nothing was left to run"
+    assert numbers(finished) == numbers(results) and not asked, "nothing was left to run"
 
 
 def test_logs_of_other_evaluations_are_refused(tmp_path, two_workers):
@@ -221,36 +221,36 @@ def test_crashes_are_errors_and_never_failures(tmp_path, expected):
     crash = {1: "once", 2: "always", 3: "kill", 4: "die", 6: "import"}
     environment = spec(crash=crash, marks=str(tmp_path))
     log = tmp_path / "log.jsonl"
-    records = rollout.run(policy, environment, NINE, evaluation(), log)
-    assert [r.episode.seed for r in records if r.success is None] == [2, 3, 6]
-    assert "blew up on 2" in records[2].error
-    assert "process died (exit code 3)" in records[3].error
-    assert "jax is not imported" in records[6].error
+    results = rollout.run(policy, environment, NINE, evaluation(), log)
+    assert [r.episode.seed for r in results if r.success is None] == [2, 3, 6]
+    assert "blew up on 2" in results[2].error
+    assert "process died (exit code 3)" in results[3].error
+    assert "jax is not imported" in results[6].error
     ran = [0, 1, 4, 5, 7, 8]  # 1 and 4 crashed once, and their second try counts
-    assert results([records[i] for i in ran]) == [expected[i] for i in ran]
+    assert numbers([results[i] for i in ran]) == [expected[i] for i in ran]
     repaired = rollout.run(policy, spec(), NINE, evaluation(), log)
-    assert results(repaired) == expected, "what could not run is tried again"
+    assert numbers(repaired) == expected, "what could not run is tried again"
 
 
 def test_a_hanging_simulator_is_given_up(tmp_path, expected):
     environment = spec(crash={1: "hang"}, marks=str(tmp_path))
-    records = rollout.run(policy, environment, episodes(0, 1, 2), evaluation(), timeout=5.0)
-    assert "silent for 5 s" in records[1].error
-    assert results([records[0], records[2]]) == [expected[0], expected[2]]
+    results = rollout.run(policy, environment, episodes(0, 1, 2), evaluation(), timeout=5.0)
+    assert "silent for 5 s" in results[1].error
+    assert numbers([results[0], results[2]]) == [expected[0], expected[2]]
 
 
 def test_expert_runs_through_the_same_engine_and_replays():
-    records = rollout.run(None, spec(), episodes(0, 1, 2), evaluation(), expert=True)
-    assert all(r.success for r in records)
-    for record in records:  # a tenth per step and dimension, until 0.05 are left
-        goal = np.random.default_rng(record.episode.seed).uniform(-1, 1, 2)
-        assert record.steps == np.ceil((np.abs(goal).max() - 0.05) / 0.1)
-    videos = rollout.replay(spec(), records, every=4, size=6, replan_steps=5)
-    for record, video in zip(records, videos):
+    results = rollout.run(None, spec(), episodes(0, 1, 2), evaluation())
+    assert all(r.success for r in results)
+    for result in results:  # a tenth per step and dimension, until 0.05 are left
+        goal = np.random.default_rng(result.episode.seed).uniform(-1, 1, 2)
+        assert result.steps == np.ceil((np.abs(goal).max() - 0.05) / 0.1)
+    videos = rollout.replay(spec(), results, every=4, size=6, replan_steps=5)
+    for result, video in zip(results, videos):
         shown = video["frames"]["wrist"][:, 0, 0, 0].tolist()
-        assert shown == sorted({*range(0, record.steps + 1, 4), record.steps})
+        assert shown == sorted({*range(0, result.steps + 1, 4), result.steps})
         assert video["frames"]["wrist"].shape[1:] == (6, 6, 3)
-        assert len(video["observations"]) == -(-record.steps // 5)
+        assert len(video["observations"]) == -(-result.steps // 5)
 
 
 def test_errors_say_what_is_wrong():

@@ -150,8 +150,8 @@ def test_only_the_episode_that_is_to_blame_loses_an_attempt(make):
     assert [(s.episode.seed, s.attempt) for s in engine._slots] == [(0, 1), (1, 1), (2, 2), (3, 1)]
     first.says.extend([("observation", 0, {}), ("error", 2, "it broke")])
     assert engine.collect() == []
-    (record,) = engine.collect()
-    assert record.episode == EPISODES[2] and record.success is None and record.error == "it broke"
+    (result,) = engine.collect()
+    assert result.episode == EPISODES[2] and result.success is None and result.error == "it broke"
     assert queue(engine) == [(4, 1), (5, 1)]
 
 
@@ -161,9 +161,9 @@ def test_a_second_death_is_final_for_the_guilty_and_costs_the_neighbour_nothing(
     engine._slots[0].attempt = engine._slots[1].attempt = 2
     engine.plan(engine.due(), np.zeros((2, 5, 2)))
     engine._workers[0].says.append(ConnectionResetError())
-    (record,) = engine.collect()
-    assert record.episode == EPISODES[0]
-    assert record.error == "the simulator process died (exit code 3)"
+    (result,) = engine.collect()
+    assert result.episode == EPISODES[0]
+    assert result.error == "the simulator process died (exit code 3)"
     assert queue(engine) == [(1, 2)]
 
 
@@ -195,7 +195,7 @@ def test_observations_are_batched_in_order_and_filled_with_the_first():
             "prompt": f"task {k}",
         }
 
-    images, state, prompts = rollout._stack([seen(1), seen(2)], 4)
+    images, state, prompts = rollout.stack([seen(1), seen(2)], 4)
     assert images["scene"].shape == (4, 2, 3, 3) and images["scene"].dtype == np.uint8
     assert images["scene"][:, 0, 0, 0].tolist() == [1, 2, 1, 1]
     assert images["wrist"][:, 1, 2, 2].tolist() == [101, 102, 101, 101]

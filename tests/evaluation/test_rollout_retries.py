@@ -38,8 +38,8 @@ def test_a_crashing_episode_is_tried_twice():
     assert list(engine._queue) == [(EPISODE, 2)]
     assert slot.episode is None and slot.observation is None
     slot.episode, slot.attempt = engine._queue.popleft()
-    (record,) = engine._failed(slot, "it broke again")
-    assert (record.success, record.error) == (None, "it broke again") and not engine._queue
+    (result,) = engine._failed(slot, "it broke again")
+    assert (result.success, result.error) == (None, "it broke again") and not engine._queue
 
 
 def test_the_fingerprint_of_a_simulator_covers_images_cameras_and_state():

@@ -9,13 +9,13 @@ import pytest
 
 from lightwam_jax.envs import base as envs_base
 from lightwam_jax.evaluation import report, suites
-from tests.evaluation.test_report import record
+from tests.evaluation.test_report import result
 from tests.inference.test_policy import make_config
 
 
-def made_setup():
-    """A `suites.Setup` of three episodes of two tasks."""
-    return suites.Setup(
+def made_suite_run():
+    """A `suites.SuiteRun` of three episodes of two tasks."""
+    return suites.SuiteRun(
         suite="libero",
         env=envs_base.EnvSpec("module:make", {"size": 8}),
         episodes=tuple(
@@ -38,7 +38,7 @@ def test_a_manifest_says_what_was_run(monkeypatch):
     git = lambda command, **kwargs: types.SimpleNamespace(stdout=answers[command[1]])
     monkeypatch.setattr(report, "subprocess", types.SimpleNamespace(run=git))
     monkeypatch.setattr(report, "PACKAGES", ("numpy", "no-such-package"))
-    got = report.manifest(config, 7, "weights", "1 x cpu", made_setup(), {"gl": "1"}, "550")
+    got = report.manifest(config, 7, "weights", "1 x cpu", made_suite_run(), {"gl": "1"}, "550")
     assert got.pop("python").count(".") == 2 and got.pop("platform")
     want = {
         "config": "mine",
@@ -147,20 +147,20 @@ def test_summary_holds_what_the_project_promises(tmp_path):
 
 
 def test_rates_of_tasks_and_groups():
-    records = []
+    results = []
     for task, success in (("b", True), ("a", False), ("b", False), ("a", None), ("c", True)):
-        one = record(len(records), success)
-        records.append(
-            dataclasses.replace(one, episode=envs_base.EpisodeSpec(task, 0, len(records)))
+        one = result(len(results), success)
+        results.append(
+            dataclasses.replace(one, episode=envs_base.EpisodeSpec(task, 0, len(results)))
         )
-    assert report.by_task(records) == {
+    assert report.by_task(results) == {
         "b": report.Rate(1, 2, 0),
         "a": report.Rate(0, 1, 1),
         "c": report.Rate(1, 1, 0),
     }
-    assert list(report.by_task(records)) == ["b", "a", "c"]
+    assert list(report.by_task(results)) == ["b", "a", "c"]
     groups = {"second": ["c", "a"], "nobody": ["d"], "first": ["b"]}
-    assert report.by_group(records, groups) == {
+    assert report.by_group(results, groups) == {
         "second": report.Rate(1, 2, 1),
         "first": report.Rate(1, 2, 0),
     }

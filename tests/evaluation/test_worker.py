@@ -48,7 +48,7 @@ class Counter:
 
 
 def play(env, replan_steps=4, max_steps=10, chunk=6, between=lambda: None):
-    """Returns (record, what each plan was made from); the k-th plan is 10 k, 10 k + 1, ..."""
+    """Returns (result, what each plan was made from); the k-th plan is 10 k, 10 k + 1, ..."""
     episode, seen = worker.play(env, EPISODE, replan_steps, max_steps), []
     plan = None
     try:
@@ -63,15 +63,15 @@ def play(env, replan_steps=4, max_steps=10, chunk=6, between=lambda: None):
 
 def test_an_episode_that_never_ends_takes_exactly_max_steps():
     env = Counter()
-    record, seen = play(env)
+    result, seen = play(env)
     want = [10, 11, 12, 13, 20, 21, 22, 23, 30, 31]
     assert env.actions == [[x, -x] for x in want]
-    assert (record.success, record.steps, record.error) == (False, 10, None)
+    assert (result.success, result.steps, result.error) == (False, 10, None)
     assert [plan["state"][0] for plan in seen] == [0, 4, 8]
     assert env.observed == 3, "only what the policy sees is rendered"
-    assert (record.episode, record.prompt) == (EPISODE, "count to 11")
-    assert record.actions.dtype == np.float32 and record.actions.tolist() == env.actions
-    assert record.checksum == zlib.crc32(np.float32(env.actions).tobytes())
+    assert (result.episode, result.prompt) == (EPISODE, "count to 11")
+    assert result.actions.dtype == np.float32 and result.actions.tolist() == env.actions
+    assert result.checksum == zlib.crc32(np.float32(env.actions).tobytes())
 
 
 @pytest.mark.parametrize(
@@ -86,8 +86,8 @@ def test_an_episode_that_never_ends_takes_exactly_max_steps():
     ],
 )
 def test_an_episode_ends_when_the_environment_says_so(ends, steps, success):
-    record, _ = play(Counter(ends))
-    assert (record.steps, record.success) == (steps, success)
+    result, _ = play(Counter(ends))
+    assert (result.steps, result.success) == (steps, success)
 
 
 def test_seconds_are_those_of_the_simulator(monkeypatch):
@@ -97,51 +97,51 @@ def test_seconds_are_those_of_the_simulator(monkeypatch):
     def plan():
         clock.now += 1000
 
-    record, _ = play(Counter(clock=clock), between=plan)
-    assert record.seconds == 10
+    result, _ = play(Counter(clock=clock), between=plan)
+    assert result.seconds == 10
 
 
 def test_the_expert_acts_without_plans():
-    record = None
+    result = None
     env = Counter({3: (True, True)})
     try:
         next(worker.play(env, EPISODE, 4, 10, expert=True))
     except StopIteration as end:
-        record = end.value
+        result = end.value
     assert env.actions == [[0, -1], [1, -1], [2, -1]] and env.observed == 1
-    assert record.success is True and record.steps == 3
+    assert result.success is True and result.steps == 3
 
 
-def test_records_survive_json_and_damage_is_noticed():
-    record, _ = play(Counter({6: (True, True)}))
+def test_results_survive_json_and_damage_is_noticed():
+    result, _ = play(Counter({6: (True, True)}))
     failed = worker.failed_to_run(EPISODE, "it broke")
     assert (failed.success, failed.steps, failed.error) == (None, 0, "it broke")
-    for one in (record, failed):
+    for one in (result, failed):
         written = one.to_json()
         assert (written["task"], written["init"], written["seed"]) == ("count", 3, 11)
         back = worker.EpisodeResult.from_json(written)
         assert back == one
         np.testing.assert_array_equal(back.actions, one.actions)
     with pytest.raises(ValueError, match=r"episode count/3/11 do not fit their checksum"):
-        worker.EpisodeResult.from_json(record.to_json() | {"checksum": record.checksum + 1})
-    with pytest.raises(ValueError, match="no record of an episode: 'steps'"):
-        worker.EpisodeResult.from_json({k: v for k, v in record.to_json().items() if k != "steps"})
+        worker.EpisodeResult.from_json(result.to_json() | {"checksum": result.checksum + 1})
+    with pytest.raises(ValueError, match="no result of an episode: 'steps'"):
+        worker.EpisodeResult.from_json({k: v for k, v in result.to_json().items() if k != "steps"})
 
 
 def test_a_repetition_shows_every_step_that_was_asked_for(monkeypatch):
-    record, seen = play(Counter({9: (True, True)}))
+    result, seen = play(Counter({9: (True, True)}))
     env = Counter({9: (True, True)})
     spec = types.SimpleNamespace(make=lambda: env)
-    film = worker.replay(spec, record, every=5, size=6, replan_steps=4)
-    assert env.actions == record.actions.tolist()
-    assert film["frame_steps"] == [0, 5, 9] and film["plan_steps"] == [0, 4, 8]
-    assert film["frames"]["scene"].shape == (3, 6, 6, 3)
-    assert film["frames"]["scene"][:, 0, 0, 0].tolist() == [0, 5, 9]
-    assert film["frames"]["wrist"][:, 0, 0, 0].tolist() == [100, 105, 109]
-    assert [o["state"][0] for o in film["observations"]] == [o["state"][0] for o in seen]
+    video = worker.replay(spec, result, every=5, size=6, replan_steps=4)
+    assert env.actions == result.actions.tolist()
+    assert video["frame_steps"] == [0, 5, 9] and video["plan_steps"] == [0, 4, 8]
+    assert video["frames"]["scene"].shape == (3, 6, 6, 3)
+    assert video["frames"]["scene"][:, 0, 0, 0].tolist() == [0, 5, 9]
+    assert video["frames"]["wrist"][:, 0, 0, 0].tolist() == [100, 105, 109]
+    assert [o["state"][0] for o in video["observations"]] == [o["state"][0] for o in seen]
     env.ends = {9: (False, True)}
     with pytest.raises(RuntimeError, match=r"count/3/11 ended with success=True .* with False"):
-        worker.replay(spec, record, every=4, size=5, replan_steps=4)
+        worker.replay(spec, result, every=4, size=5, replan_steps=4)
 
 
 def described(change=lambda seen: seen, **own):
@@ -223,8 +223,8 @@ def test_a_process_answers_every_message_and_renews_a_broken_environment():
         ("plan", 1, chunk),
     )
     worker.serve(pipe, types.SimpleNamespace(make=make), 4, 10, False)
-    kinds = ["ready", "observation", "observation", "record", "observation", "error"]
-    assert [kind for kind, _, _ in pipe.sent] == [*kinds, "observation", "record"]
+    kinds = ["ready", "observation", "observation", "result", "observation", "error"]
+    assert [kind for kind, _, _ in pipe.sent] == [*kinds, "observation", "result"]
     assert [slot for _, slot, _ in pipe.sent] == [None, 0, 1, 0, 0, 1, 1, 1]
     assert pipe.sent[3][2].steps == 2 and pipe.sent[3][2].success
     assert "NaN" in pipe.sent[5][2]

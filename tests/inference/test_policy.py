@@ -253,7 +253,7 @@ def test_a_smaller_robot_in_a_larger_model_with_its_own_conventions(policy):
 
 
 def test_more_rows_than_the_largest_padded_batch_size(policy, monkeypatch):
-    monkeypatch.setattr(policy_lib, "BUCKETS", (1, 8))
+    monkeypatch.setattr(policy_lib, "PADDED_SIZES", (1, 8))
     observation = observe(11)
     actions = policy.act(*observation)
     np.testing.assert_array_equal(actions[:8], policy.act(*take(observation, range(8))))

@@ -108,13 +108,11 @@ def test_padding_of_texts_is_masked_only_where_the_config_says(policy):
         assert (got is mask) == wanted and (got is None) != wanted
 
 
-@pytest.mark.parametrize(
-    "rows, bucket", [(1, 1), (2, 2), (3, 4), (4, 4), (5, 8), (33, 64), (64, 64)]
-)
-def test_the_smallest_bucket_that_is_large_enough(rows, bucket):
-    assert policy_lib._bucket(rows) == bucket
+@pytest.mark.parametrize("rows, size", [(1, 1), (2, 2), (3, 4), (4, 4), (5, 8), (33, 64), (64, 64)])
+def test_the_smallest_padded_size_that_is_large_enough(rows, size):
+    assert policy_lib._padded_size(rows) == size
     with pytest.raises(ValueError, match="65 rows at once; expected at most 64"):
-        policy_lib._bucket(65)
+        policy_lib._padded_size(65)
 
 
 def test_batches_are_filled_with_their_first_row():
@@ -123,7 +121,7 @@ def test_batches_are_filled_with_their_first_row():
     assert policy_lib._pad(rows, 2).tolist() == rows.tolist()
 
 
-def test_warming_up_compiles_each_bucket_once(policy):
+def test_warming_up_compiles_each_padded_size_once(policy):
     policy.warm_up([3, 1, 4])
     assert policy._traced == [1, 4]
     policy.act(*observe(4))
@@ -133,8 +131,8 @@ def test_warming_up_compiles_each_bucket_once(policy):
 # ---- behind the model ----------------------------------------------------------------------------
 
 
-def test_rows_beyond_the_largest_bucket_keep_their_own_inputs(policy, monkeypatch):
-    monkeypatch.setattr(policy_lib, "BUCKETS", (1, 4))
+def test_rows_beyond_the_largest_padded_size_keep_their_own_inputs(policy, monkeypatch):
+    monkeypatch.setattr(policy_lib, "PADDED_SIZES", (1, 4))
     images, state, prompts = observe(10)
     actions, taps = policy.act(images, state, prompts, return_taps=True)
     assert actions.shape == (10, 8, 4) and actions.dtype == np.float32

@@ -32,8 +32,8 @@ class Words:
         return jnp.broadcast_to(context.sum(axis=1)[:, None, :4], (len(context), horizon, 4)), {}
 
 
-def test_rows_beyond_the_largest_bucket_keep_their_instructions(monkeypatch):
-    monkeypatch.setattr(policy_lib, "BUCKETS", (1, 4))
+def test_rows_beyond_the_largest_padded_size_keep_their_instructions(monkeypatch):
+    monkeypatch.setattr(policy_lib, "PADDED_SIZES", (1, 4))
     policy = policy_lib.Policy(Words(), {"dit": {}}, make_config(), ASSETS)
     observation = observe(6)
     actions = policy.act(*observation)

@@ -8,13 +8,12 @@ images and feels the gripper can therefore infer each action, and what went wron
 import numpy as np
 
 from lightwam_jax.envs.demo import scene as scene_lib
-from lightwam_jax.envs.demo import tabletop
 
 _GRASP = 0.028  # height of the hand when it closes
 _HOVER = 0.095  # ... when it crosses the table, empty or loaded: clears every object
 _RELEASE = 0.046  # ... when it lets go over the tray
 _GAIN = 0.55  # share of an error that one control step removes
-_STEP = tabletop.SPEED / tabletop.FPS  # metres per control step at full speed
+_STEP = scene_lib.SPEED / scene_lib.FPS  # metres per control step at full speed
 
 
 def act(env, target=None):

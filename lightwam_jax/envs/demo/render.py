@@ -10,9 +10,8 @@ import functools
 import mujoco
 import numpy as np
 
-_LIGHT = np.array(
-    [-0.35, -0.30, 0.95], np.float32
-)  # a point light: rays from it tell what is in shadow
+# A point light: rays from it tell what is in shadow.
+_LIGHT = np.array([-0.35, -0.30, 0.95], np.float32)
 _BACKDROP = 0.80
 _PLANE, _BOX, _SPHERE, _CYLINDER = (
     int(getattr(mujoco.mjtGeom, f"mjGEOM_{name}"))
@@ -20,9 +19,8 @@ _PLANE, _BOX, _SPHERE, _CYLINDER = (
 )
 # MuJoCo 4 takes an optional array of normals between `dist` and `nray`; 3.x does not.
 _TAKES_NORMAL = "normal:" in mujoco.mj_multiRay.__doc__
-_PARTS = (
-    np.array([(-1, -1), (1, 1)]) / 3
-)  # of an outline pixel: two rays more, pixels from its middle
+# Of a pixel on an outline: two rays more, in pixels from its middle.
+_PARTS = np.array([(-1, -1), (1, 1)]) / 3
 
 
 def cast(model, data, origin, directions):
@@ -38,21 +36,9 @@ def cast(model, data, origin, directions):
     count = len(directions)
     geom, distance = np.full(count, -1, np.int32), np.full(count, -1.0)
     if count:
-        normal = (None,) if _TAKES_NORMAL else ()
-        mujoco.mj_multiRay(
-            model,
-            data,
-            np.float64(origin),
-            np.float64(directions).reshape(-1),
-            None,
-            1,
-            -1,
-            geom,
-            distance,
-            *normal,
-            count,
-            10.0,
-        )
+        origin, rays = np.float64(origin), np.float64(directions).reshape(-1)
+        out = (geom, distance, None) if _TAKES_NORMAL else (geom, distance)
+        mujoco.mj_multiRay(model, data, origin, rays, None, 1, -1, *out, count, 10.0)
     return geom, distance
 
 
@@ -91,9 +77,7 @@ class Renderer:
         """Draws a square image.
 
         Args:
-          data: MjData after `mj_forward`.
-          camera: camera name.
-          size: pixels per side.
+          data: MjData after `mj_forward`. camera: its name. size: pixels per side.
           smooth: whether to anti-alias the outlines.
 
         Returns:
@@ -108,9 +92,8 @@ class Renderer:
             body = np.append(self._model.geom_bodyid, -1)[geom]  # -1: the backdrop
             edge = np.flatnonzero(_outlines(body.reshape(size, size)))
             fine, _ = self._shade(data, origin, parts[edge].reshape(-1, 3) @ turn)
-            colour[edge] = (colour[edge] + fine.reshape(len(edge), -1, 3).sum(1)) / (
-                1 + len(_PARTS)
-            )
+            total = colour[edge] + fine.reshape(len(edge), -1, 3).sum(1)
+            colour[edge] = total / (1 + len(_PARTS))
         return (colour.reshape(size, size, 3) * 255 + 0.5).astype(np.uint8)
 
     def _hits(self, data, origin, rays):
@@ -183,7 +166,5 @@ def _wood(colour, point):
     """Soft planks [n, 3]: slow waves only, so that small images (and codecs) do not alias."""
     x, y = point[:, 0], point[:, 1]
     plank = np.floor(y / 0.11 + 0.5)
-    waves = (
-        1 + 0.022 * np.sin(95 * y + 2.2 * np.sin(7 * x + 3 * plank)) + 0.035 * np.sin(12.9 * plank)
-    )
-    return colour * waves[:, None]
+    waves = 1 + 0.022 * np.sin(95 * y + 2.2 * np.sin(7 * x + 3 * plank))
+    return colour * (waves + 0.035 * np.sin(12.9 * plank))[:, None]

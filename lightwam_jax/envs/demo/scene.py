@@ -1,7 +1,7 @@
 """The table-top scene of the demo as MJCF text: table, tray, gantry gripper and coloured objects.
 
-The scene is a pure function of a `Scene` description (which `demo_env` samples from a seed), so one
-episode is one compiled model and nothing of an earlier episode can leak into the next.
+The scene is a pure function of a `Scene` (which `tabletop` samples from a seed). So one episode is
+one compiled model, and nothing of an earlier episode can leak into the next.
 Lengths are metres; x points right, y away from the scene camera, z up; the table top is z = 0.
 """
 
@@ -22,6 +22,8 @@ SHAPES = {  # MuJoCo type, size, half height
     "ball": ("sphere", (0.023,), 0.023),
 }
 
+FPS = 10  # control steps per second
+SPEED = 0.25  # m/s: the hand's, at full action
 TRAY_HALF = 0.058  # inner half width
 TRAY_WALL = 0.014  # height of the wall; lower than the finger tips ever get
 OPENING = 0.090  # between the pads when the gripper is open

@@ -1,37 +1,44 @@
-"""A MuJoCo table-top task that needs eyes, language and a hand: "put the red cube in the tray".
+"""The demo suite: a MuJoCo table-top task that needs eyes, language and a hand.
 
-Several coloured objects lie at random places and the instruction names one of them; colours are
-shuffled over the places in every episode, so that nothing but the words tells which one is meant.
-Success: the named object rests in the tray, let go, and no other object does.
+"put the red cube in the tray": several coloured objects lie at random places and the instruction
+names one of them. Colours are shuffled over the places in every episode, so that only the words
+tell which one is meant. Success: the named object rests in the tray, let go, and no other does.
 
-Contacts are real: the gripper holds by friction, can push, miss, and drop. The task is nevertheless
-kind: the open gripper leaves about 2 cm on either side of an object, and the tray about 3.
+Contacts are real: the gripper holds by friction, can push, miss, and drop. The task is still kind:
+the open gripper leaves about 2 cm on either side of an object, and the tray about 3.
 """
 
 import dataclasses
+import importlib.metadata
 
 import mujoco
 import numpy as np
 
+from lightwam_jax.envs import base as envs_base
+from lightwam_jax.envs.demo import expert as expert_lib
 from lightwam_jax.envs.demo import render as render_lib
 from lightwam_jax.envs.demo import scene as scene_lib
 
-ACTION_DIM = 4  # velocity x, y, z of the hand as a share of SPEED; gripper: > 0 closes
-PROPRIO_DIM = 5  # hand x, y, z (m); gap between the pads (m); 1 when both pads touch an object
+TASKS = ("tabletop",)
 CAMERAS = ("scene", "wrist")
-MAX_STEPS = 60
-FPS = 10
-SPEED = 0.25  # m/s
-_SUBSTEPS = 20
+# Hand x, y, z (m); gap between the pads (m); 1 when both pads touch an object.
+STATE = ("x", "y", "z", "gap", "held")
+# Velocity of the hand as a share of `scene.SPEED`, -1..1; gripper: above 0 closes.
+ACTION = ("vx", "vy", "vz", "gripper")
+FPS = scene_lib.FPS
+MOST_STEPS = 60
+ROBOT = "demo"
+FUMBLES = (0.004, 2)
 TASK_VERSION = 5  # raise when recorded demonstrations no longer fit the task
+_SUBSTEPS = 20  # of the physics, per control step
 
 
 @dataclasses.dataclass(frozen=True)
 class Difficulty:
-    """The knobs; the defaults favour what a small policy learns quickly over richness.
+    """What can be made harder; the defaults are what a small policy learns quickly.
 
     Attributes:
-      objects: objects on the table; an ear-less policy succeeds once in this many episodes.
+      objects: on the table; who ignores the instruction succeeds once in this many episodes.
       colours, shapes: what they are drawn from; colours never repeat within an episode.
       object_x, object_y: range of the middles, metres.
       spacing: least distance between two middles, metres.
@@ -55,8 +62,33 @@ class Difficulty:
     hand_z: tuple = (0.085, 0.155)
 
 
+SETTINGS = {"task_version": TASK_VERSION, "difficulty": dataclasses.asdict(Difficulty())}
+
+
+def make(image_size=64, **difficulty):
+    """Returns a new `TabletopEnv`.
+
+    Args:
+      image_size: pixels per side of the images the policy sees; as recorded.
+      **difficulty: fields of `Difficulty` to change.
+    """
+    return TabletopEnv(image_size, Difficulty(**difficulty))
+
+
+def episodes(tasks, count, first_seed):
+    """Returns `count` episodes, of the seeds from `first_seed` on; the one task is `TASKS[0]`."""
+    if unknown := sorted({*tasks} - {*TASKS}):
+        raise ValueError(f"the demo has no task {', '.join(unknown)}; it has {', '.join(TASKS)}")
+    return [envs_base.EpisodeSpec(TASKS[0], 0, first_seed + i) for i in range(count)]
+
+
+def disturbed_by(episode):
+    """Returns the seed of the disturbances of a recorded episode."""
+    return [TASK_VERSION, episode.seed, 1]
+
+
 def sample_scene(seed, difficulty):
-    """Returns the `demo_scene.Scene` of a seed.
+    """Returns the `scene.Scene` of a seed.
 
     Raises:
       ValueError: the objects do not fit at the wanted spacing.
@@ -94,24 +126,20 @@ def sample_scene(seed, difficulty):
 
 
 class TabletopEnv:
-    """One simulated table. The same seed and actions give the same bits in any process."""
+    """One simulated table; `envs/base.py` says what each method of the protocol promises.
 
-    def __init__(self, image_size=64, difficulty=None, smooth=False):
-        """Makes a table that `reset` lays.
+    The same episode and actions give the same bits in any process.
+    """
 
-        Args:
-          image_size: pixels per side of the images in observations.
-          difficulty: `Difficulty`; None: the default.
-          smooth: whether those images are anti-aliased, which takes about half as long again.
-        """
+    def __init__(self, image_size=64, difficulty=None):
+        """`image_size`: pixels per side of what the policy sees; `difficulty`: None: defaults."""
         self.image_size = image_size
-        self.smooth = smooth
         self.difficulty = difficulty or Difficulty()
         self.scene = None
 
-    def reset(self, seed):
-        """Starts the episode of a seed (an int >= 0) and returns `observe()`."""
-        self.scene = sample_scene(seed, self.difficulty)
+    def reset(self, episode):
+        """Lays the table of an episode (`base.EpisodeSpec`) and returns `observe()`."""
+        self.scene = sample_scene(episode.seed, self.difficulty)
         self.model = mujoco.MjModel.from_xml_string(scene_lib.mjcf(self.scene))
         self.data = mujoco.MjData(self.model)
         self._renderer = render_lib.Renderer(self.model)
@@ -119,33 +147,34 @@ class TabletopEnv:
         self._pads = [self.model.geom(n).id for n in ("left", "right")]
         self._objects = [self.model.geom(f"object_{i}").id for i in range(len(self.scene.objects))]
         self._bodies = self.model.geom_bodyid[self._objects]
-        self.data.qpos[self._joints] = (
-            *self.scene.hand,
-            scene_lib.OPENING / 2,
-            scene_lib.OPENING / 2,
-        )
-        self.data.ctrl[3:] = scene_lib.OPENING / 2
+        half = scene_lib.OPENING / 2
+        self.data.qpos[self._joints] = (*self.scene.hand, half, half)
+        self.data.ctrl[3:] = half
         mujoco.mj_forward(self.model, self.data)
         self.steps = 0
         return self.observe()
 
-    def step(self, action):
-        """Moves for 1 / FPS seconds.
+    def observe(self):
+        """Returns {"images": {camera: uint8 [S,S,3]}, "state": f32 [5], "prompt": str}."""
+        images = {camera: self.image(camera) for camera in CAMERAS}
+        return {"images": images, "state": self.state, "prompt": self.scene.prompt}
 
-        Args:
-          action: [4] float in -1..1 (clipped): velocity of the hand as a share of SPEED, gripper
-            (> 0 closes).
+    def step(self, action):
+        """Moves for 1 / FPS seconds: `action` [4] as `ACTION` says, clipped to -1..1.
 
         Returns:
-          (success, done): done also when a wrong object lies in the tray or time is up.
+          (None, success, done): done also when a wrong object lies in the tray or time is up.
+
+        Raises:
+          ValueError: not four finite numbers.
         """
         action = np.asarray(action, np.float64)
-        if action.shape != (ACTION_DIM,) or not np.isfinite(action).all():
+        if action.shape != (len(ACTION),) or not np.isfinite(action).all():
             raise ValueError(
-                f"action is {action}; expected {ACTION_DIM} finite numbers "
+                f"action is {action}; expected {len(ACTION)} finite numbers "
                 "(velocity x, y, z and gripper): check the policy's normalisation"
             )
-        self.data.ctrl[:3] = np.clip(action[:3], -1, 1) * SPEED
+        self.data.ctrl[:3] = np.clip(action[:3], -1, 1) * scene_lib.SPEED
         self.data.ctrl[3:] = 0.0 if action[3] > 0 else scene_lib.OPENING / 2
         mujoco.mj_step(self.model, self.data, _SUBSTEPS)
         # mj_step leaves positions one step ahead of contacts and frames; bring them together.
@@ -154,24 +183,32 @@ class TabletopEnv:
         rests = [self.rests(i) for i in range(len(self._objects))]
         success = rests[self.scene.target] and sum(rests) == 1
         wrong = any(r for i, r in enumerate(rests) if i != self.scene.target)
-        return success, success or wrong or self.steps >= MAX_STEPS
+        return None, success, success or wrong or self.steps >= MOST_STEPS
 
-    def observe(self):
-        """Returns {"images": {camera: [S, S, 3] uint8}, "state": [5] float32, "prompt": str}."""
-        images = {camera: self.render(camera) for camera in CAMERAS}
-        return {"images": images, "state": self.state, "prompt": self.scene.prompt}
+    def expert_action(self):
+        """Returns the scripted expert's action f32 [4] for the present state."""
+        return expert_lib.act(self)
 
-    def render(self, camera="scene", size=None):
-        """Returns an image [size, size, 3] uint8; without a size, just as the policy sees it."""
+    def image(self, camera, size=None):
+        """Returns the camera's view, uint8 [size,size,3]; without a size, as the policy sees it.
+
+        What the policy sees is not anti-aliased, which would take half as long again.
+        """
         if camera not in CAMERAS:
             raise KeyError(f"no camera {camera!r}; the table has {', '.join(CAMERAS)}")
-        if size is None:
-            return self._renderer.render(self.data, camera, self.image_size, self.smooth)
-        return self._renderer.render(self.data, camera, size)
+        return self._renderer.render(self.data, camera, size or self.image_size, bool(size))
+
+    def describe(self):
+        """Returns the versions that decide physics and pixels."""
+        return {
+            "versions": {"mujoco": importlib.metadata.version("mujoco")},
+            "task_version": TASK_VERSION,
+            "renderer": "rays, in numpy",
+        }
 
     @property
     def state(self):
-        """Proprioception [5] float32; see PROPRIO_DIM."""
+        """Proprioception f32 [5], as `STATE` says."""
         held = any(self.held(i) for i in range(len(self._objects)))
         return np.array([*self.hand, self.gap, held], np.float32)
 

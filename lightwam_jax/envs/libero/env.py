@@ -23,6 +23,7 @@ import types
 import numpy as np
 
 from lightwam_jax.envs import base as envs_base
+from lightwam_jax.envs.libero import experts as libero_experts
 from lightwam_jax.envs.libero import files as libero_files
 
 CAMERAS = ("image", "wrist_image")
@@ -56,13 +57,12 @@ class Protocol:
     gripper_open_is_one: bool
 
 
+# For suite 90 no cap is published with "lightwam": it is openpi's.
+_LIGHTWAM = {"spatial": 400, "object": 400, "goal": 400, "10": 700, "90": 400}
+_OPENPI = {"spatial": 220, "object": 280, "goal": 300, "10": 520, "90": 400}
 PROTOCOLS = {
-    "lightwam": Protocol(
-        30, 10, {"spatial": 400, "object": 400, "goal": 400, "10": 700, "90": 400}, True
-    ),  # for 90 none is published: openpi's cap
-    "openpi": Protocol(
-        10, 5, {"spatial": 220, "object": 280, "goal": 300, "10": 520, "90": 400}, False
-    ),
+    "lightwam": Protocol(30, 10, _LIGHTWAM, gripper_open_is_one=True),
+    "openpi": Protocol(10, 5, _OPENPI, gripper_open_is_one=False),
 }
 
 
@@ -97,32 +97,25 @@ def episodes(tasks, count=STORED, first_seed=0):
     """
     if not 1 <= count <= STORED:
         raise ValueError(f"{count} episodes per task; LIBERO stores {STORED} initial states")
-    count = 1 if libero_files.is_plus() else count
-    return [
-        envs_base.EpisodeSpec(name, init, first_seed + init)
-        for name in _names(tasks)
-        for init in range(count)
-    ]
+    inits = range(1 if libero_files.is_plus() else count)
+    names = _names(tasks)
+    return [envs_base.EpisodeSpec(name, i, first_seed + i) for name in names for i in inits]
 
 
 def demonstrations(tasks, count, first_seed):
     """Returns `base.EpisodeSpec`s to record: drawn from their seeds, never from the stored states.
 
-    Args:
-      tasks, count, first_seed: as for `episodes`.
+    The arguments are those of `episodes`.
 
     Raises:
       ValueError: an unknown task, or one that the expert cannot do.
     """
     names = _names(tasks)
     if wrong := sorted({libero_files.suite_of(name) for name in names if not has_expert(name)}):
-        raise ValueError(
-            f"there is no scripted expert for suite {', '.join(wrong)}, only for "
-            f"{' and '.join(TASKS)}"
-        )
-    return [
-        envs_base.EpisodeSpec(name, DRAWN, first_seed + i) for name in names for i in range(count)
-    ]
+        wrong, known = ", ".join(wrong), " and ".join(TASKS)
+        raise ValueError(f"there is no scripted expert for suite {wrong}, only for {known}")
+    seeds = range(first_seed, first_seed + count)
+    return [envs_base.EpisodeSpec(name, DRAWN, seed) for name in names for seed in seeds]
 
 
 def has_expert(task):
@@ -143,16 +136,16 @@ def groups(tasks):
 def _names(tasks):
     """Returns the names of tasks, those of a suite in the place of its name."""
     suites = libero_files.SUITES + libero_files.PLUS
-    names = [
-        name for task in tasks for name in (libero_files.tasks(task) if task in suites else (task,))
-    ]
+    names = {}  # in order, each once
+    for task in tasks:
+        names |= dict.fromkeys(libero_files.tasks(task) if task in suites else (task,))
     for name in names:
         libero_files.suite_of(name)  # raises where there is none
-    return list(dict.fromkeys(names))
+    return list(names)
 
 
 class LiberoEnv:
-    """One simulated robot; see `envs/base.py` for what each method promises.
+    """One simulated robot; `envs/base.py` says what each method promises.
 
     The same episode and actions give the same bits in any process, whatever ran before.
     """
@@ -171,7 +164,7 @@ class LiberoEnv:
         self._size, self._rendering = image_size, rendering
         self._assets = libero_files.assets_directory(assets)
         self._modules = _import(self._assets)
-        self._env, self._task, self._camera, self._expert = None, None, None, None
+        self._env = self._task = self._camera = self._expert = None
 
     def reset(self, episode):
         """Starts an episode and returns `observe()`.
@@ -202,12 +195,8 @@ class LiberoEnv:
 
     def observe(self):
         """Returns {"images": {camera: uint8 [S,S,3]}, "state": f32 [8], "prompt": str}."""
-        raw = self._raw
-        state = (
-            raw["robot0_eef_pos"],
-            axis_angle(raw["robot0_eef_quat"]),
-            raw["robot0_gripper_qpos"],
-        )
+        turn, fingers = axis_angle(self._raw["robot0_eef_quat"]), self._raw["robot0_gripper_qpos"]
+        state = (self._raw["robot0_eef_pos"], turn, fingers)
         return {
             "images": {camera: self.image(camera, self._size) for camera in CAMERAS},
             "state": np.concatenate(state).astype(np.float32),
@@ -217,10 +206,7 @@ class LiberoEnv:
     def step(self, action):
         """Executes one action [7], in the protocol's units; returns (None, success, done).
 
-        Nothing is rendered. `done` also when the protocol's steps are used up.
-
-        Raises:
-          ValueError: not seven finite numbers.
+        `done` also when the protocol's steps are used up. ValueError: not seven finite numbers.
         """
         action = np.array(action, np.float64)
         if action.shape != (len(ACTION),) or not np.isfinite(action).all():
@@ -235,12 +221,9 @@ class LiberoEnv:
     def expert_action(self):
         """Returns the scripted expert's action f32 [7], in the protocol's units.
 
-        Raises:
-          NotImplementedError: the task is not one of picking up and placing a thing.
+        NotImplementedError: the task is not one of picking up and placing a thing.
         """
         if self._expert is None:
-            from lightwam_jax.envs.libero import experts as libero_experts
-
             self._expert = libero_experts.Expert(self._env.env)
         action = self._expert.act()
         if self._protocol.gripper_open_is_one:
@@ -263,9 +246,6 @@ class LiberoEnv:
         for name in _PACKAGES:
             with contextlib.suppress(importlib.metadata.PackageNotFoundError):
                 versions[name] = importlib.metadata.version(name)
-        if self._camera is None:
-            first = libero_files.tasks("plus_spatial" if self._eager else "spatial")[0]
-            self.reset(envs_base.EpisodeSpec(first, 0, 0))
         return {
             "protocol": {"name": self._protocol_name, **dataclasses.asdict(self._protocol)},
             **libero_files.describe_assets(self._assets),
@@ -309,10 +289,10 @@ class LiberoEnv:
         self._env.env.add_observable(self._shutter())
 
     def _shutter(self):
-        """An observable that keeps, instead of images, what they would be taken of.
+        """An observable that keeps the state of the simulation instead of rendering it.
 
         The simulator takes its images and states a fraction of a step before the step is over.
-        Images taken when asked for have to show that very moment.
+        Images that are rendered later, when asked for, have to show that very moment.
         """
 
         @self._modules.observables.sensor(modality="shutter")
@@ -338,8 +318,8 @@ class _Camera:
         self._shown = modules.mujoco.MjData(sim.model._model)
         if rendering == "fast":
             sim.model.vis.quality.shadowsize = sim.model.vis.quality.offsamples = 0
-        # Not of the simulation itself: making this computes its forces anew, and the last digits
-        # of an episode would depend on whether it was looked at.
+        # A copy of the simulation is rendered, not the simulation itself: making a context computes
+        # its forces anew, and the last digits of an episode would depend on having been rendered.
         shown = types.SimpleNamespace(
             model=sim.model,
             data=types.SimpleNamespace(_data=self._shown),
@@ -380,7 +360,7 @@ def axis_angle(quaternion):
 
 
 def _import(assets):
-    """Imports the simulator; returns its modules."""
+    """Returns the simulator's modules."""
     libero_files.prepare(assets)
     logging.disable(logging.WARNING)  # robosuite recommends a file of private macros
     try:

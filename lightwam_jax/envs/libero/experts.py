@@ -178,19 +178,14 @@ class Expert:
         model, data = self._env.sim.model, self._env.sim.data
         root = self._env.obj_body_id[name]
         bodies = [b for b in range(model.nbody) if b == root or root in _ancestors(model, b)]
-        shapes = [
-            g
-            for g in range(model.ngeom)
-            if model.geom_bodyid[g] in bodies and model.geom_contype[g]
-        ]
+        solid = np.isin(model.geom_bodyid, bodies) & (model.geom_contype != 0)
         grid = np.array(np.meshgrid(*[np.linspace(-1, 1, per_edge)] * 3)).reshape(3, -1).T
-        boxes = model._model.geom_aabb[shapes]  # centre and half size, in the shape's own frame
-        return np.concatenate(
-            [
-                data.geom_xpos[g] + (box[:3] + grid * box[3:]) @ data.geom_xmat[g].reshape(3, 3).T
-                for g, box in zip(shapes, boxes)
-            ]
-        )
+        points = []
+        for g in np.flatnonzero(solid):
+            box = model._model.geom_aabb[g]  # centre and half size, in the shape's own frame
+            turn = data.geom_xmat[g].reshape(3, 3)
+            points.append(data.geom_xpos[g] + (box[:3] + grid * box[3:]) @ turn.T)
+        return np.concatenate(points)
 
     def _box(self, name):
         """Returns (lowest, highest) corner of a thing in the world."""
@@ -221,25 +216,18 @@ class Expert:
         """Like `_choose_grasp`, at the place of the rim farthest from whatever else there is."""
         middle = (corners.max(axis=0) + corners.min(axis=0))[:2] / 2
         radius = np.linalg.norm(corners[:, :2] - middle, axis=1).max() - 0.004
-        others = np.concatenate(
-            [
-                self._points(name, per_edge=7)
-                for name in self._env.obj_body_id
-                if name != self._thing
-            ]
-        )
+        others = [name for name in self._env.obj_body_id if name != self._thing]
+        others = np.concatenate([self._points(name, per_edge=7) for name in others])
         others = others[others[:, 2] > height - 0.01, :2]  # what the fingers could hit
-        best = None
-        for yaw in np.linspace(-np.pi, np.pi, 24, endpoint=False):
-            direction = np.array([np.cos(yaw), np.sin(yaw)])
-            outside = middle + (radius + 0.03) * direction
+
+        def score(yaw):
+            outside = middle + (radius + 0.03) * np.array([np.cos(yaw), np.sin(yaw)])
             room = min(0.05, np.linalg.norm(others - outside, axis=1).min(initial=1.0))
-            turn = abs(self._yaw_error(yaw))
-            score = room - 0.02 * turn
-            if best is None or score > best[0]:
-                best = score, yaw, direction
-        point = np.array([*(middle + radius * best[2]), height])
-        return point, best[1], point - self._place(self._thing)
+            return room - 0.02 * abs(self._yaw_error(yaw))
+
+        yaw = max(np.linspace(-np.pi, np.pi, 24, endpoint=False), key=score)
+        point = np.array([*(middle + radius * np.array([np.cos(yaw), np.sin(yaw)])), height])
+        return point, yaw, point - self._place(self._thing)
 
     def _follow(self, grasp):
         """The same grasp of a thing that has moved since."""

@@ -1,7 +1,7 @@
-"""What LIBERO keeps in files: tasks, instructions, initial states and assets, read without it.
+"""What LIBERO keeps in files, read without it: tasks, instructions, initial states and assets.
 
-Nothing here imports the simulator, so that the main process can list episodes, and nothing runs
-code that comes with data: the stored initial states are pickles, read by `initial_states` alone.
+Nothing here imports the simulator, so that the main process can list episodes. And nothing runs
+code that comes with data: the stored initial states are pickles, of which only arrays are read.
 """
 
 import ast
@@ -211,12 +211,8 @@ def describe_assets(directory):
 
 def tasks_hash():
     """Returns 16 hex digits of the package's task descriptions and initial states."""
-    files = [
-        path
-        for pattern in ("bddl_files/*/*.bddl", "init_files/**/*.pruned_init")
-        for path in package().glob(pattern)
-    ]
-    return _hash(files, package())
+    patterns = ("bddl_files/*/*.bddl", "init_files/**/*.pruned_init")
+    return _hash([path for each in patterns for path in package().glob(each)], package())
 
 
 def _hash(files, directory):
@@ -233,18 +229,15 @@ def prepare(assets):
     libraries below it go to a directory of ours among the temporary files. For this process and
     its children only.
     """
-    content = json.dumps(
-        {
-            key: str(package() / place)
-            for key, place in {  # JSON is YAML too
-                "benchmark_root": "",
-                "bddl_files": "bddl_files",
-                "init_states": "init_files",
-                "datasets": "datasets",
-                "assets": assets,
-            }.items()
-        }
-    )
+    places = {
+        "benchmark_root": "",
+        "bddl_files": "bddl_files",
+        "init_states": "init_files",
+        "datasets": "datasets",
+        "assets": assets,
+    }
+    content = {key: str(package() / place) for key, place in places.items()}
+    content = json.dumps(content)  # JSON is YAML too
     name = hashlib.sha256(content.encode()).hexdigest()[:12]
     directory = pathlib.Path(tempfile.gettempdir(), f"lightwam_libero_{os.getuid()}_{name}")
     directory.mkdir(mode=0o700, exist_ok=True)

@@ -14,7 +14,7 @@ from lightwam_jax.data import windows as windows_lib
 from lightwam_jax.data.formats import lerobot_write
 from lightwam_jax.envs import base as envs_base
 from lightwam_jax.envs import record
-from lightwam_jax.envs.demo import env as demo_lib
+from lightwam_jax.envs.demo import tabletop as demo_lib
 from tests import test_end_to_end, writers
 
 CAMERAS = ("scene", "wrist")
