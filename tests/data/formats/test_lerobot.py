@@ -20,6 +20,34 @@ def png(pixels):
     return content.getvalue()
 
 
+def packed(root, table):
+    """Writes both episodes into one file of v3.0; returns the pattern of its path."""
+    (root / "data/chunk-000").mkdir(parents=True)
+    pq.write_table(table, root / "data/chunk-000/file-000.parquet", row_group_size=2)
+    tasks = pa.table({"task_index": [7, 4], "__index_level_0__": ["lift", "reach"]})
+    pq.write_table(tasks, root / "meta/tasks.parquet")
+    (root / "meta/episodes/chunk-000").mkdir(parents=True)
+    place = {"data/chunk_index": [0, 0], "data/file_index": [0, 0]}
+    listed = {"episode_index": [0, 1], "length": [3, 2], **place}
+    listed["stats/action/mean"] = [[0.0], [0.0]]
+    pq.write_table(pa.table(listed), root / "meta/episodes/chunk-000/file-000.parquet")
+    return "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
+
+
+def single(root, table):
+    """Writes a file per episode of v2.1; returns the pattern of their paths."""
+    for i, (first, n) in enumerate(((0, 3), (3, 2))):
+        (root / f"data/chunk-00{i}").mkdir(parents=True)
+        pq.write_table(table.slice(first, n), root / f"data/chunk-00{i}/episode_00000{i}.parquet")
+    (root / "meta/tasks.jsonl").write_text(
+        '{"task_index": 4, "task": "reach"}\n{"task_index": 7, "task": "lift"}\n'
+    )
+    (root / "meta/episodes.jsonl").write_text(
+        '{"episode_index": 1, "length": 2}\n\n{"episode_index": 0, "length": 3}\n'
+    )
+    return "data/chunk-{episode_chunk:03d}/episode_{episode_index:06d}.parquet"
+
+
 def by_hand(root, version, **changes):
     """Two episodes of 3 and 2 steps with lists of any length, doubles, and paths of images."""
     index = [0, 0, 0, 1, 1]
@@ -48,31 +76,8 @@ def by_hand(root, version, **changes):
         "features": {"top": {"dtype": "image", "shape": [3, 8, 64], "names": None}}
         | {key: {"dtype": "float32", "shape": [n], "names": None} for key, n in numeric.items()},
     }
-    table = pa.table(columns)
-    if version == "v3.0":
-        info |= {"data_path": "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"}
-        (root / "data/chunk-000").mkdir(parents=True)
-        pq.write_table(table, root / "data/chunk-000/file-000.parquet", row_group_size=2)
-        tasks = pa.table({"task_index": [7, 4], "__index_level_0__": ["lift", "reach"]})
-        pq.write_table(tasks, root / "meta/tasks.parquet")
-        (root / "meta/episodes/chunk-000").mkdir(parents=True)
-        place = {"data/chunk_index": [0, 0], "data/file_index": [0, 0]}
-        listed = {"episode_index": [0, 1], "length": [3, 2], **place}
-        listed["stats/action/mean"] = [[0.0], [0.0]]
-        pq.write_table(pa.table(listed), root / "meta/episodes/chunk-000/file-000.parquet")
-    else:
-        info |= {"data_path": "data/chunk-{episode_chunk:03d}/episode_{episode_index:06d}.parquet"}
-        for i, (first, n) in enumerate(((0, 3), (3, 2))):
-            (root / f"data/chunk-00{i}").mkdir(parents=True)
-            pq.write_table(
-                table.slice(first, n), root / f"data/chunk-00{i}/episode_00000{i}.parquet"
-            )
-        (root / "meta/tasks.jsonl").write_text(
-            '{"task_index": 4, "task": "reach"}\n{"task_index": 7, "task": "lift"}\n'
-        )
-        (root / "meta/episodes.jsonl").write_text(
-            '{"episode_index": 1, "length": 2}\n\n{"episode_index": 0, "length": 3}\n'
-        )
+    files = packed if version == "v3.0" else single
+    info["data_path"] = files(root, pa.table(columns))
     (root / "meta/info.json").write_text(json.dumps(info))
     return configure(
         root,

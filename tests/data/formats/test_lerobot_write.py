@@ -197,14 +197,17 @@ def test_fields_of_the_format(written):
             "video.is_depth_map": False,
             "has_audio": False,
         }
-    lines = [
-        json.loads(line)
-        for line in (written["2.1 video"] / "meta/episodes.jsonl").read_text().splitlines()
-    ]
-    assert lines[1] == {"episode_index": 1, "tasks": [synthetic.TASKS[1], "go home"], "length": 5}
-    row = pq.read_table(
-        written["3.0 video"] / "meta/episodes/chunk-000/file-000.parquet"
-    ).to_pylist()[1]
+
+
+def test_fields_of_an_episode(written):
+    lines = (written["2.1 video"] / "meta/episodes.jsonl").read_text().splitlines()
+    assert json.loads(lines[1]) == {
+        "episode_index": 1,
+        "tasks": [synthetic.TASKS[1], "go home"],
+        "length": 5,
+    }
+    file = written["3.0 video"] / "meta/episodes/chunk-000/file-000.parquet"
+    row = pq.read_table(file).to_pylist()[1]
     assert {key: row[key] for key in row if not key.startswith(("stats/", "videos/"))} == {
         "episode_index": 1,
         "tasks": [synthetic.TASKS[1], "go home"],
