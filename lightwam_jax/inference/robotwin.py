@@ -54,6 +54,8 @@ def get_model(usr_args):
       ValueError: neither, or a policy of other cameras or joints than RoboTwin's.
       ConnectionError: nobody answers at that port.
     """
+    if "replan" in usr_args:
+        raise ValueError("deploy_policy.yml has the key replan: since version 0.2.0, replan_steps")
     if usr_args.get("port"):
         return Client(usr_args.get("host") or "localhost", int(usr_args["port"]))
     if not usr_args.get("workdir"):

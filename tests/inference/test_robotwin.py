@@ -207,6 +207,8 @@ def test_what_does_not_fit_is_refused():
         robotwin.Model(FakePolicy(), replan_steps=9)
     with pytest.raises(ValueError, match="neither workdir"):
         robotwin.get_model({"task_name": "beat_block_hammer"})
+    with pytest.raises(ValueError, match=r"key replan: since version 0\.2\.0, replan_steps"):
+        robotwin.get_model({"workdir": "runs/x", "replan": 8})
     other = FakePolicy()
     other.config.data.cameras = ("scene", "wrist")
     with pytest.raises(ValueError, match="the policy sees scene, wrist"):
