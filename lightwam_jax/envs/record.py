@@ -34,6 +34,7 @@ from lightwam_jax.data.formats import lerobot_write
 from lightwam_jax.envs import base as envs_base
 
 _PUSH, _PUSH_STEPS = 0.08, 3  # chance per step that a push begins, and how long it lasts
+_PLAYED = "played"  # folder of episodes on their way from a worker to the writer
 _LEAST_SOLVED = 0.3  # share of its episodes that an expert has to solve
 _FIRST_START = 500_000  # added to first_seed: more episodes never reach the seeds of the starts
 _ELSEWHERE = "give another --out"
@@ -150,7 +151,7 @@ def record(
     later = [dataclasses.replace(first, seed=first.seed + _FIRST_START) for first in listed]
     parts = [_Part(first, count, module.MOST_STEPS, start=False) for first in listed]
     parts += [_Part(first, starts, start_steps, start=True) for first in later if starts]
-    with _pool(workers, suite, env, noise) as pool:
+    with _pool(workers, suite, env, noise, f"{out}.partial/{_PLAYED}") as pool:
         # Before there is a directory: an environment that cannot be made leaves none behind.
         manifest = settings | {"environment": pool.submit(_describe, listed[0]).result()}
         log = journal.Journal(f"{out}.partial/journal.jsonl", manifest, _ELSEWHERE)
@@ -179,6 +180,8 @@ def _record(pool, module, parts, log, manifest, out, ahead):
     if not log.entries:  # nobody knows how the files that may be there were recorded
         for folder in ("data", "videos"):
             shutil.rmtree(growing / folder, ignore_errors=True)
+    shutil.rmtree(growing / _PLAYED, ignore_errors=True)
+    os.makedirs(growing / _PLAYED)
     writer = lerobot_write.Writer(
         growing,
         cameras=module.CAMERAS,
@@ -202,6 +205,7 @@ def _record(pool, module, parts, log, manifest, out, ahead):
     writer.finish()
     about = manifest | {"tried": tried, "seeds": seeds}
     atomic.write_json(growing / "meta" / "recording.json", about)
+    shutil.rmtree(growing / _PLAYED)
     os.rename(growing, out)
     os.remove(pathlib.Path(out, "journal.jsonl"))
     return tried
@@ -221,8 +225,8 @@ def _demonstrations(pool, part, done, ahead, fps):
             waiting.append((episode, pool.submit(_demonstrate, episode, part.most_steps)))
             seed += 1
         episode, played = waiting.popleft()
-        success, prompt, arrays = played.result()
-        tried += 1
+        success, prompt, file = played.result()
+        arrays, tried = _take(file), tried + 1
         if success or part.start:
             kept += 1
             state, actions = arrays.pop("state"), arrays.pop("action")
@@ -239,10 +243,12 @@ def _demonstrations(pool, part, done, ahead, fps):
 
 
 @contextlib.contextmanager
-def _pool(workers, suite, env, noise):
+def _pool(workers, suite, env, noise, played):
     """Gives processes that play; RuntimeError where one of them ends."""
     spawn = multiprocessing.get_context("spawn")  # a fork would share the simulator's state
-    pool = concurrent.futures.ProcessPoolExecutor(workers, spawn, _begin, (suite, env, noise))
+    pool = concurrent.futures.ProcessPoolExecutor(
+        workers, spawn, _begin, (suite, env, noise, played)
+    )
     try:
         yield pool
     except process.BrokenProcessPool as error:
@@ -254,9 +260,9 @@ def _pool(workers, suite, env, noise):
         pool.shutdown(cancel_futures=True)
 
 
-def _begin(suite, env, noise):
-    global _suite, _noise, _make  # of this worker process
-    _suite, _noise = envs.suite(suite), noise
+def _begin(suite, env, noise, played):
+    global _suite, _noise, _make, _played  # of this worker process
+    _suite, _noise, _played = envs.suite(suite), noise, played
     # Made by the first job, whose error reaches the main process; one in here would not.
     _make = functools.cache(envs.spec(suite, **env).make)
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -269,7 +275,23 @@ def _end_with_parent():
 
 
 def _demonstrate(episode, most_steps):
-    return demonstrate(_suite, _make(), episode, _noise, most_steps)
+    """Plays an episode; returns (success, instruction, file of its arrays).
+
+    The arrays do not go through the pipe: a process that is killed in the middle of a long answer
+    would leave the main process waiting for the rest.
+    """
+    success, prompt, arrays = demonstrate(_suite, _make(), episode, _noise, most_steps)
+    file = os.path.join(_played, f"{episode.seed}_{os.getpid()}.npz")
+    np.savez(file, **arrays)
+    return success, prompt, file
+
+
+def _take(file):
+    """Returns the arrays of an episode, {name: array}, and removes their file."""
+    with np.load(file) as stored:
+        arrays = dict(stored)
+    os.remove(file)
+    return arrays
 
 
 def _describe(episode):

@@ -62,7 +62,7 @@ def tree(path):
 
 
 def assert_same_files(one, other):
-    """The same files with the same bytes; of videos, which FFmpeg may round anew, the same images."""
+    """The same bytes; of videos, which FFmpeg may round anew, the same images."""
     names = tree(one)
     assert names.keys() == tree(other).keys()
     for name in map(pathlib.Path, names):
@@ -262,7 +262,12 @@ def toy(monkeypatch):
         episodes=lambda tasks, count, first: [envs_base.EpisodeSpec(t, 0, first) for t in tasks],
     )
     monkeypatch.setattr(envs, "suite", lambda name: suite)
-    monkeypatch.setattr(record, "_pool", lambda *_: contextlib.nullcontext(Inline()))
+
+    def pool(workers, suite, env, noise, played):
+        monkeypatch.setattr(record, "_played", played, raising=False)
+        return contextlib.nullcontext(Inline())
+
+    monkeypatch.setattr(record, "_pool", pool)
     for name, value in (("_suite", suite), ("_noise", 0.0), ("_make", lambda: suite.env)):
         monkeypatch.setattr(record, name, value, raising=False)
     return suite

@@ -124,9 +124,10 @@ def test_pushes_are_rare_last_three_steps_and_belong_to_the_episode():
     assert np.std(pushes(3, noise=5.0)[pushed]) > 3
 
 
-def test_failed_demonstrations_are_replaced_by_the_seeds_that_follow():
+def test_failed_demonstrations_are_replaced_by_the_seeds_that_follow(monkeypatch):
     """Even seeds are solved; jobs are handed out ahead, and those left over count for nothing."""
     asked = []
+    monkeypatch.setattr(record, "_take", lambda arrays: arrays)
 
     def submit(function, episode, most_steps):
         asked.append(episode)
@@ -145,7 +146,8 @@ def test_failed_demonstrations_are_replaced_by_the_seeds_that_follow():
     assert found[1].state[0, 0] == 10
 
 
-def test_an_expert_that_fails_too_often_ends_the_recording():
+def test_an_expert_that_fails_too_often_ends_the_recording(monkeypatch):
+    monkeypatch.setattr(record, "_take", lambda arrays: arrays)
     failed = types.SimpleNamespace(result=lambda: (False, "go", {}))
     pool = types.SimpleNamespace(submit=lambda *given: failed)
     part = record._Part(envs_base.EpisodeSpec("a", 0, 0), 5, 60, False)
