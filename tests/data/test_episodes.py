@@ -68,7 +68,9 @@ def test_load_episodes_says_what_to_do(tmp_path):
         episodes.load_episodes(synthetic.make_config(tmp_path, **simulated))
     with pytest.raises(FileNotFoundError, match=r"is not a directory of episodes$"):
         episodes.load_episodes(synthetic.make_config(tmp_path))
-    with pytest.raises(ValueError, match="'lerbot'; known sources: lerobot, "):
+    with pytest.raises(ValueError, match="source is empty; expected lerobot, "):
+        episodes.load_episodes(synthetic.make_config(tmp_path, **{"data.source": ""}))
+    with pytest.raises(ValueError, match="'lerbot'; expected one of '', 'lerobot', "):
         episodes.load_episodes(synthetic.make_config(tmp_path, **{"data.source": "lerbot"}))
     with pytest.raises(ValueError, match=r"nothing to precompute, run train.py"):
         episodes.load_episodes(synthetic.make_config(tmp_path, **{"data.source": "fake"}))

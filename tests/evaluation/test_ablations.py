@@ -106,6 +106,8 @@ def test_two_cells_from_the_command_line_and_again(tmp_path):
     small = SMALL | {"evaluation.max_steps": 4}
     config += [f"--config.{key}={value}" for key, value in small.items()]
 
+    record = ["-m", "lightwam_jax.envs.record", "--suite", "demo", "--episodes", "6"]
+    run(*record, "--images", "png", "--out", str(tmp_path / "episodes"))
     run("-m", "lightwam_jax.precompute", *config, "--what", "all")
     command = [
         "-m",
