@@ -73,28 +73,11 @@ def write_reports(config, workdir, table):
     """Writes config.json, and params.json from the rows of `params.count_table`."""
     if jax.process_index() == 0:
         workdir.mkdir(parents=True, exist_ok=True)
-        _replace(workdir / "config.json", config_lib.to_json(config) + "\n")
+        replace_file(workdir / "config.json", config_lib.to_json(config) + "\n")
         rows = [
             {"group": group, "total": total, "trainable": learns} for group, total, learns in table
         ]
-        _replace(workdir / "params.json", json.dumps(rows, indent=2) + "\n")
-
-
-def write_not_finite(workdir, step, samples, metrics, broken):
-    """Keeps what is known about a step that was not finite.
-
-    Args:
-      samples: those of this process's part of the batch. metrics: losses and norms of the step.
-      broken: lines about data that are not finite.
-    """
-    if jax.process_index() == 0:
-        values = {
-            "step": step,
-            "samples": samples,
-            "not_finite_data": broken,
-            "metrics": {name: str(value) for name, value in metrics.items()},
-        }
-        _replace(workdir / "not_finite.json", json.dumps(values, indent=2) + "\n")
+        replace_file(workdir / "params.json", json.dumps(rows, indent=2) + "\n")
 
 
 def write_assets(config, workdir, batch):
@@ -119,7 +102,7 @@ def write_assets(config, workdir, batch):
     scratch.rename(target)
 
 
-def _replace(path, text):
+def replace_file(path, text):
     """Writes a file that a kill leaves as it was or whole, and that others read meanwhile."""
     scratch = path.with_suffix(".tmp")
     scratch.write_text(text)
