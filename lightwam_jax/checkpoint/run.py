@@ -110,14 +110,13 @@ class Checkpoints:
         Orbax's `cleanup_tmp_directories` does so in a thread that only the next save waits for. In
         a program that ends before the next save, it fails loudly while Python shuts down.
         """
-        if jax.process_index() == 0:
-            for parent in (self.directory, self.workdir):
-                for path in parent.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"):
-                    try:
-                        shutil.rmtree(path)
-                    except OSError:  # a save that failed, or a dying process, is still writing
-                        time.sleep(2)
-                        shutil.rmtree(path)
+        for parent in (self.directory, self.workdir) if jax.process_index() == 0 else ():
+            for path in parent.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"):
+                try:
+                    shutil.rmtree(path)
+                except OSError:  # a save that failed, or a dying process, is still writing
+                    time.sleep(2)
+                    shutil.rmtree(path)
 
     def latest_step(self):
         """Returns the newest saved step, or None."""
@@ -368,16 +367,13 @@ def load_params(path, mesh=None):
     meta = storage.read_meta(directory)
     learned = "ema" if "ema" in meta["arrays"] else "params"
     parts = []
-    for name in (learned, "frozen"):
-        if name not in meta["arrays"]:
-            continue
+    for name in [x for x in (learned, "frozen") if x in meta["arrays"]]:
         shapes = storage.stored_shapes(meta, name)
         places = sharding.tree_shardings(mesh or sharding.single_device_mesh(), shapes)
         target = {name: sharding.with_shardings(shapes, places)}
         parts.append(storage.read_items(directory, target, meta)[name])
-    config = meta["config"]
+    config, assets = meta["config"], directory / "assets"
     whole = config is not None and "train" in config
-    assets = directory / "assets"
     return LoadedCheckpoint(
         params=params_lib.merge(*parts),
         meta=meta,

@@ -142,12 +142,11 @@ def manifest(tree):
     }
 
 
-def _check_checksums(sums, manifest, where):
-    sums = params_lib.flatten(sums)
-    wrong = sorted(path for path, value in sums.items() if int(value) != manifest[path][2])
-    if wrong:
+def _check(sums, meta, directory, name):
+    sums, stored = params_lib.flatten(sums), meta["arrays"][name]
+    if wrong := sorted(path for path, value in sums.items() if int(value) != stored[path][2]):
         raise DamagedCheckpointError(
-            f"{where}: {len(wrong)} of {len(sums)} arrays differ from what was saved "
+            f"{directory}/{name}: {len(wrong)} of {len(sums)} arrays differ from what was saved "
             f"(first: {wrong[0]}); the files were altered on disk"
         )
 
@@ -190,7 +189,7 @@ def on_host(tree):
 
 
 class FilesHandler(ocp.CheckpointHandler):
-    """Puts a directory of files into a checkpoint; see `copy_files`."""
+    """Lets Orbax put a directory of files into a checkpoint; see `copy_files`."""
 
     def save(self, directory, args):
         if jax.process_index() == 0:
@@ -282,12 +281,7 @@ def read_items(directory, targets, meta):
     )
     # All processes compute the sums together: that of a sharded array needs all of them.
     sums = jax.device_get(checksums(items))
-
-    def check():
-        for name in items:
-            _check_checksums(sums[name], meta["arrays"][name], f"{directory}/{name}")
-
-    together(check)
+    together(lambda: [_check(sums[name], meta, directory, name) for name in items])
     return {
         name: jax.tree.map(lambda x, t: x.astype(t.dtype), items[name], target) if target else {}
         for name, target in targets.items()
@@ -297,11 +291,8 @@ def read_items(directory, targets, meta):
 def _read_item(directory, name, target, meta):
     """Arrays of one item in their stored dtypes, without waiting for other processes."""
     where, me = f"{directory}/{name}", jax.process_index()
-    stored = jax.tree.map(
-        lambda x, t: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=t.sharding),
-        stored_shapes(meta, name),
-        target,
-    )
+    places = jax.tree.map(lambda x: x.sharding, target)
+    stored = sharding.with_shardings(stored_shapes(meta, name), places)
     try:
         alone = ocp.options.MultiprocessingOptions(me, {me}, f"reader{me}")
         with ocp.StandardCheckpointer(multiprocessing_options=alone) as reader:
@@ -315,26 +306,21 @@ def _read_item(directory, name, target, meta):
 
 def read_array(directory, name, path, meta):
     """Returns one array of an item as numpy, unchecked, without reading the others."""
-    shape, dtype, _ = meta["arrays"][name][path]
-    target = {path: jax.ShapeDtypeStruct(tuple(shape), jnp.dtype(dtype))}
+    target = {path: _stored(meta["arrays"][name][path])}
     how = {path: ocp.RestoreArgs(restore_type=np.ndarray)}
+    wanted = ocp.args.PyTreeRestore(
+        params_lib.unflatten(target), params_lib.unflatten(how), partial_restore=True
+    )
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        tree = reader.restore(
-            pathlib.Path(directory).absolute() / name,
-            args=ocp.args.PyTreeRestore(
-                item=params_lib.unflatten(target),
-                restore_args=params_lib.unflatten(how),
-                partial_restore=True,
-            ),
-        )
+        tree = reader.restore(pathlib.Path(directory).absolute() / name, args=wanted)
     return params_lib.flatten(tree)[path]
 
 
 def stored_shapes(meta, name):
     """Returns the tree of ShapeDtypeStructs of an item as it was saved."""
-    return params_lib.unflatten(
-        {
-            path: jax.ShapeDtypeStruct(tuple(shape), jnp.dtype(dtype))
-            for path, (shape, dtype, _) in meta["arrays"][name].items()
-        }
-    )
+    return params_lib.unflatten({path: _stored(x) for path, x in meta["arrays"][name].items()})
+
+
+def _stored(entry):
+    shape, dtype, _ = entry
+    return jax.ShapeDtypeStruct(tuple(shape), jnp.dtype(dtype))

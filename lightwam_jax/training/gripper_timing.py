@@ -76,12 +76,10 @@ def of_run(config):
     found = []
     for number, (name, _, dataset) in enumerate(config_lib.datasets(config)):
         if dims(dataset):
-            statistics, _, action = assets_lib.load_normalizers(
-                assets_lib.assets_directory(dataset), dataset
-            )
-            found += of_data(
-                dataset, statistics, action, name, number if config.data.mixture else None
-            )
+            directory = assets_lib.assets_directory(dataset)
+            statistics, _, action = assets_lib.load_normalizers(directory, dataset)
+            number = number if config.data.mixture else None
+            found += of_data(dataset, statistics, action, name, number)
     return found
 
 

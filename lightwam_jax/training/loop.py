@@ -11,7 +11,6 @@ import typing
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from lightwam_jax import config as config_lib
 from lightwam_jax import distributed, sharding
@@ -19,7 +18,7 @@ from lightwam_jax import params as params_lib
 from lightwam_jax.checkpoint import run as checkpoint
 from lightwam_jax.checkpoint import storage
 from lightwam_jax.data import loader, spec
-from lightwam_jax.training import chips, flops, memory, stuck
+from lightwam_jax.training import chips, flops, memory, not_finite, stuck
 from lightwam_jax.training import encode_video as encode_video_lib
 from lightwam_jax.training import gripper_timing as gripper_timing_lib
 from lightwam_jax.training import metrics as metrics_lib
@@ -198,11 +197,15 @@ def _loader(config, step):
 
 
 def _on_device(r, batch):
-    """What a compiled step takes besides the state: the batch without the sample ids, which only
-    the host reads, and where it holds video the arrays that encode it.
+    """What a step takes besides the state: the batch on the devices, without what only the host
+    reads, and for video the arrays of the encoder.
     """
     batch = {name: x for name, x in batch.items() if name != "index"}
-    return sharding.put_batch(batch, r.mesh), *([r.encoder.arrays] if r.encoder else [])
+    return sharding.put_batch(batch, r.mesh), *_arrays(r)
+
+
+def _arrays(r):
+    return [r.encoder.arrays] if r.encoder else []
 
 
 def _compile(r, optimizer, shardings):
@@ -210,10 +213,9 @@ def _compile(r, optimizer, shardings):
     encode = r.encoder.train if r.encoder else None
     step = step_lib.make_train_step(r.model, r.config, optimizer, shardings, encode=encode)
     step = step_lib.jit_train_step(step, shardings, encode is not None)
-    inputs = step_lib.batch_shapes(r.config), *([r.encoder.arrays] if r.encoder else [])
     start = time.perf_counter()
     with memory.explained(), stuck.watch("compile", r.step, r.config.train.stuck_after_s):
-        r.train_step = step.lower(r.state, *inputs).compile()
+        r.train_step = step.lower(r.state, step_lib.batch_shapes(r.config), *_arrays(r)).compile()
         r.compile_s = time.perf_counter() - start
         distributed.wait_for_all("training step compiled")
     _say(f"Compiled the training step in {r.compile_s:.1f} s: "
@@ -280,68 +282,31 @@ def _restore(checkpoints, config, mesh, shapes, shardings):
     stored = jax.eval_shape(
         lambda s: step_lib.state_items(s) | {"frozen": params_lib.canonical(s.frozen)}, shapes
     )
-    restored = checkpoints.restore(
-        sharding.with_shardings(stored, sharding.tree_shardings(mesh, stored, config.mesh.frozen))
-    )
+    places = sharding.tree_shardings(mesh, stored, config.mesh.frozen)
+    restored = checkpoints.restore(sharding.with_shardings(stored, places))
     if restored is None:
         return None, {"step": 0, "window": []}
     items, meta = restored
-    assemble = functools.partial(
-        step_lib.state_from_items, shapes=shapes, model_config=config.model
-    )
-    state = jax.jit(assemble, out_shardings=shardings)(items, jnp.int32(meta["step"]))
+    state = jax.jit(
+        lambda items, step: step_lib.state_from_items(items, step, shapes, config.model),
+        out_shardings=shardings,
+    )(items, jnp.int32(meta["step"]))
     _say(f"Continuing from step {meta['step']} ({checkpoints.directory})")
     return state, meta
 
 
 def _outcome(r, step, bad, stopped_by):
     """Returns the `Outcome` after the last good step; raises where the one after it was `bad`."""
-    if bad:
-        raise FloatingPointError(_not_finite(r, step, bad))
+    if bad:  # the batch is read again to look into it
+        with contextlib.closing(_loader(r.config, step)) as batches:
+            batch = next(batches)
+        saved = r.checkpoints.directory / str(step)
+        raise FloatingPointError(not_finite.report(r.config, r.workdir, saved, step, batch, bad))
     if stopped_by:
         _say(f"Stopped by {signal.Signals(stopped_by).name} after step {step} of "
              f"{r.config.train.steps}; saved in {r.workdir}. Run the same command again to "
              "continue.")  # fmt: skip
     return Outcome(step, stopped_by)
-
-
-def _not_finite(r, step, row):
-    """The message about step `step`, whose batch is read again to look into it."""
-    with contextlib.closing(_loader(r.config, step)) as batches:
-        batch = next(batches)
-    broken, samples = [], _sample_names(r.config, batch)
-    for name, x in batch.items():
-        rows = ~np.isfinite(x.astype(np.float32)).reshape(len(x), -1).all(axis=1)
-        if rows.any():
-            broken.append(f"{name} of {samples[rows].tolist()}")
-    numbers = ", ".join(f"{name} {value:.4g}" for name, value in row.items())
-    workdir_lib.write_not_finite(r.workdir, step, samples.tolist(), row, broken)
-    good = r.checkpoints.directory / str(step)
-    lines = [
-        f"step {step} is not finite: {numbers}",
-        f"samples of its batch: {samples.tolist()}",
-        f"the state before it is saved ({good}), what is known of the step in "
-        f"{r.workdir / 'not_finite.json'}; the same command would meet the same batch again",
-    ]
-    if broken:
-        lines.append(
-            f"the data are not finite: {'; '.join(broken)}. Repair them, rebuild the cache"
-        )
-    else:
-        lines.append(
-            "the data are finite. Choose another --workdir and a lower config.optimizer.lr, "
-            "config.optimizer.clip_norm=1.0 or config.model.dtype=float32; "
-            "config.train.init can be the saved state"
-        )
-    return "\n  ".join(lines)
-
-
-def _sample_names(config, batch):
-    """Which samples a batch holds: their rows, in a mixture with the data set: "libero 3"."""
-    if "dataset" not in batch:
-        return batch["index"]
-    names = [dataset.name for dataset in config_lib.datasets(config)]
-    return np.array([f"{names[m]} {row}" for m, row in zip(batch["dataset"], batch["index"])])
 
 
 class _StopSignals:
@@ -362,9 +327,8 @@ class _StopSignals:
 
     def __enter__(self):
         if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
-            self._before = {
-                s: signal.signal(s, self._request) for s in (signal.SIGTERM, signal.SIGINT)
-            }
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._before[number] = signal.signal(number, self._request)
         return self
 
     def _request(self, number, frame):

@@ -70,15 +70,9 @@ def forward(model, params, batch, noise, config):
     # The clean frame shown is pooled from the latents themselves, also with residual targets.
     first = pool_latents(latents[:, :1], config.downsample)
     noisy = flow.add_noise(clean, noise.noise, noise.t).at[:, :1].set(first)
+    text, mask, horizon = batch["context"], text_mask(batch, config), batch["actions"].shape[1]
     velocity, actions = model.apply(
-        {"params": params},
-        noisy,
-        noise.t,
-        latents[:, :1],
-        batch["context"],
-        batch["proprio"],
-        batch["actions"].shape[1],
-        text_mask(batch, config),
+        {"params": params}, noisy, noise.t, latents[:, :1], text, batch["proprio"], horizon, mask
     )
     return {
         "velocity": velocity.astype(jnp.float32),

@@ -21,14 +21,10 @@ def open_loop_errors(model, params, batch, config, grippers=()):
     what `gripper_timing.timing` returns; rows with batch["valid"] False count for nothing.
     """
     latents = batch["latents"][:, :1].astype(jnp.float32)
+    text, mask = batch["context"], losses.text_mask(batch, config)
+    horizon = batch["actions"].shape[1]
     actions, _ = model.apply(
-        {"params": params},
-        latents,
-        batch["context"],
-        batch["proprio"],
-        batch["actions"].shape[1],
-        losses.text_mask(batch, config),
-        method="act",
+        {"params": params}, latents, text, batch["proprio"], horizon, mask, method="act"
     )
     valid = ~batch["action_is_pad"] & batch.get("valid", jnp.ones(len(latents), bool))[:, None]
     weight = valid.astype(jnp.float32)

@@ -76,27 +76,8 @@ def write_reports(config, workdir, table):
     if jax.process_index() == 0:
         workdir.mkdir(parents=True, exist_ok=True)
         atomic.write_text(workdir / "config.json", config_lib.to_json(config) + "\n")
-        rows = [
-            {"group": group, "total": total, "trainable": learns} for group, total, learns in table
-        ]
-        atomic.write_text(workdir / "params.json", json.dumps(rows, indent=2) + "\n")
-
-
-def write_not_finite(workdir, step, samples, metrics, broken):
-    """Keeps what is known about a step that was not finite.
-
-    Args:
-      samples: those of this process's part of the batch. metrics: losses and norms of the step.
-      broken: lines about data that are not finite.
-    """
-    if jax.process_index() == 0:
-        values = {
-            "step": step,
-            "samples": samples,
-            "not_finite_data": broken,
-            "metrics": {name: str(value) for name, value in metrics.items()},
-        }
-        atomic.write_text(workdir / "not_finite.json", json.dumps(values, indent=2) + "\n")
+        rows = [dict(zip(("group", "total", "trainable"), row)) for row in table]
+        atomic.write_json(workdir / "params.json", rows)
 
 
 def write_assets(config, workdir, batch):

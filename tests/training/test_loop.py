@@ -26,7 +26,7 @@ from lightwam_jax import params as params_lib
 from lightwam_jax import sharding
 from lightwam_jax.checkpoint import run as checkpoint
 from lightwam_jax.data import loader
-from lightwam_jax.training import chips, loop, validation
+from lightwam_jax.training import chips, loop, not_finite, validation
 from lightwam_jax.training import metrics as metrics_lib
 from lightwam_jax.training import step as step_lib
 from tests import synthetic
@@ -268,7 +268,7 @@ def test_step_that_is_not_finite_stops_the_run_with_the_last_good_state(whole, t
 def test_samples_of_a_mixture_are_named_with_their_data_set():
     mixed = change(data={"source": "lerobot", "mixture": {"arm": {}, "hand": {}}})
     batch = {"index": np.array([3, 3, 0]), "dataset": np.array([1, 0, 1], np.int32)}
-    assert loop._sample_names(mixed, batch).tolist() == ["hand 3", "arm 3", "hand 0"]
+    assert not_finite.sample_names(mixed, batch).tolist() == ["hand 3", "arm 3", "hand 0"]
 
 
 def test_start_from_base_weights(tmp_path, whole):

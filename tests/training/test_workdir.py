@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from lightwam_jax import config as config_lib
-from lightwam_jax.training import workdir
+from lightwam_jax.training import not_finite, workdir
 from tests import synthetic
 
 MAY = """name evaluation.episodes evaluation.env mesh.data mesh.fsdp mesh.frozen
@@ -91,7 +91,10 @@ def test_a_run_continues_on_its_own_cache_and_config_only(config, tmp_path, capl
 
 
 def test_what_is_known_of_a_bad_step_is_kept(tmp_path):
-    workdir.write_not_finite(tmp_path, 7, [1, 2], {"loss": float("nan")}, ["actions of [2]"])
+    batch = {"index": np.array([1, 2]), "actions": np.array([[0.0], [np.inf]])}
+    row = {"loss": float("nan")}
+    said = not_finite.report(synthetic.make_config(), tmp_path, tmp_path / "6", 7, batch, row)
+    assert "step 7 is not finite: loss nan\n" in said and "Repair them, rebuild" in said
     assert json.loads((tmp_path / "not_finite.json").read_text()) == {
         "step": 7,
         "samples": [1, 2],
