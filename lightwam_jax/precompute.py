@@ -139,33 +139,33 @@ class Data:
 def _statistics(data):
     if data.index:
         return "left to process 0"
-    for one in data.sets:
-        _examine(one)
+    for source in data.sets:
+        _examine(source)
     files = {}
-    for one in data.sets:
-        files.setdefault(assets.statistics_file(one.config), []).append(one)
+    for source in data.sets:
+        files.setdefault(assets.statistics_file(source.config), []).append(source)
     return "; ".join(_fit(data.assets(name), sets) for name, sets in files.items())
 
 
-def _examine(one):
+def _examine(source):
     """Has the dataset doctor look at data, or at questions about them, that are new."""
     from lightwam_jax.data.doctor import examine
     from lightwam_jax.data.doctor import report as doctor_report  # draws figures; only here
 
-    directory = doctor_report.directory(one.config)
+    directory = doctor_report.directory(source.config)
     done = os.path.join(directory, "examined.json")
     asked = None
-    if not any(problem.severity == "error" for problem in one.problems):
-        keys = dataclasses.asdict(one.config.data)
+    if not any(problem.severity == "error" for problem in source.problems):
+        keys = dataclasses.asdict(source.config.data)
         for key in ("cache", "workers", "threads", "prefetch"):
             del keys[key]
-        asked = json.loads(json.dumps({"data": one.everything, "config": keys}))
+        asked = json.loads(json.dumps({"data": source.everything, "config": keys}))
         if atomic.read_json(done) == asked:
             return
-    report = examine.examine(one.config, (one.found, one.problems))
+    report = examine.examine(source.config, (source.found, source.problems))
     print(doctor_report.text(report), flush=True)
     print(f"report: {doctor_report.write(report, directory)[0]}", flush=True)
-    episodes_lib.refuse_errors(report.problems, one.config)
+    episodes_lib.refuse_errors(report.problems, source.config)
     os.makedirs(directory, exist_ok=True)
     atomic.write_json(done, asked)
 
@@ -173,13 +173,13 @@ def _examine(one):
 def _fit(path, sets):
     """Statistics of the data sets of one embodiment together."""
     config = sets[0].config
-    wanted, *others = (assets.statistics_keys(one.config) for one in sets)
+    wanted, *others = (assets.statistics_keys(source.config) for source in sets)
     if any(other != wanted for other in others):
         raise ValueError(
             f"data sets of config.data.embodiment={config.data.embodiment!r} differ in "
             f"{', '.join(wanted)}; give them embodiments of their own"
         )
-    made_from = {"data": "+".join(one.training for one in sets), "config": wanted}
+    made_from = {"data": "+".join(source.training for source in sets), "config": wanted}
     have = atomic.read_json(path)
     if have is not None:
         if have.get("made_from") == made_from:
@@ -188,7 +188,7 @@ def _fit(path, sets):
             widths = config_lib.state_width(config), config_lib.action_width(config)
             normalize.read_statistics(path, *widths)
             return f"{path} was not computed here; kept as given (delete it to compute)"
-    train = [episode for one in sets for episode in one.splits["train"]]
+    train = [episode for source in sets for episode in source.splits["train"]]
     transform = actions.from_config(config)
     statistics = normalize.fit_statistics(train, config.data.action_horizon, transform)
     statistics["made_from"] = made_from
@@ -242,7 +242,7 @@ def _complete_texts(directory, config, prompts):
 
 def data_prompts(data):
     """Returns the texts of all instructions in `Data`, each once."""
-    parts = [part for one in data.sets for part in one.splits.values()]
+    parts = [part for source in data.sets for part in source.splits.values()]
     tasks = episodes_lib.tasks([episode for part in parts for episode in part])
     template = data.config.data.prompt_template
     return list(dict.fromkeys(encoders.text.prompt(task, template) for task in tasks))
@@ -257,16 +257,16 @@ def _latents(data):
         return (
             f"codec {codec.id} {how}; config.data.encode_online encodes during training: no latents"
         )
-    return "; ".join(_windows(one, data, codec, how) for one in data.sets)
+    return "; ".join(_windows(source, data, codec, how) for source in data.sets)
 
 
-def _windows(one, data, codec, how):
-    meta = latent_cache.read_meta(one.config)
-    if meta is not None and (meta["data"], meta["codec"]) == (one.everything, codec.id):
-        wanted, count = latent_cache.wanted(one.config), sum(meta["records"].values())
+def _windows(source, data, codec, how):
+    meta = latent_cache.read_meta(source.config)
+    if meta is not None and (meta["data"], meta["codec"]) == (source.everything, codec.id):
+        wanted, count = latent_cache.wanted(source.config), sum(meta["records"].values())
         differing = {key for key, value in wanted.items() if meta["config"].get(key) != value}
         if differing <= set(latent_cache.WHEREABOUTS):
-            directory = latent_cache.latents_directory(one.config)
+            directory = latent_cache.latents_directory(source.config)
             if not data.index:
                 resumable.recover(directory)
             if not differing:
@@ -274,8 +274,8 @@ def _windows(one, data, codec, how):
             if not data.index:
                 path = os.path.join(directory, "cache.json")
                 atomic.write_json(path, {**meta, "config": wanted})
-            return f"up to date, {count} windows of the same episodes in {one.config.data.path}"
-    meta = build_latents.build(one.config, one.splits, codec, data.index, data.count)
+            return f"up to date, {count} windows of the same episodes in {source.config.data.path}"
+    meta = build_latents.build(source.config, source.splits, codec, data.index, data.count)
     if meta is None:
         return _SHARED
     psnr, records = meta["psnr"], meta["records"]
@@ -337,7 +337,9 @@ def _wan_codec(data, directory):
 
 def _pca_codec(data, directory):
     """The codec fitted on the training episodes: see `_wan_codec`."""
-    fitted_on = [{**latent_cache.wanted(one.config), "data": one.training} for one in data.sets]
+    fitted_on = [
+        {**latent_cache.wanted(source.config), "data": source.training} for source in data.sets
+    ]
     for entry in fitted_on:
         for key in latent_cache.WHEREABOUTS:  # the same episodes may lie elsewhere
             del entry[key]
@@ -345,18 +347,18 @@ def _pca_codec(data, directory):
         return encoders.load_codec(directory), None
 
     def fit(new):
-        clips = np.concatenate([_fit_clips(one) for one in data.sets])
+        clips = np.concatenate([_fit_clips(source) for source in data.sets])
         pca.PcaCodec.fit(clips, data.config.model.latent_channels).save(new)
         atomic.write_json(os.path.join(new, "fitted_on.json"), fitted_on)
 
     return None, fit
 
 
-def _fit_clips(one):
+def _fit_clips(source):
     """Clips of the training episodes of a data set, uint8 [N, frames, H, W, 3]."""
-    train = one.splits["train"]
+    train = source.splits["train"]
     per_episode = -(-_FIT_CLIPS // min(_FIT_EPISODES, len(train)))
-    return encoders.base.to_uint8(windows.clips(train, one.config, _FIT_EPISODES, per_episode))
+    return encoders.base.to_uint8(windows.clips(train, source.config, _FIT_EPISODES, per_episode))
 
 
 def main(argv):

@@ -53,16 +53,17 @@ def z_score(mean, std):
 
     A dimension whose deviation is below 1e-4 only has its mean moved to 0.
     """
-    mean, std = np.asarray(mean, np.float32), np.asarray(std, np.float32)
-    deviation = np.where(std < _MIN_RANGE, np.float32(1), std)
-    return Normalizer(np.float32(1) / deviation, -mean / deviation)
+    std = np.asarray(std, np.float32)
+    return _standard(mean, np.where(std < _MIN_RANGE, np.float32(1), std))
 
 
 def z_score_reference(mean, std):
     """As `z_score`, but dividing by every deviation, 0 too, as the release does: std + 1e-8."""
-    mean, std = np.asarray(mean, np.float32), np.asarray(std, np.float32)
-    deviation = std + np.float32(1e-8)
-    return Normalizer(np.float32(1) / deviation, -mean / deviation)
+    return _standard(mean, np.asarray(std, np.float32) + np.float32(1e-8))
+
+
+def _standard(mean, deviation):
+    return Normalizer(np.float32(1) / deviation, -np.asarray(mean, np.float32) / deviation)
 
 
 def from_statistics(statistics, name, data):
@@ -266,13 +267,6 @@ def describe(statistics):
             numbers = "".join(f"{value:>11.4f}" for value in row)
             lines.append(f"{f'{name}[{dim}]':<12}{numbers}  {flag}".rstrip())
     return "\n".join(lines)
-
-
-def constant_dimensions(statistics, name):
-    """Returns the dimensions of "state" or "action" that never move (range below 1e-4)."""
-    table = table_of(statistics, name)
-    extent = np.asarray(table["global_max"]) - np.asarray(table["global_min"])
-    return np.flatnonzero(extent < _MIN_RANGE).tolist()
 
 
 def unsafe_dimensions(statistics, name, mode):

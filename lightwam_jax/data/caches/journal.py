@@ -1,15 +1,14 @@
-"""Files of JSON lines that grow as something is done, and with which it continues after a kill.
+"""Files of JSON lines that grow as work is done, and from which it continues after a kill.
 
-The first line is {"manifest": {...}}: what decides the others. Each of those is one piece of work,
-done.
+The first line is {"manifest": {...}}: the settings that decide the other lines. Each other line is
+one finished piece of work.
 """
 
-import fcntl
 import json
 import os
 import pathlib
 
-from lightwam_jax import config_read
+from lightwam_jax import atomic, config_read
 
 
 class Journal:
@@ -24,7 +23,7 @@ class Journal:
 
         Args:
           path: file; begun if it is not there.
-          manifest: what decides the entries, JSON-able.
+          manifest: the settings that decide the entries, JSON-able.
           elsewhere: for errors: how to keep this journal and make another one.
           parse: function from the JSON of a line to an entry; ValueError where it is damaged.
 
@@ -35,13 +34,11 @@ class Journal:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.entries, self._file = [], open(path, "a+b")  # noqa: SIM115 (closed by `close`)
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not atomic.lock(self._file):
+                raise ValueError(
+                    f"{path} is being written by another process: wait for it, or {elsewhere}"
+                )
             self._read(path, json.loads(json.dumps(manifest)), elsewhere, parse)
-        except BlockingIOError as error:
-            self.close()
-            raise ValueError(
-                f"{path} is being written by another process: wait for it, or {elsewhere}"
-            ) from error
         except ValueError:
             self.close()
             raise
@@ -81,13 +78,13 @@ class Journal:
 
 
 def refuse_others(path, there, now, elsewhere):
-    """Raises ValueError, naming what differs, where `path` was made by another manifest."""
-    if unlike := differences(there, now):
+    """Raises ValueError, naming what differs, where `path` was made with another manifest."""
+    unlike = differences(there, now).items()
+    if unlike:
+        lines = [f"{key}: {old!r} there, {new!r} now" for key, (old, new) in unlike]
         raise ValueError(
             f"{path} was made with other settings:\n  "
-            + "\n  ".join(
-                f"{key}: {old!r} there, {new!r} now" for key, (old, new) in unlike.items()
-            )
+            + "\n  ".join(lines)
             + f"\nDelete it, or {elsewhere}."
         )
 
@@ -98,11 +95,8 @@ def differences(one, other):
     A key that one of them lacks has the value None there.
     """
     one, other = dict(_leaves("", one)), dict(_leaves("", other))
-    return {
-        key: (one.get(key), other.get(key))
-        for key in sorted({*one, *other})
-        if one.get(key) != other.get(key)
-    }
+    pairs = {key: (one.get(key), other.get(key)) for key in sorted({*one, *other})}
+    return {key: (old, new) for key, (old, new) in pairs.items() if old != new}
 
 
 def _leaves(prefix, value):
