@@ -13,8 +13,8 @@ from converters.parity.fixtures import (
     channels_first,
     channels_last,
 )
-from lightwam_jax import flow, params
 from lightwam_jax import config as config_lib
+from lightwam_jax import flow, params
 from lightwam_jax.training import losses, optimizer
 
 RECORDED = ("release", "plain", "residual")
