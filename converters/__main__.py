@@ -38,11 +38,8 @@ def main(argv=None):
     """Runs one command; returns the exit code."""
     parser = _parser()
     args, args.overrides = parser.parse_known_args(argv)
-    if unknown := [
-        flag
-        for flag in args.overrides
-        if not (args.run is _import and flag.startswith("--config."))
-    ]:
+    config_flag = lambda flag: args.run is _import and flag.startswith("--config.")
+    if unknown := [flag for flag in args.overrides if not config_flag(flag)]:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     try:
         return args.run(args)
@@ -60,25 +57,12 @@ def _verify(args):
 def _convert(args):
     from converters import convert
 
-    told = {}
-    if args.command in ("lightwam", "dit"):
-        told = dict(head_dim=args.head_dim, variant=args.variant)
+    names = ("head_dim", "variant", "pool_heads", "lora_alpha", "adapter_scale", "attention_mask")
+    told = {name: getattr(args, name) for name in names if hasattr(args, name)}
     if args.command == "lightwam":
-        told.update(
-            pool_heads=args.pool_heads,
-            lora_alpha=args.lora_alpha,
-            adapter_scale=args.adapter_scale,
-            attention_mask=args.attention_mask,
-            sources=tuple(args.sources.split(",")) if args.sources else (),
-        )
-    convert.convert(
-        args.command,
-        getattr(args, "in"),
-        args.out,
-        told,
-        verify=args.verify,
-        beside=[args.beside] if args.beside else [],
-    )
+        told["sources"] = tuple(args.sources.split(",")) if args.sources else ()
+    beside = [args.beside] if args.beside else []
+    convert.convert(args.command, getattr(args, "in"), args.out, told, beside, args.verify)
     return 0
 
 
@@ -90,9 +74,9 @@ def _export(args):
 
 
 def _policy(args):
-    from converters import policy as policy_lib
+    from converters import policy
 
-    policy_lib.assemble(
+    policy.assemble(
         args.weights, args.config, args.vae, args.text, args.out, args.stats, args.prompts
     )
     return 0
@@ -132,62 +116,55 @@ def _parser():
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    verify = commands.add_parser("verify", help="check parity against a directory of fixtures")
+
+    def command(name, run, text):
+        added = commands.add_parser(name, help=text)
+        added.set_defaults(run=run)
+        return added
+
+    verify = command("verify", _verify, "check parity against a directory of fixtures")
     verify.add_argument("directory")
-    verify.set_defaults(run=_verify)
     for name, text in KINDS.items():
-        _add_conversion(commands, name, text)
-    export = commands.add_parser("export", help="checkpoint directory -> weight file")
+        _conversion(name, command(name, _convert, f"{text} -> checkpoint directory"))
+    export = command("export", _export, "checkpoint directory -> weight file")
     export.add_argument("--in", required=True)
     export.add_argument("--out", required=True, help=".safetensors, .pt or .pth")
     export.add_argument("--layout", help="default: the one it came in")
-    export.set_defaults(run=_export)
-    policy = commands.add_parser("policy", help="converted weights + config -> a policy that acts")
-    for name, text in (
-        ("weights", "what `lightwam` wrote"),
-        ("config", "configs/libero.py:all"),
-        ("vae", "what `vae` wrote"),
-        ("text", "what `t5` wrote"),
-        ("out", "DIR"),
-    ):
-        policy.add_argument(f"--{name}", required=True, help=text)
+    policy = command("policy", _policy, "converted weights + config -> a policy that acts")
+    policy.add_argument("--weights", required=True, help="what `lightwam` wrote")
+    policy.add_argument("--config", required=True, help="configs/libero.py:all")
+    policy.add_argument("--vae", required=True, help="what `vae` wrote")
+    policy.add_argument("--text", required=True, help="what `t5` wrote")
+    policy.add_argument("--out", required=True, help="DIR")
     policy.add_argument("--stats", help="dataset_stats.json; default: the one kept with --weights")
     policy.add_argument("--prompts", help="file of instructions to encode now, one per line")
-    policy.set_defaults(run=_policy)
-    for name, text in (("latents", "video latents"), ("texts", "text embeddings")):
-        taken = commands.add_parser(name, help=f"the reference's cache of {text} -> ours")
-        taken.add_argument("--in", required=True)
-        taken.add_argument("--config", required=True, help="configs/libero.py:spatial")
-        taken.add_argument("--trust", action="store_true", help="encode nothing to compare with")
-        taken.set_defaults(run=_import)
-        if name == "latents":
-            taken.add_argument(
-                "--val_in",
-                default="",
-                help="its cache of the validation split; without one, that split is encoded",
-            )
-    inspect = commands.add_parser("inspect", help="what a weight file or a checkpoint is")
+    latents = command("latents", _import, "the reference's cache of video latents -> ours")
+    texts = command("texts", _import, "the reference's cache of text embeddings -> ours")
+    for each in (latents, texts):
+        each.add_argument("--in", required=True)
+        each.add_argument("--config", required=True, help="configs/libero.py:spatial")
+        each.add_argument("--trust", action="store_true", help="encode nothing to compare with")
+    val = "its cache of the validation split; without one, that split is encoded"
+    latents.add_argument("--val_in", default="", help=val)
+    inspect = command("inspect", _inspect, "what a weight file or a checkpoint is")
     inspect.add_argument("path")
     inspect.add_argument("--head_dim", type=int, help="default: 128")
     inspect.add_argument("--pool_heads", type=int, help="default: 8")
-    inspect.set_defaults(run=_inspect)
     return parser
 
 
-def _add_conversion(commands, name, text):
-    command = commands.add_parser(name, help=f"{text} -> checkpoint directory")
+def _conversion(name, command):
     command.add_argument("--in", required=True)
     command.add_argument("--out", required=True)
-    command.add_argument(
-        "--verify", action="store_true", help="read the result back and print each module's error"
-    )
-    beside = {
-        "lightwam": ("--stats", "dataset_stats.json of the release"),
-        "t5": ("--tokenizer", "tokenizer.json (google/umt5-xxl)"),
-    }.get(name)
-    if beside:
-        command.add_argument(beside[0], dest="beside", help=f"{beside[1]}; default: beside --in")
-    command.set_defaults(run=_convert, beside=None)
+    verify = "read the result back and print each module's error"
+    command.add_argument("--verify", action="store_true", help=verify)
+    command.set_defaults(beside=None)
+    if name == "lightwam":
+        stats = "dataset_stats.json of the release; default: beside --in"
+        command.add_argument("--stats", dest="beside", help=stats)
+    if name == "t5":
+        tokenizer = "tokenizer.json (google/umt5-xxl); default: beside --in"
+        command.add_argument("--tokenizer", dest="beside", help=tokenizer)
     if name not in ("lightwam", "dit"):
         return
     told = command.add_argument_group("what a file does not tell (defaults: the release's)")

@@ -16,6 +16,7 @@ from lightwam_jax.checkpoint import storage, streamed
 from lightwam_jax.data import normalize
 
 FLOATS = ("float32", "bfloat16", "float16")  # what weights may be stored in
+_HALF = ml_dtypes.bfloat16
 
 
 def convert(kind, place, out, told, beside=(), verify=False, say=print):
@@ -35,9 +36,7 @@ def convert(kind, place, out, told, beside=(), verify=False, say=print):
     Raises:
       FileExistsError: `out` exists. ValueError: the file is not what `kind` says.
     """
-    out = Path(out)
-    if out.exists():
-        raise FileExistsError(f"{out} exists; remove it or choose another --out")
+    out = files.absent(out)
     path, revision = locate.locate(place, kind)
     source, layout, meta = read(path, kind, told)
     meta["source"].update(sha256=_sha256(path), revision=revision)
@@ -80,23 +79,13 @@ def read(path, kind, told):
             f"python -m converters {layout.kind} --in {path} ..."
         )
     _drop_tied(source)
-    odd = [key for key, entry in source.entries.items() if str(entry.dtype) not in FLOATS]
-    if odd:
-        raise ValueError(
-            f"{path}: {odd[0]} is {source.entries[odd[0]].dtype}; expected weights "
-            f"in {', '.join(FLOATS)}"
-        )
+    for key, entry in source.entries.items():
+        if str(entry.dtype) not in FLOATS:
+            expected = f"expected weights in {', '.join(FLOATS)}"
+            raise ValueError(f"{path}: {key} is {entry.dtype}; {expected}")
     config = read_config(source, layout, told)
-    meta = {
-        "config": config,
-        "source": {
-            "file": path.name,
-            "kind": kind,
-            "layout": layout.name,
-            "version": layout.version,
-            "prefix": prefix,
-        },
-    }
+    origin = dict(file=path.name, kind=kind, layout=layout.name, version=layout.version)
+    meta = {"config": config, "source": {**origin, "prefix": prefix}}
     if kind == "lightwam":
         meta.update(checkpoint=rest, step=rest.get("step", 0))
     return source, layout, meta
@@ -106,7 +95,7 @@ def read_config(source, layout, told):
     """The config of a file, and the proof that the file is complete."""
     told = dict(told)
     variant = told.pop("variant", None)
-    shapes = {key: entry.shape for key, entry in source.entries.items()}
+    shapes = rules.shapes_of(source.entries)
     rules.match_sources(layout.table, shapes, source.name)  # an unknown key is the clearer error
     try:
         config = layout.read_config(shapes, told)
@@ -143,9 +132,7 @@ def export(place, out, layout=None, say=print):
     Raises:
       FileExistsError: `out` exists. FileNotFoundError: no checkpoint at `place`.
     """
-    out = Path(out)
-    if out.exists():
-        raise FileExistsError(f"{out} exists; remove it or choose another --out")
+    out = files.absent(out)
     stored = checkpoint.load_params(place)
     origin = stored.meta.get("source", {"kind": "lightwam", "version": "", "layout": "official"})
     layout = layouts.find(origin["kind"], origin["version"], layout or origin["layout"])
@@ -154,11 +141,8 @@ def export(place, out, layout=None, say=print):
     if layout.name == origin["layout"] and origin.get("prefix"):
         tensors = {origin["prefix"] + key: x for key, x in tensors.items()}
     if origin["kind"] == "lightwam":
-        rest = stored.meta.get("checkpoint") or {
-            "step": stored.meta["step"],
-            "torch_dtype": "torch.float32",
-        }
-        files.write_checkpoint(out, tensors, rest)
+        trained = {"step": stored.meta["step"], "torch_dtype": "torch.float32"}
+        files.write_checkpoint(out, tensors, stored.meta.get("checkpoint") or trained)
     else:
         files.write_tensors(out, tensors)
     say(f"{stored.path} -> {out}: {len(tensors)} tensors")
@@ -181,14 +165,12 @@ def _drop_tied(source):
     if not (first and second):
         return
     rows = streamed.rows_per_part(*first)
-    copies = first == second and all(
-        np.array_equal(*(source.read(key, i, min(i + rows, first.shape[0])) for key in umt5.TIED))
-        for i in range(0, first.shape[0], rows)
-    )
-    if not copies:
+    parts = [(start, min(start + rows, first.shape[0])) for start in range(0, first.shape[0], rows)]
+    equal = lambda part: np.array_equal(*(source.read(key, *part) for key in umt5.TIED))
+    if first != second or not all(map(equal, parts)):
         raise ValueError(
-            f"{source.name}: {umt5.TIED[1]} is not equal to {umt5.TIED[0]}; expected "
-            "one token table"
+            f"{source.name}: {umt5.TIED[1]} is not equal to {umt5.TIED[0]}; expected one token "
+            "table"
         )
     del source.entries[umt5.TIED[1]]
 
@@ -202,7 +184,7 @@ def _check_complete(name, shapes, expected):
     lines = [
         f"  {key} is {list(shapes[key])}, expected {list(expected[key])}"
         for key in shapes
-        if key in expected and tuple(shapes[key]) != tuple(expected[key])
+        if key in expected and shapes[key] != tuple(expected[key])
     ]
     lines += [f"  missing {key} {list(expected[key])}" for key in expected if key not in shapes]
     lines += [f"  unexpected {key} {list(shapes[key])}" for key in shapes if key not in expected]
@@ -242,9 +224,9 @@ def _read_back(out, source, layout, say):
             _add(rows.setdefault(_module(path), np.zeros(5)), part, got, start == len(part))
     if changed:
         shutil.rmtree(out)
+        names = rules.some_of(set(changed))
         raise ValueError(
-            f"{len(set(changed))} arrays changed on the way, {out} was removed: "
-            f"{rules.some_of(set(changed))}"
+            f"{len(set(changed))} arrays changed on the way, {out} was removed: {names}"
         )
     say(
         f"{'module':<28} {'arrays':>7} {'values':>15} {'largest':>10} {'float32':>9} "
@@ -261,14 +243,10 @@ def _read_back(out, source, layout, say):
 
 def _add(row, part, got, first):
     """Adds a part to [arrays, values, largest, error in float32, error in bfloat16]."""
-    true, half = part.astype(np.float32), got.astype(ml_dtypes.bfloat16)
+    true = part.astype(np.float32)
+    error = lambda x: np.abs(x.astype(np.float32) - true).max()
     row += (first, part.size, 0, 0, 0)
-    found = (
-        np.abs(true).max(),
-        np.abs(got.astype(np.float32) - true).max(),
-        np.abs(half.astype(np.float32) - true).max(),
-    )
-    row[2:] = np.maximum(row[2:], found)
+    row[2:] = np.maximum(row[2:], (np.abs(true).max(), error(got), error(got.astype(_HALF))))
 
 
 def _module(path):

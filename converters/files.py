@@ -16,16 +16,9 @@ from converters import lightwam
 from converters.rules import Entry
 from lightwam_jax import atomic
 
-_NUMPY = {
-    "F64": np.float64,
-    "F32": np.float32,
-    "F16": np.float16,
-    "BF16": ml_dtypes.bfloat16,
-    "I64": np.int64,
-    "I32": np.int32,
-    "I16": np.int16,
-    "I8": np.int8,
-    "U8": np.uint8,
+_NUMPY = {  # of the names in safetensors files
+    **{"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16},
+    **{"I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8, "U8": np.uint8},
     "BOOL": np.bool_,
 }
 _REOPEN_BYTES = 256 << 20  # pages of a mapped file count as memory until it is closed
@@ -41,13 +34,12 @@ class SafetensorsFiles:
                 for key in file.keys():  # noqa: SIM118 (no dictionary)
                     if key in self._path:
                         raise ValueError(
-                            f"{path.name} and {self._path[key].name} of {name} both "
-                            f"hold {key}; delete the one that does not belong"
+                            f"{path.name} and {self._path[key].name} of {name} both hold {key}; "
+                            "delete the one that does not belong"
                         )
                     part = file.get_slice(key)
-                    self.entries[key] = Entry(
-                        tuple(part.get_shape()), _dtype(part.get_dtype(), key, path)
-                    )
+                    dtype = _dtype(part.get_dtype(), key, path)
+                    self.entries[key] = Entry(tuple(part.get_shape()), dtype)
                     self._path[key] = path
 
     def read(self, key, start=None, stop=None):
@@ -143,11 +135,8 @@ def write_checkpoint(path, flat, rest):
     if path.suffix == ".safetensors":
         write_tensors(path, flat)
         return
-    torch = _torch(path)
-    tensors = {key: _to_torch(torch, value) for key, value in flat.items()}
-    content = lightwam.unflatten_checkpoint(tensors, rest)
-    with atomic.writing(path) as partial:
-        torch.save(content, partial)
+    tensors = _to_torch(path, flat)
+    _save_torch(path, lightwam.unflatten_checkpoint(tensors, rest))
 
 
 def write_tensors(path, tensors):
@@ -158,10 +147,7 @@ def write_tensors(path, tensors):
         with atomic.writing(path) as partial:
             save_file(whole, partial)
     elif path.suffix in (".pt", ".pth"):
-        torch = _torch(path)
-        content = {key: _to_torch(torch, value) for key, value in tensors.items()}
-        with atomic.writing(path) as partial:
-            torch.save(content, partial)
+        _save_torch(path, _to_torch(path, tensors))
     else:
         raise ValueError(f"{path}: expected a name that ends in .safetensors, .pt or .pth")
 
@@ -184,6 +170,18 @@ def existing(path):
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
+    return path
+
+
+def absent(path):
+    """The path of something that will be written.
+
+    Raises:
+      FileExistsError: it is there already.
+    """
+    path = Path(path)
+    if path.exists():
+        raise FileExistsError(f"{path} exists; remove it or choose another --out")
     return path
 
 
@@ -228,21 +226,18 @@ def read_torch(path):
       ValueError: truncated, no dictionary, or more than tensors and plain containers.
     """
     torch = _torch(path)
-    options = dict(map_location="cpu", weights_only=True)
     try:
         with open(path, "rb") as file:  # only files in the newer zip format can be mapped
             mapped = file.read(2) == b"PK"
-        content = torch.load(path, mmap=mapped, **options)
+        content = torch.load(path, mmap=mapped, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises pickle, zip, runtime and end-of-file errors here
         raise ValueError(
-            f"{path} is truncated, no PyTorch file, or holds more than tensors "
-            "(refused: loading it could run code): "
-            f"{str(error).splitlines()[0]}"
+            f"{path} is truncated, no PyTorch file, or holds more than tensors (refused: loading "
+            f"it could run code): {str(error).splitlines()[0]}"
         ) from error
     if not isinstance(content, dict):
-        raise ValueError(
-            f"{path} holds a {type(content).__name__}, expected a dictionary of tensors"
-        )
+        kind = type(content).__name__
+        raise ValueError(f"{path} holds a {kind}, expected a dictionary of tensors")
     return content
 
 
@@ -267,8 +262,19 @@ def to_numpy(tensor):
     return tensor.numpy()
 
 
-def _to_torch(torch, array):
-    array = np.ascontiguousarray(array)
-    if array.dtype == ml_dtypes.bfloat16:
-        return torch.from_numpy(array.view(np.uint16).copy()).view(torch.bfloat16)
-    return torch.from_numpy(array.copy())
+def _to_torch(path, arrays):
+    """{key: array} -> {key: tensor of the same bits}, for the file `path`."""
+    torch = _torch(path)
+
+    def tensor(array):
+        array = np.ascontiguousarray(array)
+        if array.dtype == ml_dtypes.bfloat16:
+            return torch.from_numpy(array.view(np.uint16).copy()).view(torch.bfloat16)
+        return torch.from_numpy(array.copy())
+
+    return {key: tensor(array) for key, array in arrays.items()}
+
+
+def _save_torch(path, content):
+    with atomic.writing(path) as partial:
+        _torch(path).save(content, partial)

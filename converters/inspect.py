@@ -20,26 +20,18 @@ def inspect(place, told, say=print):
     Raises:
       FileNotFoundError: nothing there. ValueError: a file of no known layout, or incomplete.
     """
-    if Path(place).is_dir() and _is_checkpoint(place):
-        _checkpoint(checkpoint.find_checkpoint(place), say)
-    else:
-        _file(place, told, say)
-
-
-def _is_checkpoint(place):
+    place = Path(place)
+    if not place.is_dir():
+        return _file(place, told, say)
     try:
-        checkpoint.find_checkpoint(place)
-    except FileNotFoundError:
-        return False
-    return True
+        directory = checkpoint.find_checkpoint(place)
+    except FileNotFoundError:  # no checkpoint: a folder of weights
+        path, _ = locate.locate(place, _kind_of_folder(place))
+        return _file(path, told, say)
+    return _checkpoint(directory, say)
 
 
-def _file(place, told, say):
-    path = (
-        locate.locate(place, _kind_of_folder(Path(place)))[0]
-        if Path(place).is_dir()
-        else (Path(place))
-    )
+def _file(path, told, say):
     kind = _kind(path)
     source, layout, meta = convert.read(path, kind, told)
     say(f"{path}: {kind} {layout.version} ({layout.name} names)".replace("  ", " "))
@@ -84,12 +76,12 @@ def _kind_of_folder(folder):
 def _checkpoint(directory, say):
     meta = storage.read_meta(directory)
     source = meta.get("source")
-    made = (
-        f"converted from {source['file']} ({source['kind']}, {source['layout']} names, sha256 "
-        f"{source['sha256'][:12]})"
-        if source
-        else "written by train.py"
-    )
+    made = "written by train.py"
+    if source:
+        made = (
+            f"converted from {source['file']} ({source['kind']}, {source['layout']} names, sha256 "
+            f"{source['sha256'][:12]})"
+        )
     say(f"{directory}: checkpoint of step {meta['step']}, {made}")
     _config(meta["config"] or {}, say)
     leaves = {
@@ -98,11 +90,8 @@ def _checkpoint(directory, say):
         if name != "optimizer"
         for path, (shape, dtype, _) in arrays.items()
     }
-    _counts(
-        leaves,
-        say,
-        lambda path: next(name for name, pattern in params.GROUPS if pattern.search(path)),
-    )
+    group = lambda path: next(name for name, pattern in params.GROUPS if pattern.search(path))
+    _counts(leaves, say, group)
 
 
 def _config(config, say):
@@ -114,12 +103,8 @@ def _config(config, say):
 
 def _short(value):
     """A long run of layer numbers as its ends."""
-    if (
-        isinstance(value, (list, tuple))
-        and len(value) > 4
-        and all(isinstance(x, int) for x in value)
-        and list(value) == list(range(value[0], value[-1] + 1))
-    ):
+    numbers = isinstance(value, (list, tuple)) and all(isinstance(x, int) for x in value)
+    if numbers and len(value) > 4 and list(value) == list(range(value[0], value[-1] + 1)):
         return f"{value[0]}..{value[-1]}"
     return value
 

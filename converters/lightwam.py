@@ -9,6 +9,7 @@ from lightwam_jax import config as config_lib
 from lightwam_jax.models import variants
 from lightwam_jax.models.action import SOURCES
 
+SECTIONS = ("mot", "state_fusion_action_expert", "proprio_encoder")  # of the release's file
 MOT_PREFIX = "mixtures.video."
 
 
@@ -70,13 +71,7 @@ def flatten_checkpoint(checkpoint):
     Raises:
       ValueError: a section is missing.
     """
-    sections = {
-        "mot": dict(checkpoint.get("mot", {})),
-        **{
-            name: dict(checkpoint.get(name, {}))
-            for name in ("state_fusion_action_expert", "proprio_encoder")
-        },
-    }
+    sections = {name: dict(checkpoint.get(name, {})) for name in SECTIONS}
     if not sections["mot"] and "dit" in checkpoint:
         sections["mot"] = {MOT_PREFIX + key: value for key, value in checkpoint["dit"].items()}
     empty = [name for name, section in sections.items() if not section]
@@ -85,17 +80,13 @@ def flatten_checkpoint(checkpoint):
             f"section {', '.join(empty)} is missing; top level has "
             f"{some_of(map(str, checkpoint))}: is this a Light-WAM checkpoint?"
         )
-    flat = {
-        f"{name}.{key}": value
-        for name, section in sections.items()
-        for key, value in section.items()
-    }
+    flat = {f"{name}.{key}": x for name, section in sections.items() for key, x in section.items()}
     return flat, {key: value for key, value in checkpoint.items() if key not in (*sections, "dit")}
 
 
 def unflatten_checkpoint(flat, rest):
     """The inverse of `flatten_checkpoint`, current layout."""
-    checkpoint = {"mot": {}, "state_fusion_action_expert": {}, "proprio_encoder": {}}
+    checkpoint = {name: {} for name in SECTIONS}
     for key, value in flat.items():
         section, name = key.split(".", 1)
         checkpoint[section][name] = value
@@ -125,36 +116,36 @@ def model_config(
     Raises:
       ValueError: a missing key, or a width that does not divide into the heads.
     """
-    prefix = f"mot.{MOT_PREFIX}"
-    dit = {key.removeprefix(prefix): s for key, s in shapes.items() if key.startswith(prefix)}
-    prefix = "state_fusion_action_expert."
-    expert = {key.removeprefix(prefix): s for key, s in shapes.items() if key.startswith(prefix)}
+    dit = _under(shapes, f"mot.{MOT_PREFIX}")
     fields = wan_dit.model_fields(dit, head_dim)
+    expert = _under(shapes, "state_fusion_action_expert.")
     fields.update(expert_fields(expert, fields["dim"], pool_heads, sources))
-    fields["lora_alpha"] = float(lora_alpha or 2 * fields["lora_rank"] or 1)
     if "proprio_encoder.weight" not in shapes:
         raise ValueError("key proprio_encoder.weight is missing")
-    fields["proprio_dim"] = shapes["proprio_encoder.weight"][1]
-    fields.update(adapter_scale=adapter_scale, attention_mask=attention_mask, dtype=dtype)
-    made = config_lib.model_variant("wan21_1_3b", **fields)
-    same = (
-        name for name in variants.VARIANTS if _sizes(config_lib.model_variant(name)) == _sizes(made)
+    fields.update(
+        proprio_dim=shapes["proprio_encoder.weight"][1],
+        lora_alpha=float(lora_alpha or 2 * fields["lora_rank"] or 1),
+        adapter_scale=adapter_scale,
+        attention_mask=attention_mask,
+        dtype=dtype,
     )
-    return dataclasses.replace(made, variant=next(same, "custom"))
+    made = config_lib.model_variant("wan21_1_3b", **fields)
+    named = (n for n in variants.VARIANTS if _sizes(config_lib.model_variant(n)) == _sizes(made))
+    return dataclasses.replace(made, variant=next(named, "custom"))
 
 
 def _sizes(config):
-    """What tells the variants apart."""
-    free = (
-        "variant",
-        "action_dim",
-        "proprio_dim",
-        "dtype",
-        "frozen_dtype",
-        "layer_sources",
-        "sources",
-    )
-    return {key: value for key, value in dataclasses.asdict(config).items() if key not in free}
+    return {key: x for key, x in dataclasses.asdict(config).items() if key not in _NOT_SIZES}
+
+
+# Keys that two models of one variant may differ in.
+_NOT_SIZES = {"variant", "action_dim", "proprio_dim", "dtype", "frozen_dtype", "layer_sources"}
+_NOT_SIZES |= {"sources"}
+
+
+def _under(shapes, prefix):
+    """The entries whose keys start with a prefix, without it."""
+    return {key.removeprefix(prefix): x for key, x in shapes.items() if key.startswith(prefix)}
 
 
 def expert_fields(expert, dim, pool_heads=None, sources=()):
@@ -164,53 +155,62 @@ def expert_fields(expert, dim, pool_heads=None, sources=()):
         raise ValueError(
             "key layer_compressors.0.norm.weight is missing; is this an action expert?"
         )
-    pooled = {
-        i: tuple(
-            dict.fromkeys(
-                m[1] for key in expert if (m := re.match(rf"layer_poolers\.{i}\.(\w+)\.", key))
-            )
-        )
-        for i in layers
-    }
-    first = f"layer_poolers.0.{pooled[0][0]}" if pooled[0] else None
-    if first:
-        queries = expert[f"{first}.query_tokens"][0]
-        slots = expert.get(f"{first}.query_slot_merge_logits", (2,))[0]
-        merge = expert.get(f"{first}.query_merge_projector.1.weight", (0,))[0]
-        layer_sources = tuple(_given(sources, i) or pooled[i] for i in layers)
+    pooled = _pooled_sources(expert, layers)
+    if pooled[0]:
+        pooling = _query_fields(expert, f"layer_poolers.0.{pooled[0][0]}", dim, pool_heads)
     else:
-        queries, slots, merge = 1, 2, 0
-        widths = [expert[f"layer_compressors.{i}.norm.weight"][0] // dim for i in layers]
-        layer_sources = tuple(
-            _given(sources, i) or (SOURCES if n == len(SOURCES) else ())
-            for i, n in zip(layers, widths)
-        )
-        if not all(layer_sources):
-            raise ValueError(
-                f"mean pooling over {widths} sources per layer: the file does not "
-                f"tell which; pass --sources with names of {SOURCES}"
-            )
-    heads = pool_heads or 8
-    if first and dim % heads:
-        raise ValueError(
-            f"pooling width {dim} is not a multiple of {heads} heads; the file does "
-            "not tell the heads: pass --pool_heads"
-        )
-    same = len(set(layer_sources)) == 1
+        pooling = dict(pooling="mean", num_queries=1, merge_dim=0, merge_slots=2)
+        pooling["pool_heads"] = pool_heads or 8
+        pooled = _mean_sources(expert, layers, dim, sources)
+    chosen = tuple(_given(sources, i) or names for i, names in zip(layers, pooled))
     return dict(
-        pooling="learned_query" if first else "mean",
-        num_queries=queries,
-        pool_heads=heads,
-        merge_dim=merge,
-        merge_slots=slots,
+        **pooling,
         trunk_blocks=len(_numbers(expert, "trunk")),
-        sources=layer_sources[0],
-        layer_sources=() if same else layer_sources,
+        sources=chosen[0],
+        layer_sources=() if len(set(chosen)) == 1 else chosen,
         per_layer_dim=expert["layer_compressors.0.fc1.weight"][0],
         trunk_dim=expert["fused_proj.weight"][0],
         step_pos_dim=expert["step_pos_proj.0.weight"][0],
         action_dim=expert["output.2.weight"][0],
     )
+
+
+def _pooled_sources(expert, layers):
+    """The sources that each layer has a pooler for, in the order of the file."""
+    found = {i: {} for i in layers}
+    for key in expert:
+        if (match := re.match(r"layer_poolers\.(\d+)\.(\w+)\.", key)) and int(match[1]) in found:
+            found[int(match[1])][match[2]] = True
+    return [tuple(names) for names in found.values()]
+
+
+def _query_fields(expert, pooler, dim, pool_heads):
+    """Fields of learned-query pooling, from the keys under `pooler`."""
+    heads = pool_heads or 8
+    if dim % heads:
+        raise ValueError(
+            f"pooling width {dim} is not a multiple of {heads} heads; the file does not tell the "
+            "heads: pass --pool_heads"
+        )
+    return dict(
+        pooling="learned_query",
+        num_queries=expert[f"{pooler}.query_tokens"][0],
+        pool_heads=heads,
+        merge_slots=expert.get(f"{pooler}.query_slot_merge_logits", (2,))[0],
+        merge_dim=expert.get(f"{pooler}.query_merge_projector.1.weight", (0,))[0],
+    )
+
+
+def _mean_sources(expert, layers, dim, sources):
+    """The sources of each layer of mean pooling, where the widths leave no choice; else ()."""
+    counts = [expert[f"layer_compressors.{i}.norm.weight"][0] // dim for i in layers]
+    told = [SOURCES if count == len(SOURCES) else () for count in counts]
+    if not all(_given(sources, i) or names for i, names in zip(layers, told)):
+        raise ValueError(
+            f"mean pooling over {counts} sources per layer: the file does not tell which; pass "
+            f"--sources with names of {SOURCES}"
+        )
+    return told
 
 
 def _numbers(keys, prefix):

@@ -36,9 +36,7 @@ def assemble(weights, config, vae, text, out, stats=None, prompts=None, say=prin
     Raises:
       FileExistsError, FileNotFoundError, ValueError: something is there, absent, or does not fit.
     """
-    out = Path(out)
-    if out.exists():
-        raise FileExistsError(f"{out} exists; remove it or choose another --out")
+    out = files.absent(out)
     stored = checkpoint.load_params(weights)
     fields = (stored.meta["config"] or {}).get("model", {})
     if "action_dim" not in fields:
@@ -56,12 +54,8 @@ def assemble(weights, config, vae, text, out, stats=None, prompts=None, say=prin
         wan.WanCodec(vae, config.data.codec, config.model.dtype).save(Path(assets, "codec"))
         _write_texts(Path(assets, "text"), config, prompts)
         assets_lib.load_assets(assets, config)  # whether all of it fits together
-        meta = {
-            "config": dataclasses.asdict(config),
-            "step": stored.meta["step"],
-            "source": stored.meta.get("source"),
-            "checkpoint": stored.meta.get("checkpoint"),
-        }
+        meta = {key: stored.meta.get(key) for key in ("step", "source", "checkpoint")}
+        meta["config"] = dataclasses.asdict(config)
         checkpoint.save_params(out, stored.params, meta, assets)
     say(f"{out}: a policy of {config.name}; lightwam_jax.inference.policy.Policy.load reads it")
 
@@ -75,18 +69,16 @@ def _config(place, fields, vae, text):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     tree = module.get_config(*([argument] if argument else [])).to_dict()
-    variant = {"dtype": tree["model"]["dtype"]}
-    tree["model"] = {**json.loads(json.dumps(fields)), **variant}
+    dtype = tree["model"]["dtype"]
+    tree["model"] = {**json.loads(json.dumps(fields)), "dtype": dtype}
     tree["data"].update(codec_weights=vae, text_weights=text)
     return config_lib.from_config_dict(tree)
 
 
 def _write_texts(directory, config, prompts):
-    tasks = []
-    if prompts:
-        tasks = [line.strip() for line in files.existing(prompts).read_text().splitlines()]
-    prompts = [text_lib.prompt(task, config.data.prompt_template) for task in tasks if task]
-    data = config.data
+    data, lines = config.data, files.existing(prompts).read_text().splitlines() if prompts else []
+    tasks = filter(None, map(str.strip, lines))
+    prompts = [text_lib.prompt(task, data.prompt_template) for task in tasks]
     encoder = encoders_lib.make_text_encoder(
         data.text_encoder, config.model.text_dim, data.text_weights
     )

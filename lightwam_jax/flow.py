@@ -1,4 +1,4 @@
-"""The shifted flow-matching schedule: pure functions of time (SPEC section 4)."""
+"""The shifted flow-matching schedule: pure functions of time (docs/spec.md section 4)."""
 
 import jax.numpy as jnp
 import numpy as np

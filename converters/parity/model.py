@@ -174,8 +174,11 @@ def b_state_fusion(fixtures):
         config = config_lib.model_variant("tiny", **fields)
         expert = build.build_model(config).expert
         tree = params.unflatten(rules.to_params(lightwam.EXPERT, tensors, case))["expert"]
-        run = jax.jit(expert.apply, static_argnums=2)
-        action, taps = run({"params": tree}, states, told["action_horizon"])
+
+        def apply(tree, expert=expert, horizon=told["action_horizon"]):
+            return expert.apply({"params": tree}, states, horizon)
+
+        action, taps = jax.jit(apply)(tree)
         got = {"action": action, "fused_proj": taps["fused"], "step_pos": taps["step_pos"]}
         got |= {key: tap for key, tap in taps.items() if key.startswith(("pooled", "compressed"))}
         data = fixtures.arrays(f"b_state_fusion/{case}.npz")

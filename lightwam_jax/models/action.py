@@ -1,4 +1,4 @@
-"""Learned-query pooling and the state-fusion action expert (SPEC section 2).
+"""Learned-query pooling and the state-fusion action expert (docs/spec.md section 2).
 
 The expert reads the token states at the adapters, pools each with a few learned queries, fuses
 the layers, and regresses the whole action chunk in one pass.
@@ -35,9 +35,8 @@ class QueryPooler(nn.Module):
     def __call__(self, tokens):
         dim = tokens.shape[-1]
         kv = layer_norm(EPS, name="token_norm")(tokens).astype(self.dtype)
-        queries = self.param(
-            "query_tokens", nn.initializers.normal(self.query_init), (self.num_queries, dim)
-        )
+        init = nn.initializers.normal(self.query_init)
+        queries = self.param("query_tokens", init, (self.num_queries, dim))
         in_proj = FusedProjection(name="in_proj")
         # queries carry no batch: [Q,D] -> [1,Q,N,K]; tokens [B,S,D] -> [B,S,N,K]
         q = self._heads(in_proj(queries[None].astype(self.dtype), 0, dim))
@@ -46,16 +45,12 @@ class QueryPooler(nn.Module):
         logits = jnp.einsum("oqnk,bsnk->bnqs", q, k, preferred_element_type=jnp.float32)
         weights = jax.nn.softmax(logits * (dim // self.num_heads) ** -0.5, axis=-1)
         out = jnp.einsum("bnqs,bsnk->bqnk", weights.astype(self.dtype), v)
-        pooled = Linear(dim, self.dtype, name="out_proj")(
-            einops.rearrange(out, "b q n k -> b q (n k)")
-        )
+        out = einops.rearrange(out, "b q n k -> b q (n k)")
+        pooled = Linear(dim, self.dtype, name="out_proj")(out)
 
         if self.merge_dim:
-            slots = self.param(
-                "query_slot_merge_logits",
-                nn.initializers.zeros,
-                (self.merge_slots, self.num_queries),
-            )
+            shape = (self.merge_slots, self.num_queries)
+            slots = self.param("query_slot_merge_logits", nn.initializers.zeros, shape)
             merge = jax.nn.softmax(slots.astype(jnp.float32), axis=-1)
             # [M,Q] x [B,Q,D] -> [B, M*D]
             pooled = jnp.einsum("mq,bqd->bmd", merge.astype(self.dtype), pooled)
@@ -129,36 +124,31 @@ class StateFusionActionExpert(nn.Module):
         `attention_{i}_{source}` [B,Q,S], `query_importance_{i}_{source}` [Q].
         """
         if len(states) != len(self.layer_sources):
-            raise ValueError(
-                f"expected the states of {len(self.layer_sources)} adapter layers, "
-                f"got {len(states)}"
-            )
+            expected = len(self.layer_sources)
+            raise ValueError(f"expected the states of {expected} adapter layers, got {len(states)}")
         taps, compressed = {}, []
         for i, (state, sources) in enumerate(zip(states, self.layer_sources)):
-            pooled = jnp.concatenate(
-                [self._pool(_state(state, source), f"{i}_{source}", taps) for source in sources],
-                axis=-1,
-            )
-            summary = NormMLP(
-                self.per_layer_dim, self.per_layer_dim, self.dtype, name=f"compressors_{i}"
-            )(pooled)
+            pooled = [self._pool(_state(state, name), f"{i}_{name}", taps) for name in sources]
+            compress = self._mlp(self.per_layer_dim, self.per_layer_dim, f"compressors_{i}")
+            summary = compress(jnp.concatenate(pooled, axis=-1))
             taps[f"compressed_{i}"] = summary
             compressed.append(summary)
 
         fused = layer_norm(EPS, name="fused_norm")(jnp.concatenate(compressed, axis=-1))
         state = taps["fused"] = Linear(self.trunk_dim, self.dtype, name="fused_proj")(fused)
         for i in range(self.trunk_blocks):
-            state = state + NormMLP(self.trunk_dim, self.trunk_dim, self.dtype, name=f"trunk_{i}")(
-                state
-            )
+            state = state + self._mlp(self.trunk_dim, self.trunk_dim, f"trunk_{i}")(state)
 
         positions = layers.sinusoid_table(range(horizon), self.step_pos_dim)
-        steps = NormMLP(self.trunk_dim, self.trunk_dim, self.dtype, name="step_pos")(positions)
+        steps = self._mlp(self.trunk_dim, self.trunk_dim, "step_pos")(positions)
         taps["step_pos"] = steps
         # [B,1,trunk] + [1,T,trunk]
         tokens = state[:, None] + steps[None]
-        actions = NormMLP(self.trunk_dim, self.action_dim, self.dtype, name="output")(tokens)
+        actions = self._mlp(self.trunk_dim, self.action_dim, "output")(tokens)
         return actions.astype(jnp.float32), taps
+
+    def _mlp(self, hidden, features, name):
+        return NormMLP(hidden, features, self.dtype, name=name)
 
     def _pool(self, tokens, name, taps):
         if self.pooling == "mean":
@@ -166,16 +156,9 @@ class StateFusionActionExpert(nn.Module):
         elif self.pooling == "concat":
             pooled = concatenate_groups(tokens, self.num_queries)
         else:
-            pooler = QueryPooler(
-                self.num_queries,
-                self.pool_heads,
-                self.query_init,
-                self.merge_dim,
-                self.merge_slots,
-                self.dtype,
-                name=f"poolers_{name}",
-            )
-            pooled, attention = pooler(tokens)
+            sizes = (self.num_queries, self.pool_heads, self.query_init, self.merge_dim)
+            sizes = (*sizes, self.merge_slots, self.dtype)
+            pooled, attention = QueryPooler(*sizes, name=f"poolers_{name}")(tokens)
             taps[f"attention_{name}"], taps[f"query_importance_{name}"] = attention
         taps[f"pooled_{name}"] = pooled
         return pooled

@@ -9,7 +9,7 @@ from lightwam_jax.models.layers import Linear, gelu, layer_norm
 class Adapter(nn.Module):
     """`x + scale * up(gelu(down(norm(x))))` on tokens [B,S,D], bottleneck width E.
 
-    `up` starts at zero, so a fresh adapter passes x through. Source: wan_video_dit.py:380.
+    `up` starts at zero, so a fresh adapter passes x through. Source: wan_video_dit.py:381.
     """
 
     width: int

@@ -48,14 +48,8 @@ def dot(x, kernel):
 
 def layer_norm(eps, affine=True, name=None):
     """LayerNorm with float32 statistics and float32 output; the caller casts."""
-    return nn.LayerNorm(
-        epsilon=eps,
-        use_bias=affine,
-        use_scale=affine,
-        dtype=jnp.float32,
-        use_fast_variance=False,
-        name=name,
-    )
+    options = dict(use_bias=affine, use_scale=affine, use_fast_variance=False)
+    return nn.LayerNorm(eps, jnp.float32, **options, name=name)
 
 
 def rms_norm(eps, name=None):
@@ -64,7 +58,7 @@ def rms_norm(eps, name=None):
 
 
 def gelu(x):
-    """The tanh form of GELU, in float32; the only one on the used path (SPEC section 1)."""
+    """The tanh form of GELU, in float32; the only one on the used path (docs/spec.md section 1)."""
     return jax.nn.gelu(x.astype(jnp.float32), approximate=True).astype(x.dtype)
 
 
@@ -85,7 +79,7 @@ def sinusoid_table(positions, dim):
 def sinusoid(t, dim):
     """[cos | sin] features of traced timesteps t [...] in [0, 2048) -> [..., dim] float32.
 
-    The reference takes the angle, up to 1000 radians, in float64 (wan_video_dit.py:100). Here the
+    The reference takes the angle, up to 1000 radians, in float64 (wan_video_dit.py:113). Here the
     angle is counted in turns, and its whole turns are removed exactly: the frequency is cut into
     pieces short enough that their products with the integer part of t are exact in float32. What
     is left has the accuracy of float32 in one turn, on any device, without 64-bit arithmetic.
@@ -108,7 +102,7 @@ def rope_table(frames, height, width, head_dim):
     """Cosines and sines of the 3-D rotary embedding of a token grid.
 
     The head dim splits into (K - 2 floor(K/3), floor(K/3), floor(K/3)) for frame, row, column
-    (SPEC section 1). Returns two float32 constants [F, H*W, K/2], angles taken in float64.
+    (docs/spec.md section 1). Returns two float32 constants [F, H*W, K/2], angles taken in float64.
 
     Raises:
       ValueError: a part of the head dim is odd.
@@ -121,9 +115,8 @@ def rope_table(frames, height, width, head_dim):
             "every part must be even"
         )
     axes = np.meshgrid(np.arange(frames), np.arange(height), np.arange(width), indexing="ij")
-    angles = np.concatenate(
-        [axis.reshape(-1, 1) * _frequencies(part) for axis, part in zip(axes, parts)], axis=1
-    )
+    angles = [axis.reshape(-1, 1) * _frequencies(part) for axis, part in zip(axes, parts)]
+    angles = np.concatenate(angles, axis=1)
     angles = angles.reshape(frames, height * width, head_dim // 2)
     return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
 
@@ -154,9 +147,9 @@ def attention(q, k, v, key_mask=None, implementation="xla"):
 def frame_attention(q, k, v, frames, mode, implementation="xla"):
     """Self-attention over S = F * tokens-per-frame video tokens under a frame rule, mask-free.
 
-    mode (SPEC section 1): "bidirectional" sees everything; "first_frame_causal": frame 0 sees
-    only frame 0, the others everything; "per_frame_causal": frame f sees frames 0..f. The rules
-    are blocks of whole frames, so each is a few plain attention calls instead of a mask [S,S].
+    mode (docs/spec.md section 1): "bidirectional" sees everything; "first_frame_causal": frame 0
+    sees only frame 0, the others everything; "per_frame_causal": frame f sees frames 0..f. The
+    rules are blocks of whole frames: each is a few plain attention calls instead of a mask [S,S].
     """
     per_frame = q.shape[1] // frames
     if mode == "bidirectional" or frames == 1:
@@ -172,15 +165,8 @@ def frame_attention(q, k, v, frames, mode, implementation="xla"):
         )
     out = []
     for first, last, seen in groups:
-        seen = seen * per_frame
-        out.append(
-            attention(
-                q[:, first * per_frame : last * per_frame],
-                k[:, :seen],
-                v[:, :seen],
-                implementation=implementation,
-            )
-        )
+        queries, seen = q[:, first * per_frame : last * per_frame], seen * per_frame
+        out.append(attention(queries, k[:, :seen], v[:, :seen], None, implementation))
     return out[0] if len(out) == 1 else jnp.concatenate(out, axis=1)
 
 

@@ -136,13 +136,8 @@ class LightWAM(nn.Module):
         for i, layer in enumerate(states):
             for kind in ("attention", "query_importance", "pooled"):
                 prefix = f"{kind}_{i}_"
-                taps.update(
-                    {
-                        f"{kind}_{layer}_{name[len(prefix) :]}": value
-                        for name, value in read.items()
-                        if name.startswith(prefix)
-                    }
-                )
+                for name in [name for name in read if name.startswith(prefix)]:
+                    taps[f"{kind}_{layer}_{name.removeprefix(prefix)}"] = read[name]
         return actions, taps
 
 

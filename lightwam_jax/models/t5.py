@@ -1,7 +1,7 @@
 """The umT5 text encoder of Wan: token ids to the text rows the video transformer reads.
 
 A pre-norm T5 without biases and without attention scaling, whose every block has its own table of
-relative positions. Reference: wan/modules/t5.py of Wan2.1; SPEC section 10.
+relative positions. Reference: wan/modules/t5.py of Wan2.1; docs/spec.md section 10.
 
 Letters as in layers.py; here L text tokens, D width of the residual stream, N heads, K head dim.
 """
@@ -22,9 +22,8 @@ def relative_buckets(length, buckets=32, max_distance=128):
     """
     position = np.arange(length)
     relative = position[None, :] - position[:, None]
-    half = buckets // 2
+    distance, half = np.abs(relative), buckets // 2
     exact = half // 2
-    distance = np.abs(relative)
     # float32, as in the reference: a float64 logarithm falls on the other side of some borders.
     ratio = np.maximum(distance, 1).astype(np.float32) / np.float32(exact)
     scale = np.float32(np.log(max_distance / exact))
@@ -130,20 +129,19 @@ class UMT5Encoder(nn.Module):
         """
         embed = nn.Embed(self.vocab, self.dim, dtype=self.dtype, name="token_embedding")
         positions = relative_buckets(ids.shape[1], self.num_buckets, self.max_distance)
-        blocks = nn.scan(
-            Block,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=nn.broadcast,
-            length=self.num_layers,
-        )
-        x, _ = blocks(
-            self.num_heads,
-            self.attention_dim,
-            self.ffn_dim,
-            self.num_buckets,
-            self.eps,
-            self.dtype,
-            name="blocks",
-        )(embed(ids), positions, mask)
+        options = dict(in_axes=nn.broadcast, length=self.num_layers)
+        options.update(variable_axes={"params": 0}, split_rngs={"params": True})
+        blocks = nn.scan(Block, **options)(**self.block_fields(), name="blocks")
+        x, _ = blocks(embed(ids), positions, mask)
         return rms_norm(self.eps, "norm")(x).astype(self.dtype)
+
+    def block_fields(self):
+        """The fields of a `Block`."""
+        return dict(
+            heads=self.num_heads,
+            attention_dim=self.attention_dim,
+            ffn_dim=self.ffn_dim,
+            buckets=self.num_buckets,
+            eps=self.eps,
+            dtype=self.dtype,
+        )

@@ -23,41 +23,13 @@ from jax import lax
 
 # Per-channel mean and standard deviation of the latents, published with the weights.
 LATENT_MEAN = (
-    -0.7571,
-    -0.7089,
-    -0.9113,
-    0.1075,
-    -0.1745,
-    0.9653,
-    -0.1517,
-    1.5508,
-    0.4134,
-    -0.0715,
-    0.5517,
-    -0.3632,
-    -0.1922,
-    -0.9497,
-    0.2503,
-    -0.2921,
-)
+    -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
+    0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
+)  # fmt: skip
 LATENT_STD = (
-    2.8184,
-    1.4541,
-    2.3275,
-    2.6558,
-    1.2196,
-    1.7708,
-    2.6052,
-    2.0743,
-    3.2687,
-    2.1526,
-    2.8652,
-    1.5579,
-    1.6382,
-    1.1253,
-    2.8251,
-    1.9160,
-)
+    2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
+    3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
+)  # fmt: skip
 
 
 class CausalConv(nn.Module):
@@ -76,15 +48,11 @@ class CausalConv(nn.Module):
         pad = [(size // 2, size // 2) for size in self.kernel_size[1:]]
         if x.shape[1] == 1:
             # Every tap but the last meets zero frames: a 2-D convolution with a third of the work.
-            x = lax.conv_general_dilated(
-                x[:, 0], kernel[-1], (1, 1), pad, dimension_numbers=("NHWC", "HWIO", "NHWC")
-            )
+            image, layout = x[:, 0], ("NHWC", "HWIO", "NHWC")
+            x = lax.conv_general_dilated(image, kernel[-1], (1, 1), pad, dimension_numbers=layout)
             return x[:, None] + bias
-        pad = [(self.kernel_size[0] - 1, 0), *pad]
-        x = lax.conv_general_dilated(
-            x, kernel, (1, 1, 1), pad, dimension_numbers=("NDHWC", "DHWIO", "NDHWC")
-        )
-        return x + bias
+        pad, layout = [(self.kernel_size[0] - 1, 0), *pad], ("NDHWC", "DHWIO", "NDHWC")
+        return lax.conv_general_dilated(x, kernel, (1, 1, 1), pad, dimension_numbers=layout) + bias
 
 
 class ChannelNorm(nn.Module):
@@ -150,15 +118,13 @@ class Downsample(nn.Module):
         b, c = x.shape[0], x.shape[-1]
         x = einops.rearrange(x, "b t h w c -> (b t) h w c")
         # The official code pads the right and bottom edges only.
-        x = nn.Conv(
-            c, (3, 3), strides=2, padding=((0, 1), (0, 1)), dtype=self.dtype, name="resample_1"
-        )(x)
+        edges = dict(strides=2, padding=((0, 1), (0, 1)))
+        x = nn.Conv(c, (3, 3), **edges, dtype=self.dtype, name="resample_1")(x)
         x = einops.rearrange(x, "(b t) h w c -> b t h w c", b=b)
         if self.time:
             # Frame 0 passes untouched; windows (0,1,2), (2,3,4), ... of which an image has none.
-            later = nn.Conv(
-                c, (3, 1, 1), strides=(2, 1, 1), padding="VALID", dtype=self.dtype, name="time_conv"
-            )(x)
+            windows = dict(strides=(2, 1, 1), padding="VALID")
+            later = nn.Conv(c, (3, 1, 1), **windows, dtype=self.dtype, name="time_conv")(x)
             x = jnp.concatenate([x[:, :1], later], axis=1)
         return x
 
@@ -187,8 +153,8 @@ class Upsample(nn.Module):
         return einops.rearrange(x, "(b t) h w c -> b t h w c", b=b)
 
 
-class Encoder(nn.Module):
-    """Video [B,T,H,W,3] -> features [B,F,h,w,features]."""
+class _Half(nn.Module):
+    """What encoder and decoder share. `features`: channels that come out."""
 
     dim: int
     dim_mult: tuple
@@ -197,55 +163,55 @@ class Encoder(nn.Module):
     features: int
     dtype: Any = jnp.float32
 
+    def conv1(self, x, features):
+        return CausalConv(features, dtype=self.dtype, name="conv1")(x)
+
+    def middle(self, x):
+        """Residual block, attention, residual block on [B,T,H,W,C]."""
+        x = ResBlock(x.shape[-1], self.dtype, name="middle_0")(x)
+        x = FrameAttention(self.dtype, name="middle_1")(x)
+        return ResBlock(x.shape[-1], self.dtype, name="middle_2")(x)
+
+    def head(self, x):
+        x = nn.silu(ChannelNorm(self.dtype, name="head_0")(x))
+        return CausalConv(self.features, dtype=self.dtype, name="head_2")(x)
+
+
+class Encoder(_Half):
+    """Video [B,T,H,W,3] -> features [B,F,h,w,features]."""
+
     @nn.compact
     def __call__(self, x):
+        return self.head(self.middle(self.levels(self.conv1(x, self.dim))))
+
+    def levels(self, x):
         position = itertools.count()
-        x = CausalConv(self.dim, dtype=self.dtype, name="conv1")(x)
         for level, mult in enumerate(self.dim_mult):
             if level:
                 time = self.time_downsample[level - 1]
                 x = Downsample(time, self.dtype, name=f"downsamples_{next(position)}")(x)
             for _ in range(self.num_res_blocks):
                 x = ResBlock(self.dim * mult, self.dtype, name=f"downsamples_{next(position)}")(x)
-        x = middle(x, self.dtype)
-        x = nn.silu(ChannelNorm(self.dtype, name="head_0")(x))
-        return CausalConv(self.features, dtype=self.dtype, name="head_2")(x)
+        return x
 
 
-class Decoder(nn.Module):
+class Decoder(_Half):
     """Features [B,F,h,w,C] -> video [B,4F-3,8h,8w,3]: the encoder's levels, each a block deeper."""
-
-    dim: int
-    dim_mult: tuple
-    num_res_blocks: int
-    time_downsample: tuple
-    dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x):
+        x = self.conv1(x, self.dim * self.dim_mult[-1])
+        return self.head(self.levels(self.middle(x)))
+
+    def levels(self, x):
         position = itertools.count()
-        x = CausalConv(self.dim * self.dim_mult[-1], dtype=self.dtype, name="conv1")(x)
-        x = middle(x, self.dtype)
         for level, mult in reversed(list(enumerate(self.dim_mult))):
             for _ in range(self.num_res_blocks + 1):
                 x = ResBlock(self.dim * mult, self.dtype, name=f"upsamples_{next(position)}")(x)
             if level:
-                time = self.time_downsample[level - 1]
-                x = Upsample(
-                    time, x.shape[-1] // 2, self.dtype, name=f"upsamples_{next(position)}"
-                )(x)
-        x = nn.silu(ChannelNorm(self.dtype, name="head_0")(x))
-        return CausalConv(3, dtype=self.dtype, name="head_2")(x)
-
-
-def middle(x, dtype):
-    """Residual block, attention, residual block on [B,T,H,W,C].
-
-    Called inside a compact method: the three modules belong to the caller.
-    """
-    x = ResBlock(x.shape[-1], dtype, name="middle_0")(x)
-    x = FrameAttention(dtype, name="middle_1")(x)
-    return ResBlock(x.shape[-1], dtype, name="middle_2")(x)
+                time, name = self.time_downsample[level - 1], f"upsamples_{next(position)}"
+                x = Upsample(time, x.shape[-1] // 2, self.dtype, name=name)(x)
+        return x
 
 
 class WanVAE(nn.Module):
@@ -265,11 +231,15 @@ class WanVAE(nn.Module):
     dtype: Any = jnp.float32
 
     def setup(self):
-        sizes = (self.dim, self.dim_mult, self.num_res_blocks, self.time_downsample)
-        self.encoder = Encoder(*sizes, features=2 * self.z_dim, dtype=self.dtype)
+        self.build(Encoder, Decoder, self.dim, 3)
+
+    def build(self, encoder, decoder, decoder_dim, channels):
+        """The modules, for `setup`; channels: of the pixels that the decoder gives."""
+        sizes = (self.dim_mult, self.num_res_blocks, self.time_downsample)
+        self.encoder = encoder(self.dim, *sizes, 2 * self.z_dim, self.dtype)
         self.conv1 = nn.Dense(2 * self.z_dim, dtype=self.dtype)
         self.conv2 = nn.Dense(self.z_dim, dtype=self.dtype)
-        self.decoder = Decoder(*sizes, dtype=self.dtype)
+        self.decoder = decoder(decoder_dim, *sizes, channels, self.dtype)
 
     def __call__(self, video):
         """Reconstructs a video [B,T,H,W,3]; touches every parameter (for `init`, at any T >= 1)."""

@@ -12,109 +12,25 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from lightwam_jax.models import vae
-from lightwam_jax.models.vae import CausalConv, ChannelNorm, Downsample, ResBlock, Upsample
+from lightwam_jax.models.vae import Downsample, ResBlock, Upsample
 
 # Per-channel mean and standard deviation of the latents, published with the weights.
 LATENT_MEAN = (
-    -0.2289,
-    -0.0052,
-    -0.1323,
-    -0.2339,
-    -0.2799,
-    0.0174,
-    0.1838,
-    0.1557,
-    -0.1382,
-    0.0542,
-    0.2813,
-    0.0891,
-    0.1570,
-    -0.0098,
-    0.0375,
-    -0.1825,
-    -0.2246,
-    -0.1207,
-    -0.0698,
-    0.5109,
-    0.2665,
-    -0.2108,
-    -0.2158,
-    0.2502,
-    -0.2055,
-    -0.0322,
-    0.1109,
-    0.1567,
-    -0.0729,
-    0.0899,
-    -0.2799,
-    -0.1230,
-    -0.0313,
-    -0.1649,
-    0.0117,
-    0.0723,
-    -0.2839,
-    -0.2083,
-    -0.0520,
-    0.3748,
-    0.0152,
-    0.1957,
-    0.1433,
-    -0.2944,
-    0.3573,
-    -0.0548,
-    -0.1681,
-    -0.0667,
-)
+    -0.2289, -0.0052, -0.1323, -0.2339, -0.2799, 0.0174, 0.1838, 0.1557,
+    -0.1382, 0.0542, 0.2813, 0.0891, 0.1570, -0.0098, 0.0375, -0.1825,
+    -0.2246, -0.1207, -0.0698, 0.5109, 0.2665, -0.2108, -0.2158, 0.2502,
+    -0.2055, -0.0322, 0.1109, 0.1567, -0.0729, 0.0899, -0.2799, -0.1230,
+    -0.0313, -0.1649, 0.0117, 0.0723, -0.2839, -0.2083, -0.0520, 0.3748,
+    0.0152, 0.1957, 0.1433, -0.2944, 0.3573, -0.0548, -0.1681, -0.0667,
+)  # fmt: skip
 LATENT_STD = (
-    0.4765,
-    1.0364,
-    0.4514,
-    1.1677,
-    0.5313,
-    0.4990,
-    0.4818,
-    0.5013,
-    0.8158,
-    1.0344,
-    0.5894,
-    1.0901,
-    0.6885,
-    0.6165,
-    0.8454,
-    0.4978,
-    0.5759,
-    0.3523,
-    0.7135,
-    0.6804,
-    0.5833,
-    1.4146,
-    0.8986,
-    0.5659,
-    0.7069,
-    0.5338,
-    0.4889,
-    0.4917,
-    0.4069,
-    0.4999,
-    0.6866,
-    0.4093,
-    0.5709,
-    0.6065,
-    0.6415,
-    0.4944,
-    0.5726,
-    1.2042,
-    0.5458,
-    1.6887,
-    0.3971,
-    1.0600,
-    0.3943,
-    0.5537,
-    0.5444,
-    0.4089,
-    0.7468,
-    0.7744,
-)
+    0.4765, 1.0364, 0.4514, 1.1677, 0.5313, 0.4990, 0.4818, 0.5013,
+    0.8158, 1.0344, 0.5894, 1.0901, 0.6885, 0.6165, 0.8454, 0.4978,
+    0.5759, 0.3523, 0.7135, 0.6804, 0.5833, 1.4146, 0.8986, 0.5659,
+    0.7069, 0.5338, 0.4889, 0.4917, 0.4069, 0.4999, 0.6866, 0.4093,
+    0.5709, 0.6065, 0.6415, 0.4944, 0.5726, 1.2042, 0.5458, 1.6887,
+    0.3971, 1.0600, 0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744,
+)  # fmt: skip
 
 
 def group_mean(x, features, time, space):
@@ -143,104 +59,65 @@ def repeat_up(x, features, time, space):
     return x[:, time - 1 :]
 
 
-class DownLevel(nn.Module):
-    """Residual blocks and, but for the last level, a downsampling: [B,T,H,W,C] -> features."""
+class Level(nn.Module):
+    """Residual blocks and, but for the last level, a resampling: [B,T,H,W,C] -> features.
+
+    `time`: are frames resampled too; None in the last level. `up`: is it a level of the decoder,
+    whose last one has no shortcut.
+    """
 
     features: int
     blocks: int
-    last: bool
-    time: bool
+    time: bool | None
+    up: bool
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x):
-        factors = (2 if self.time else 1, 1 if self.last else 2)
-        shortcut = group_mean(x, self.features, *factors)
+        before, last, name = x, self.time is None, "upsamples" if self.up else "downsamples"
+        factors = (2 if self.time else 1, 1 if last else 2)  # of the shortcut, in time and space
         for i in range(self.blocks):
-            x = ResBlock(self.features, self.dtype, name=f"downsamples_{i}")(x)
-        if not self.last:
-            x = Downsample(self.time, self.dtype, name=f"downsamples_{self.blocks}")(x)
-        return x + shortcut
-
-
-class UpLevel(nn.Module):
-    """Residual blocks and, but for the last level, an upsampling: [B,T,H,W,C] -> features."""
-
-    features: int
-    blocks: int
-    last: bool
-    time: bool
-    dtype: jnp.dtype = jnp.float32
-
-    @nn.compact
-    def __call__(self, x):
-        before = x
-        for i in range(self.blocks):
-            x = ResBlock(self.features, self.dtype, name=f"upsamples_{i}")(x)
-        if self.last:
+            x = ResBlock(self.features, self.dtype, name=f"{name}_{i}")(x)
+        name = f"{name}_{self.blocks}"
+        if not self.up:
+            x = x if last else Downsample(self.time, self.dtype, name=name)(x)
+            return x + group_mean(before, self.features, *factors)
+        if last:
             return x
-        x = Upsample(self.time, self.features, self.dtype, name=f"upsamples_{self.blocks}")(x)
-        return x + repeat_up(before, self.features, 2 if self.time else 1, 2)
+        x = Upsample(self.time, self.features, self.dtype, name=name)(x)
+        return x + repeat_up(before, self.features, *factors)
 
 
-class Encoder(nn.Module):
+class Encoder(vae.Encoder):
     """Video [B,T,H,W,3] -> features [B,F,H/16,W/16,features]."""
 
-    dim: int
-    dim_mult: tuple
-    num_res_blocks: int
-    time_downsample: tuple
-    features: int
-    dtype: jnp.dtype = jnp.float32
-
-    @nn.compact
     def __call__(self, x):
         # The official channel order: colour, column offset, row offset.
         x = einops.rearrange(x, "b t (h q) (w r) c -> b t h w (c r q)", q=2, r=2)
-        x = CausalConv(self.dim, dtype=self.dtype, name="conv1")(x)
-        for level, mult in enumerate(self.dim_mult):
-            last = level == len(self.dim_mult) - 1
-            time = not last and self.time_downsample[level]
-            x = DownLevel(
-                self.dim * mult,
-                self.num_res_blocks,
-                last,
-                time,
-                self.dtype,
-                name=f"downsamples_{level}",
-            )(x)
-        x = vae.middle(x, self.dtype)
-        x = nn.silu(ChannelNorm(self.dtype, name="head_0")(x))
-        return CausalConv(self.features, dtype=self.dtype, name="head_2")(x)
+        return super().__call__(x)
+
+    def levels(self, x):
+        times = (*self.time_downsample, None)
+        for level, (mult, time) in enumerate(zip(self.dim_mult, times)):
+            sizes = (self.dim * mult, self.num_res_blocks, time)
+            x = Level(*sizes, up=False, dtype=self.dtype, name=f"downsamples_{level}")(x)
+        return x
 
 
-class Decoder(nn.Module):
+class Decoder(vae.Decoder):
     """Features [B,F,h,w,C] -> video [B,4F-3,16h,16w,3]."""
 
-    dim: int
-    dim_mult: tuple
-    num_res_blocks: int
-    time_downsample: tuple
-    dtype: jnp.dtype = jnp.float32
-
-    @nn.compact
     def __call__(self, x):
-        x = CausalConv(self.dim * self.dim_mult[-1], dtype=self.dtype, name="conv1")(x)
-        x = vae.middle(x, self.dtype)
-        for level, mult in enumerate(reversed(self.dim_mult)):
-            last = level == len(self.dim_mult) - 1
-            time = not last and self.time_downsample[::-1][level]
-            x = UpLevel(
-                self.dim * mult,
-                self.num_res_blocks + 1,
-                last,
-                time,
-                self.dtype,
-                name=f"upsamples_{level}",
-            )(x)
-        x = nn.silu(ChannelNorm(self.dtype, name="head_0")(x))
-        x = CausalConv(12, dtype=self.dtype, name="head_2")(x)
-        return einops.rearrange(x, "b t h w (c r q) -> b t (h q) (w r) c", q=2, r=2)
+        return einops.rearrange(
+            super().__call__(x), "b t h w (c r q) -> b t (h q) (w r) c", q=2, r=2
+        )
+
+    def levels(self, x):
+        times = (*self.time_downsample[::-1], None)
+        for level, (mult, time) in enumerate(zip(self.dim_mult[::-1], times)):
+            sizes = (self.dim * mult, self.num_res_blocks + 1, time)
+            x = Level(*sizes, up=True, dtype=self.dtype, name=f"upsamples_{level}")(x)
+        return x
 
 
 class Wan22VAE(vae.WanVAE):
@@ -256,8 +133,4 @@ class Wan22VAE(vae.WanVAE):
     latent_std: tuple = LATENT_STD
 
     def setup(self):
-        sizes = (self.dim_mult, self.num_res_blocks, self.time_downsample)
-        self.encoder = Encoder(self.dim, *sizes, features=2 * self.z_dim, dtype=self.dtype)
-        self.conv1 = nn.Dense(2 * self.z_dim, dtype=self.dtype)
-        self.conv2 = nn.Dense(self.z_dim, dtype=self.dtype)
-        self.decoder = Decoder(self.decoder_dim, *sizes, dtype=self.dtype)
+        self.build(Encoder, Decoder, self.decoder_dim, 12)
