@@ -48,7 +48,7 @@ def test_configs_resolve_and_survive_json(make):
 
 
 def test_the_released_recipe():
-    """SPEC sections 0 and 6, value by value."""
+    """docs/spec.md sections 0 and 6, value by value."""
     c = config_lib.from_config_dict(libero.get_config("spatial"))
     o = c.optimizer
     assert (o.lr, o.warmup_steps, o.final_lr_ratio) == (1e-4, 1000, 0.01)
