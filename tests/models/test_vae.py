@@ -17,7 +17,7 @@ from lightwam_jax import params as params_lib
 from lightwam_jax.models.vae import WanVAE
 from lightwam_jax.models.vae22 import Wan22VAE
 
-GOLDEN = pathlib.Path(__file__).parents[2] / "golden" / "f_vae"
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "f_vae"
 TINY = WanVAE(dim=4)
 
 
