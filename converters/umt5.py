@@ -5,44 +5,34 @@ import re
 
 from converters.rules import KERNEL, Rule
 
-_OFFICIAL = {
-    "token_embedding": "token_embedding.weight",
-    "norm": "norm.weight",
-    "block": "blocks.{block}.",
-    "norm1": "norm1.weight",
-    "norm2": "norm2.weight",
-    "pos_embedding": "pos_embedding.embedding.weight",
-    "attn/q": "attn.q.weight",
-    "attn/k": "attn.k.weight",
-    "attn/v": "attn.v.weight",
-    "attn/o": "attn.o.weight",
-    "ffn/gate_0": "ffn.gate.0.weight",
-    "ffn/fc1": "ffn.fc1.weight",
-    "ffn/fc2": "ffn.fc2.weight",
-}
-_HUGGINGFACE = {
-    "token_embedding": "shared.weight",
-    "norm": "encoder.final_layer_norm.weight",
-    "block": "encoder.block.{block}.",
-    "norm1": "layer.0.layer_norm.weight",
-    "norm2": "layer.1.layer_norm.weight",
-    "pos_embedding": "layer.0.SelfAttention.relative_attention_bias.weight",
-    "attn/q": "layer.0.SelfAttention.q.weight",
-    "attn/k": "layer.0.SelfAttention.k.weight",
-    "attn/v": "layer.0.SelfAttention.v.weight",
-    "attn/o": "layer.0.SelfAttention.o.weight",
-    "ffn/gate_0": "layer.1.DenseReluDense.wi_0.weight",
-    "ffn/fc1": "layer.1.DenseReluDense.wi_1.weight",
-    "ffn/fc2": "layer.1.DenseReluDense.wo.weight",
-}
+_NAMES = (  # our name, theirs in the Wan file and in Hugging Face's; after "block": of a block
+    ("token_embedding", "token_embedding.weight", "shared.weight"),
+    ("norm", "norm.weight", "encoder.final_layer_norm.weight"),
+    ("block", "blocks.{block}.", "encoder.block.{block}."),
+    ("norm1", "norm1.weight", "layer.0.layer_norm.weight"),
+    ("norm2", "norm2.weight", "layer.1.layer_norm.weight"),
+    (
+        "pos_embedding",
+        "pos_embedding.embedding.weight",
+        "layer.0.SelfAttention.relative_attention_bias.weight",
+    ),
+    ("attn/q", "attn.q.weight", "layer.0.SelfAttention.q.weight"),
+    ("attn/k", "attn.k.weight", "layer.0.SelfAttention.k.weight"),
+    ("attn/v", "attn.v.weight", "layer.0.SelfAttention.v.weight"),
+    ("attn/o", "attn.o.weight", "layer.0.SelfAttention.o.weight"),
+    ("ffn/gate_0", "ffn.gate.0.weight", "layer.1.DenseReluDense.wi_0.weight"),
+    ("ffn/fc1", "ffn.fc1.weight", "layer.1.DenseReluDense.wi_1.weight"),
+    ("ffn/fc2", "ffn.fc2.weight", "layer.1.DenseReluDense.wo.weight"),
+)
 
 
 # Hugging Face models list the token table twice; their files hold it under one name or both.
 TIED = ("shared.weight", "encoder.embed_tokens.weight")
 
 
-def _table(names):
-    """Rows of `models.t5.UMT5Encoder` for one naming."""
+def _table(column):
+    """Rows of `models.t5.UMT5Encoder` for one column of `_NAMES`."""
+    names = {row[0]: row[column] for row in _NAMES}
     rows = [
         Rule(names["token_embedding"], "token_embedding/embedding"),
         Rule(names["norm"], "norm/scale"),
@@ -58,7 +48,7 @@ def _table(names):
     return tuple(rows)
 
 
-OFFICIAL, HUGGINGFACE = _table(_OFFICIAL), _table(_HUGGINGFACE)
+OFFICIAL, HUGGINGFACE = _table(1), _table(2)
 
 
 def model_fields(flat):

@@ -7,52 +7,33 @@ PATCH = Transform(
     lambda w: w[:, :, 0].transpose(2, 3, 1, 0).reshape(-1, w.shape[0]),
     lambda k: k.reshape(2, 2, -1, k.shape[-1]).transpose(3, 2, 0, 1)[:, :, None],
 )
-# Our name (official dots as underscores) -> theirs, in the Wan files and in diffusers' folders. The
+# Our name (official dots as underscores), theirs in the Wan files and in diffusers' folders. The
 # official time_projection is Sequential(SiLU, Linear); text and time embeddings hold 0 and 2.
-_OFFICIAL = {
-    "patch_embedding": "patch_embedding",
-    "text_embedding_0": "text_embedding.0",
-    "text_embedding_2": "text_embedding.2",
-    "time_embedding_0": "time_embedding.0",
-    "time_embedding_2": "time_embedding.2",
-    "time_projection": "time_projection.1",
-    "head/modulation": "head.modulation",
-    "head/head": "head.head",
-    "modulation": "modulation",  # from here on: of a block
-    "self_attn": "self_attn",
-    "cross_attn": "cross_attn",
-    "q": "q",
-    "k": "k",
-    "v": "v",
-    "o": "o",
-    "norm3": "norm3",
-    "ffn/0": "ffn.0",
-    "ffn/2": "ffn.2",
-}
-_DIFFUSERS = {
-    "patch_embedding": "patch_embedding",
-    "text_embedding_0": "condition_embedder.text_embedder.linear_1",
-    "text_embedding_2": "condition_embedder.text_embedder.linear_2",
-    "time_embedding_0": "condition_embedder.time_embedder.linear_1",
-    "time_embedding_2": "condition_embedder.time_embedder.linear_2",
-    "time_projection": "condition_embedder.time_proj",
-    "head/modulation": "scale_shift_table",
-    "head/head": "proj_out",
-    "modulation": "scale_shift_table",
-    "self_attn": "attn1",
-    "cross_attn": "attn2",
-    "q": "to_q",
-    "k": "to_k",
-    "v": "to_v",
-    "o": "to_out.0",
-    "norm3": "norm2",
-    "ffn/0": "ffn.net.0.proj",
-    "ffn/2": "ffn.net.2",
-}
+_NAMES = (
+    ("patch_embedding", "patch_embedding", "patch_embedding"),
+    ("text_embedding_0", "text_embedding.0", "condition_embedder.text_embedder.linear_1"),
+    ("text_embedding_2", "text_embedding.2", "condition_embedder.text_embedder.linear_2"),
+    ("time_embedding_0", "time_embedding.0", "condition_embedder.time_embedder.linear_1"),
+    ("time_embedding_2", "time_embedding.2", "condition_embedder.time_embedder.linear_2"),
+    ("time_projection", "time_projection.1", "condition_embedder.time_proj"),
+    ("head/modulation", "head.modulation", "scale_shift_table"),
+    ("head/head", "head.head", "proj_out"),
+    ("modulation", "modulation", "scale_shift_table"),  # from here on: of a block
+    ("self_attn", "self_attn", "attn1"),
+    ("cross_attn", "cross_attn", "attn2"),
+    ("q", "q", "to_q"),
+    ("k", "k", "to_k"),
+    ("v", "v", "to_v"),
+    ("o", "o", "to_out.0"),
+    ("norm3", "norm3", "norm2"),
+    ("ffn/0", "ffn.0", "ffn.net.0.proj"),
+    ("ffn/2", "ffn.2", "ffn.net.2"),
+)
 
 
-def _base(names):
-    """Rows of the transformer without LoRA and adapters, for one naming."""
+def _base(column):
+    """Rows of the transformer without LoRA and adapters, for one column of `_NAMES`."""
+    names = {row[0]: row[column] for row in _NAMES}
     rows = [
         *linear_rows(names["patch_embedding"], "dit/patch_embedding", PATCH),
         *linear_rows(names["time_projection"], "dit/time_projection"),
@@ -87,7 +68,7 @@ def _lora(source, target):
     ]
 
 
-BASE, DIFFUSERS = _base(_OFFICIAL), _base(_DIFFUSERS)
+BASE, DIFFUSERS = _base(1), _base(2)
 
 PEFT = (
     *(
@@ -129,14 +110,10 @@ def model_fields(shapes, head_dim=None):
     blocks = sorted({int(key.split(".")[1]) for key in shapes if key.startswith("blocks.")})
     if blocks != list(range(len(blocks))):
         raise ValueError(f"blocks {blocks} have gaps; the file is incomplete")
-    missing = [
-        key
-        for rule in BASE
-        for block in blocks
-        if (key := rule.source.format(block=block)) not in shapes
-    ]
+    needed = {rule.source.format(block=block) for rule in BASE for block in blocks}
+    missing = needed - set(shapes)
     if missing:
-        raise ValueError(f"missing keys: {some_of(set(missing))}")
+        raise ValueError(f"missing keys: {some_of(missing)}")
     dim, channels = shape("patch_embedding.weight")[:2]
     width = shape("blocks.0.self_attn.q.weight")[0]
     head_dim = head_dim or 128

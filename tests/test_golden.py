@@ -56,10 +56,11 @@ def test_every_recorded_tensor_is_compared(fixtures, run):
 
 
 def test_a_wrong_number_fails():
-    check = fixtures_lib.compare("g", "c", "t", [1.0, 2.0 + 1e-4], [1.0, 2.0])
+    compare = fixtures_lib.Compare("g", "c")
+    check = compare("t", [1.0, 2.0 + 1e-4], [1.0, 2.0])
     assert not check.ok and check.error == pytest.approx(1e-4)
-    assert not fixtures_lib.compare("g", "c", "t", [float("nan")], [1.0]).ok
-    assert not fixtures_lib.compare("g", "c", "t", [1.0], [1.0, 2.0]).ok
+    assert not compare("t", [float("nan")], [1.0]).ok
+    assert not compare("t", [1.0], [1.0, 2.0]).ok
 
 
 def test_verify_lists_what_it_cannot_check(golden, tmp_path, capsys):

@@ -38,65 +38,24 @@ def policy_directory(golden, tmp_path_factory):
         single="$A </s>", special_tokens=[("</s>", 1)]
     )
     tokenizer.save(str(root / "tokenizer.json"))
+    ends = {"min": -1.0, "max": 1.0, "mean": 0.0, "std": 1.0, "q01": -1.0, "q99": 1.0}
     stats = {
-        name: {
-            "default": {
-                f"global_{key}": [value] * width
-                for key, value in {
-                    "min": -1.0,
-                    "max": 1.0,
-                    "mean": 0.0,
-                    "std": 1.0,
-                    "q01": -1.0,
-                    "q99": 1.0,
-                }.items()
-            }
-        }
+        name: {"default": {f"global_{key}": [value] * width for key, value in ends.items()}}
         for name, width in (("state", 8), ("action", 7))
     }
     (root / "dataset_stats.json").write_text(json.dumps({**stats, "num_episodes": 1}))
     (root / "tiny.py").write_text(CONFIG)
     (root / "prompts.txt").write_text("open the top drawer\n")
-    for command in (
-        [
-            "lightwam",
-            "--in",
-            golden / "ckpt" / "step_000123.safetensors",
-            "--out",
-            root / "w",
-            "--head_dim",
-            20,
-            "--pool_heads",
-            2,
-            "--stats",
-            root / "dataset_stats.json",
-        ],
-        ["vae", "--in", golden / "f_vae" / "vae21_tiny.safetensors", "--out", root / "vae"],
-        [
-            "t5",
-            "--in",
-            golden / "g_text" / "text_encoder_tiny.safetensors",
-            "--out",
-            root / "t5",
-            "--tokenizer",
-            root / "tokenizer.json",
-        ],
-        [
-            "policy",
-            "--weights",
-            root / "w",
-            "--config",
-            f"{root}/tiny.py:all",
-            "--vae",
-            root / "vae",
-            "--text",
-            root / "t5",
-            "--prompts",
-            root / "prompts.txt",
-            "--out",
-            root / "policy",
-        ],
+    told = ["--head_dim", 20, "--pool_heads", 2, "--stats", root / "dataset_stats.json"]
+    parts = ["--vae", root / "vae", "--text", root / "t5", "--prompts", root / "prompts.txt"]
+    config, tokens = f"{root}/tiny.py:all", ["--tokenizer", root / "tokenizer.json"]
+    for name, *command in (
+        ["w", "lightwam", "--in", golden / "ckpt" / "step_000123.safetensors", *told],
+        ["vae", "vae", "--in", golden / "f_vae" / "vae21_tiny.safetensors"],
+        ["t5", "t5", "--in", golden / "g_text" / "text_encoder_tiny.safetensors", *tokens],
+        ["policy", "policy", "--weights", root / "w", "--config", config, *parts],
     ):
+        command += ["--out", root / name]
         assert main([str(word) for word in command]) == 0
     return root / "policy"
 
@@ -146,32 +105,13 @@ def test_a_converted_release_imagines(policy_directory, resolution):
 def test_what_does_not_fit_is_refused(policy_directory, tmp_path, capsys):
     root = policy_directory.parent
     rest = ["--vae", root / "vae", "--text", root / "t5", "--out", tmp_path / "p"]
+    config = ["--config", f"{root}/tiny.py:all"]
+    whole = ["--weights", root / "w", *config]
     for words, command in {
         "no such config file": ["--weights", root / "w", "--config", "absent.py", *rest],
-        "holds no whole Light-WAM": [
-            "--weights",
-            root / "vae",
-            "--config",
-            f"{root}/tiny.py:all",
-            *rest,
-        ],
-        "exists": [
-            "--weights",
-            root / "w",
-            "--config",
-            f"{root}/tiny.py:all",
-            *rest[:-1],
-            root / "policy",
-        ],
-        "data.codec_weights": [
-            "--weights",
-            root / "w",
-            "--config",
-            f"{root}/tiny.py:all",
-            "--vae",
-            root / "t5",
-            *rest[2:],
-        ],
+        "holds no whole Light-WAM": ["--weights", root / "vae", *config, *rest],
+        "exists": [*whole, *rest[:-1], root / "policy"],
+        "data.codec_weights": [*whole, "--vae", root / "t5", *rest[2:]],
     }.items():
         assert main(["policy", *map(str, command)]) == 2
         assert words in capsys.readouterr().err
