@@ -63,12 +63,9 @@ def main(argv):
     if _WORKDIR.value is None:
         raise app.UsageError("--workdir is needed, the run directory of train.py")
     if _MODE.value not in MODES:
-        problem = (
-            f" {_MODE.value}: {ELSEWHERE.get(_MODE.value, 'unknown')}"
-            if _MODE.value
-            else " is needed"
-        )
-        _fail(f"--mode{problem}; the modes are {', '.join(MODES)}")
+        problem = f"{_MODE.value}: {ELSEWHERE.get(_MODE.value, 'unknown')}"
+        problem = problem if _MODE.value else "is needed"
+        _fail(f"--mode {problem}; the modes are {', '.join(MODES)}")
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # Orbax reports every file it reads
     from lightwam_jax import sharding
@@ -155,13 +152,8 @@ def visualize(policy, workdir, out, began):
 def _with_flags(config):
     tasks = tuple(_TASKS.value) if _TASKS.value else None
     env = {**config.evaluation.env, **json.loads(_ENV.value)}
-    given = {
-        "tasks": tasks,
-        "env": env,
-        "episodes": _EPISODES.value,
-        "first_seed": _SEED.value,
-        "workers": _WORKERS.value,
-    }
+    given = dict(tasks=tasks, env=env, episodes=_EPISODES.value)
+    given |= dict(first_seed=_SEED.value, workers=_WORKERS.value)
     given = {name: value for name, value in given.items() if value is not None}
     return dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, **given))
 

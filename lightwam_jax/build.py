@@ -9,21 +9,16 @@ def build_model(config):
     """Returns the `LightWAM` module of a `ModelConfig`; no parameters are made."""
     dtype = jnp.dtype(config.dtype)
 
-    def fields(module, **given):
-        names = module.__dataclass_fields__
-        return {
-            **{name: getattr(config, name) for name in names if hasattr(config, name)},
-            "dtype": dtype,
-            **given,
-        }
+    layers = len(config.adapter_layers)
+    sources = action.resolve_sources(config.sources, config.layer_sources, layers)
 
-    sources = action.resolve_sources(
-        config.sources, config.layer_sources, len(config.adapter_layers)
-    )
-    backbone = dit.WanDiT(**fields(dit.WanDiT))
-    expert = action.StateFusionActionExpert(
-        **fields(action.StateFusionActionExpert, layer_sources=sources)
-    )
+    def make(module, **given):  # fields of a module are named as in the config
+        names = module.__dataclass_fields__
+        same = {name: getattr(config, name) for name in names if hasattr(config, name)}
+        return module(**same | dict(dtype=dtype) | given)
+
+    backbone = make(dit.WanDiT)
+    expert = make(action.StateFusionActionExpert, layer_sources=sources)
     return lightwam.LightWAM(dit=backbone, expert=expert, dtype=dtype)
 
 

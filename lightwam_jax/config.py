@@ -23,7 +23,7 @@ DType = Literal["bfloat16", "float32"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Sizes and dtypes. Keys without a default have one in every table of `models/variants.py`."""
+    """Sizes and dtypes. Keys without a default here have one per table of `models/variants.py`."""
 
     variant: str  # the table the sizes come from
     dim: int  # width of the backbone

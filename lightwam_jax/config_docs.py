@@ -19,39 +19,26 @@ HEAD = """# Config keys
 
 Made from `lightwam_jax/config.py` by `make docs`; change it there. A key is set in a file of
 `configs/`, `c.data.canvas = (64, 128)`, or on the command line, `--config.data.canvas="(64, 128)"`.
+Three defaults of a key are those of the model variants wan21_1_3b, wan22_5b and tiny.
 """
 
 
 def page():
     """Returns the text of docs/config.md."""
-    parts = [HEAD, *_section("config", config.Config)]
-    names = [f.name for f in dataclasses.fields(config.ModelConfig) if _default(f) is None]
-    rows = [
-        (f"`{name}`", *(_code(table[name]) for table in variants.VARIANTS.values()))
-        for name in names
-        if name != "variant"
-    ]
-    parts += [
-        "## Sizes of the model variants\n",
-        _table(("key", *(f"`{name}`" for name in variants.VARIANTS)), rows),
-    ]
-    return "\n".join(parts)
+    return "\n".join([HEAD, *_section("config", config.Config)])
 
 
 def _section(path, cls):
     hints, comments = typing.get_type_hints(cls), _comments(cls)
-    rows, inner = [], []
+    rows, inner = [("key", "type or values", "default", "meaning"), ("---",) * 4], []
     for field in dataclasses.fields(cls):
-        kind = hints[field.name]
+        name, kind = field.name, hints[field.name]
         if dataclasses.is_dataclass(kind):
-            inner += _section(f"{path}.{field.name}", kind)
+            inner += _section(f"{path}.{name}", kind)
         else:
-            default = _default(field)
-            shown = "by variant" if default is None else _code(default)
-            rows.append((f"`{field.name}`", _kind(kind), shown, comments[field.name]))
+            rows.append((f"`{name}`", _kind(kind), _default(field), comments[name]))
     about = [f"{cls.__doc__}\n"] if not cls.__doc__.startswith(f"{cls.__name__}(") else []
-    table = _table(("key", "type or values", "default", "meaning"), rows)
-    return [f"## {path}\n", *about, table, *inner]
+    return [f"## {path}\n", *about, "".join(f"| {' | '.join(row)} |\n" for row in rows), *inner]
 
 
 def _comments(cls):
@@ -73,8 +60,11 @@ def _comments(cls):
 
 def _default(field):
     if field.default_factory is not dataclasses.MISSING:
-        return field.default_factory()
-    return None if field.default is dataclasses.MISSING else field.default
+        return _code(field.default_factory())
+    if field.default is not dataclasses.MISSING:
+        return _code(field.default)
+    tables = variants.VARIANTS.items()
+    return " / ".join(_code(table.get(field.name, variant)) for variant, table in tables)
 
 
 def _kind(kind):
@@ -90,13 +80,6 @@ def _code(value):
     if isinstance(value, tuple) and len(value) > 3 and value == tuple(range(len(value))):
         return f"`(0, 1, ..., {value[-1]})`"
     return f"`{value!r}`" if not isinstance(value, str) else f'`"{value}"`'
-
-
-def _table(head, rows):
-    lines = [head, ("---",) * len(head), *rows]
-    return "".join(
-        f"| {' | '.join(x.replace('|', chr(92) + '|') for x in line)} |\n" for line in lines
-    )
 
 
 if __name__ == "__main__":
