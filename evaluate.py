@@ -42,7 +42,7 @@ _ENV = flags.DEFINE_string(
     "env", "{}", "Arguments of the suite's make, JSON, over those of config.evaluation.env."
 )
 _EMBODIMENT = flags.DEFINE_string(
-    "embodiment", "", "Whose cameras and units, where a mixture of data sets had several."
+    "embodiment", "", "Whose cameras and units, where a mixture of datasets had several."
 )
 _STARTED = flags.DEFINE_float(
     "started", None, "Unix time at which the pipeline began; default: now."

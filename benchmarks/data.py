@@ -3,7 +3,7 @@
     python -m benchmarks.data [--samples 20000] [--rounds 3] [--directory DIR] [--out FILE.json]
 
 Everything is made on the fly: 20 episodes of 100 steps, two cameras of 256x256 as h264 in a LeRobot
-data set, and a cache of their 2,000 windows, random latents of LIBERO's shapes (three latent frames
+dataset, and a cache of their 2,000 windows, random latents of LIBERO's shapes (three latent frames
 of 28x56 cells, 150 KB; chunks of 32 actions; text of 128 rows of width 4,096). One process reads
 batches of 64 from the cache and of 8 from video, with several numbers of threads and of worker
 processes; the median round counts. Last, 2,500 episodes of 150 steps without images are examined
@@ -86,7 +86,7 @@ class RandomLatents:
 
 
 def make_data(config):
-    """Writes the LeRobot data set, its statistics and texts, and the latent cache."""
+    """Writes the LeRobot dataset, its statistics and texts, and the latent cache."""
     lerobot_write.write(episodes(), config.data.path, cameras=config.data.cameras)
     precompute.precompute(config, ("stats", "text"))
     noise = np.random.default_rng(0).integers(0, 256, (8, 5, 32, 32, 3), np.uint8)
@@ -102,7 +102,7 @@ def make_data(config):
 
 
 def columns(folder, count=2500, steps=150):
-    """Seconds of `precompute --what stats` on a LeRobot v2.1 data set without images."""
+    """Seconds of `precompute --what stats` on a LeRobot v2.1 dataset without images."""
     rng = np.random.default_rng(1)
     made = (
         episodes_lib.ArrayEpisode(

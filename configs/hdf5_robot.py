@@ -2,8 +2,11 @@
 
     cp configs/hdf5_robot.py configs/mine.py
     python -m lightwam_jax.precompute --config configs/mine.py --what stats   # then read its report
-    python -m lightwam_jax.precompute --config configs/mine.py --what all
-    python train.py --config configs/mine.py --workdir runs/mine
+    python -m lightwam_jax.precompute --config configs/mine.py --what all \\
+        --config.data.codec_weights=weights/vae --config.data.text_weights=weights/umt5
+    python train.py --config configs/mine.py --workdir runs/mine --config.train.init=weights/wan21
+
+Convert the weights first: docs/weights.md.
 
 Where (3) fits nothing, `--what stats` lists what your files hold. The model and the batch are those
 of `configs/libero.py`: so are the hardware and the time per step. There is no number to expect
@@ -37,7 +40,7 @@ def _own():
     c = base.get_config("wan21_1_3b", action_dim=7, proprio_dim=7)
     # (2) Where the recordings lie, at any depth.
     c.data.path = "data/own"
-    # (3) Where an episode keeps what (lightwam_jax/data/formats/hdf5.py and fields.py explain how),
+    # (3) Where an episode keeps what (lightwam_jax/data/formats/hdf5.py and keys.py explain how),
     #     and how many steps a second has.
     c.data.fields.update(
         state=("observations/qpos",),

@@ -1,11 +1,15 @@
 """The released LIBERO recipe: `configs/libero.py:spatial|object|goal|10|all`.
 
-    python -m lightwam_jax.precompute --config configs/libero.py:all --what all
-    python train.py --config configs/libero.py:all --workdir runs/libero
+    python -m lightwam_jax.precompute --config configs/libero.py:all --what all \\
+        --config.data.codec_weights=weights/vae --config.data.text_weights=weights/umt5
+    python train.py --config configs/libero.py:all --workdir runs/libero \\
+        --config.train.init=weights/wan21
+
+Convert the weights first: docs/weights.md.
 
 150,000 steps of 64 samples (the paper: 4 H100, 2.08 steps/s, 20 hours; LIBERO average 97.2 %).
 `--config.data.source=fake` replaces the data by random samples of the same shapes, to see whether
-a machine runs it; `--config.train.init=DIR` starts from converted Wan2.1 weights.
+a machine runs it.
 """
 
 from configs import base
@@ -19,7 +23,7 @@ def get_config(suite="all"):
     c = base.get_config("wan21_1_3b", action_dim=7, proprio_dim=8)
     c.name = f"libero_{suite}"
     c.data.source = "lerobot"
-    # Named as the release's data are; "all" is the four suites as one data set.
+    # Named as the release's data are; "all" is the four suites as one dataset.
     suites = SUITES[:-1] if suite == "all" else (suite,)
     c.data.path = ",".join(f"data/libero/libero_{name}_no_noops_lerobot" for name in suites)
     c.data.cache = f"data/libero_cache/{suite}"

@@ -1,13 +1,17 @@
 """RLDS data, shown on LIBERO as OpenVLA has it: `configs/rlds.py:spatial|object|goal|10|all`.
 
     git clone https://huggingface.co/datasets/openvla/modified_libero_rlds data/modified_libero_rlds
-    python -m lightwam_jax.precompute --config configs/rlds.py:spatial --what all
-    python train.py --config configs/rlds.py:spatial --workdir runs/rlds
+    python -m lightwam_jax.precompute --config configs/rlds.py:spatial --what all \\
+        --config.data.codec_weights=weights/vae --config.data.text_weights=weights/umt5
+    python train.py --config configs/rlds.py:spatial --workdir runs/rlds \\
+        --config.train.init=weights/wan21
+
+Convert the weights first: docs/weights.md.
 
 The recipe of `configs/libero.py` (the paper: 4 H100, 2.08 steps/s, 20 hours) on the same
 demonstrations, replayed and converted by others: its numbers are not promised here.
 
-For another RLDS data set copy this file and change path, cameras, widths and keys; keys that fit
+For another RLDS dataset copy this file and change path, cameras, widths and keys; keys that fit
 nothing are an error that lists the features there are (the syntax and the defaults:
 lightwam_jax/data/formats/rlds.py). TensorFlow is not needed.
 """

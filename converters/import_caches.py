@@ -44,7 +44,7 @@ def import_latents(directory, config, val="", trust=False, say=print):
     data = precompute.Data(config)
     if len(data.sets) > 1:
         raise ValueError(
-            "config.data.mixture has several data sets; import one at a time, with a config whose "
+            "config.data.mixture has several datasets; import one at a time, with a config whose "
             "data.path and data.cache are its own"
         )
     with resumable.alone_in(config.data.cache):

@@ -86,7 +86,7 @@ class LossConfig:
 
 @dataclasses.dataclass(frozen=True)
 class FieldsConfig:
-    """Where an episode keeps what; "" and (): the source's own names (`data/formats/`)."""
+    """Where state, action, images and instruction are stored; "" and (): the source's own names."""
 
     episodes: str = ""  # hdf5: pattern of the groups that are episodes; "": a file is one
     state: tuple[str, ...] = ()  # concatenated, in this order
@@ -110,9 +110,9 @@ class AugmentConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    # Format of the episodes: "lerobot" is v2.1 and v3.0, "fake" makes random values.
+    # Format of the episodes: "lerobot" is v2.0, v2.1 and v3.0, "fake" makes random values.
     source: Literal["", "lerobot", "rlds", "hdf5", "fake"] = ""
-    path: str = ""  # directory of the episodes; several, between commas, are read as one data set
+    path: str = ""  # directory of the episodes; several, between commas, are read as one dataset
     cache: str = ""  # directory of the latent and text caches and of the statistics
     exclude: tuple[str, ...] = ()  # ids of episodes to leave out; nothing else is ever left out
     # What `precompute --what stats` decodes of each episode.
@@ -152,18 +152,18 @@ class DataConfig:
     num_frames: int = 33  # raw frames a window spans
     frame_stride: int = 4  # raw frames between the video frames of a window
     action_horizon: int = 32  # actions per chunk
-    # "quantile": 1 % to 99 %; "z_score_reference": the release's, which divides by a deviation of 0
-    # too.
+    # "quantile": 1 % to 99 %; "z_score_reference": the release's, which divides even by a deviation
+    # near 0.
     normalization: Literal[
         "min_max", "quantile", "z_score", "z_score_reference", "constants", "none"
     ] = "min_max"
     normalization_range: tuple[float, float] = (-1.0, 1.0)  # of "constants": mapped to -1 and 1
     delta_mask: tuple[bool, ...] = ()  # per dimension: True for a delta (zeroed when padded)
     val_fraction: float = 0.0  # share of episodes held out for open-loop validation
-    # Several data sets: {name: {"weight": 1.0, "embodiment": "", and keys that differ}}. Those of
+    # Several datasets: {name: {"weight": 1.0, "embodiment": "", and keys that differ}}. Those of
     # one embodiment (default: its name) share statistics.
     mixture: dict = dataclasses.field(default_factory=dict)
-    dataset: str = ""  # set by the program for each data set of a mixture
+    dataset: str = ""  # set by the program for each dataset of a mixture
     embodiment: str = ""  # names the statistics where there are several
     encode_online: bool = False  # frames are read and encoded during training; no latent cache
     augment: AugmentConfig = AugmentConfig()
@@ -302,7 +302,7 @@ def parse_flags(argv):
 
 
 class Dataset(typing.NamedTuple):
-    """One data set of a run: its share of the samples, and the `Config` that describes it alone."""
+    """One dataset of a run: its share of the samples, and the `Config` that describes it alone."""
 
     name: str
     weight: float
@@ -310,7 +310,7 @@ class Dataset(typing.NamedTuple):
 
 
 def datasets(config):
-    """Returns the `Dataset`s of config.data.mixture; without one, the run's data set alone.
+    """Returns the `Dataset`s of config.data.mixture; without one, the run's dataset alone.
 
     A dataset's config has the keys of its entry in place of the run's, no mixture, its name as
     config.data.dataset, which is where its latents lie, and its embodiment (default: its name).

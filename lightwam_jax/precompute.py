@@ -92,7 +92,7 @@ def precompute(config, what=("all",), process_index=0, process_count=1):
 
 
 class SourceEpisodes:
-    """The episodes of one data set. Its properties raise ValueError if the episodes have errors.
+    """The episodes of one dataset. Its properties raise ValueError if the episodes have errors.
 
     Attributes:
       config: of a `config.Dataset`. found, problems: see `episodes.read`.
@@ -120,7 +120,7 @@ class SourceEpisodes:
 
 
 class Data:
-    """The data sets of a run, read once for all steps, and this process's place among others."""
+    """The datasets of a run, read once for all steps, and this process's place among others."""
 
     def __init__(self, config, process_index=0, process_count=1):
         self.config, self.index, self.count = config, process_index, process_count
@@ -171,12 +171,12 @@ def _examine(source):
 
 
 def _fit(path, sets):
-    """Statistics of the data sets of one embodiment together."""
+    """Statistics of the datasets of one embodiment together."""
     config = sets[0].config
     wanted, *others = (assets.statistics_keys(source.config) for source in sets)
     if any(other != wanted for other in others):
         raise ValueError(
-            f"data sets of config.data.embodiment={config.data.embodiment!r} differ in "
+            f"datasets of config.data.embodiment={config.data.embodiment!r} differ in "
             f"{', '.join(wanted)}; give them embodiments of their own"
         )
     made_from = {"data": "+".join(source.training for source in sets), "config": wanted}
@@ -355,7 +355,7 @@ def _pca_codec(data, directory):
 
 
 def _fit_clips(source):
-    """Clips of the training episodes of a data set, uint8 [N, frames, H, W, 3]."""
+    """Clips of the training episodes of a dataset, uint8 [N, frames, H, W, 3]."""
     train = source.splits["train"]
     per_episode = -(-_FIT_CLIPS // min(_FIT_EPISODES, len(train)))
     return encoders.base.to_uint8(windows.clips(train, source.config, _FIT_EPISODES, per_episode))

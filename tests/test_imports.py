@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-# DESIGN's order: a file may import from its own line and the lines above.
+# The order of the map in CONTRIBUTING.md: a file may import from its own line and the lines above.
 LEVELS = [
     ["atomic", "flow", "html_report"],
     ["models"],

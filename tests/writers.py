@@ -89,7 +89,7 @@ def robotwin(directory, episodes, cameras=("scene", "wrist")):
 def rlds(
     directory, episodes, cameras=("scene", "wrist"), image="jpeg", shard=3, file_format="tfrecord"
 ):
-    """A TFDS data set of nested steps in shards of `shard` episodes, as OpenX data lie."""
+    """A TFDS dataset of nested steps in shards of `shard` episodes, as OpenX data lie."""
     path = Path(directory) / "rlds" / "1.0.0"
     path.mkdir(parents=True)
     first = episodes[0]

@@ -176,7 +176,7 @@ def _libero_postprocess(group):
         yield _relative("libero_postprocess", tensor, got, data[tensor])
 
 
-# ---- the data set --------------------------------------------------------------------------------
+# ---- the dataset --------------------------------------------------------------------------------
 
 
 def _lerobot(group):
@@ -259,7 +259,7 @@ def _dataset_samples(group):
 
 
 def _sample(found, index, config, group):
-    """What sample `index` of the data set is, by this project."""
+    """What sample `index` of the dataset is, by this project."""
     data, ends = config.data, np.cumsum([episode.length for episode in found])
     episode = found[int(np.searchsorted(ends, index, side="right"))]
     start = index - int(ends[found.index(episode)]) + episode.length

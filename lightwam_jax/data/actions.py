@@ -22,7 +22,7 @@ from lightwam_jax import config as config_lib
 
 @dataclasses.dataclass(frozen=True)
 class ActionTransform:
-    """The pair of transforms of one data set; make it with `from_config`, which checks it.
+    """The pair of transforms of one dataset; make it with `from_config`, which checks it.
 
     inverse(forward(x)) is x to float rounding, except where a padded delta was zeroed or a gripper
     is snapped.

@@ -86,7 +86,7 @@ def load_normalizers(directory, config):
 
 
 def statistics_file(config):
-    """Returns the file name of the statistics of a data set in the assets."""
+    """Returns the file name of the statistics of a dataset in the assets."""
     embodiment = config.data.embodiment
     return f"dataset_stats_{embodiment}.json" if embodiment else "dataset_stats.json"
 

@@ -22,7 +22,7 @@ class Episode(typing.Protocol):
     Sources subclass it. They read columns when they are opened and images when asked.
 
     Attributes:
-      id: name, unique in its data set.
+      id: name, unique in its dataset.
       length: n.
       fps: control steps per second.
       task: the instruction, e.g. "put the red cube in the bowl"; of the first step, if it changes.
@@ -111,7 +111,7 @@ class Problem(typing.NamedTuple):
     def line(self):
         """Returns it as one line."""
         place = f", frame {self.frame}" if self.frame is not None else ""
-        return f"{self.episode or 'the data set'} ({self.file}{place}): {self.kind}: {self.message}"
+        return f"{self.episode or 'the dataset'} ({self.file}{place}): {self.kind}: {self.message}"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -243,7 +243,7 @@ def directories(path):
 
 
 def _read_several(reader, config, paths):
-    """Reads data sets one after the other; ids get the name of their directory in front."""
+    """Reads datasets one after the other; ids get the name of their directory in front."""
     names = [os.path.basename(os.path.normpath(path)) for path in paths]
     if len(set(names)) < len(names):
         raise ValueError(

@@ -4,8 +4,8 @@ Global batch k of a run is a function of config.seed and k alone, whatever the t
 restarts. Each process reads its own rows of it: rows p * b ... (p + 1) * b - 1 for process p and b
 rows per process.
 
-Each data set of a mixture is shuffled by itself, anew in every epoch of its own, and turned into
-finished samples with its own statistics and transforms. Then the data sets are interleaved.
+Each dataset of a mixture is shuffled by itself, anew in every epoch of its own, and turned into
+finished samples with its own statistics and transforms. Then the datasets are interleaved.
 """
 
 import dataclasses
@@ -149,7 +149,7 @@ class _Shares(grain.transforms.DatasetSelectionMap):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Samples:
-    """One split of one data set as finished samples: len(), [row] -> {name: array of one row}."""
+    """One split of one dataset as finished samples: len(), [row] -> {name: array of one row}."""
 
     records: object  # len(), [row] -> raw record; see `windows.Windows`
     context: np.ndarray  # per task [n, L, dim]
@@ -179,7 +179,7 @@ class _Samples:
 
 
 def _datasets(config, split):
-    """[(weight, `_Samples`)] of the data sets of a run that have samples in a split."""
+    """[(weight, `_Samples`)] of the datasets of a run that have samples in a split."""
     if config.data.source == "fake":
         return [(1.0, _fake_samples(config, split))]
     found, directory = [], assets.assets_directory(config)
@@ -193,7 +193,7 @@ def _datasets(config, split):
 
 
 def _records(config, split):
-    """The raw records of a split of one data set, and the tasks of all of its splits."""
+    """The raw records of a split of one dataset, and the tasks of all of its splits."""
     if config.data.encode_online:
         return windows.open_windows(config, split)
     cache = latent_cache.open_cache(config)

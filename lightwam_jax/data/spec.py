@@ -9,7 +9,7 @@
   action_is_pad  [B, T]           bool      step lies past the end of the episode
   image_is_pad   [B, frames]      bool      video frame lies past the end of the episode
   index          [B]              int64     sample id: row of the split
-  dataset        [B]              int32     only in a mixture: number of the data set, in its order
+  dataset        [B]              int32     only in a mixture: number of the dataset, in its order
 
 Validation batches also have valid [B] bool: false on rows repeated to fill the last batch.
 """

@@ -127,7 +127,7 @@ class Windows:
 
 
 def open_windows(config, split):
-    """Returns (`Windows` of "train" or "val", the instructions of both) of a data set."""
+    """Returns (`Windows` of "train" or "val", the instructions of both) of a dataset."""
     splits, tasks = _episodes(config_lib.to_json(config))
     return Windows(splits[split], tasks, config), tasks
 

@@ -29,7 +29,7 @@ import numpy as np
 
 from lightwam_jax.inference import chunking
 
-# Policies of RoboTwin name their cameras as its data sets do.
+# Policies of RoboTwin name their cameras as its datasets do.
 CAMERAS = {
     "cam_high": "head_camera",
     "cam_left_wrist": "left_camera",

@@ -74,8 +74,8 @@ def apply(video, draws, layouts, dataset):
     Args:
       video: uint8 [B, T, H, W, 3].
       draws: `Draws` of the B windows.
-      layouts: for each data set the regions of its cameras, ((top, left, height, width), ...).
-      dataset: int32 [B], the data set of each window.
+      layouts: for each dataset the regions of its cameras, ((top, left, height, width), ...).
+      dataset: int32 [B], the dataset of each window.
 
     Returns:
       float32 [B, T, H, W, 3] in 0..1.

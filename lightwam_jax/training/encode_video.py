@@ -29,7 +29,7 @@ class Encoder:
       codec: `encoders.base.Codec`.
       arrays: its weights, whole on every device of `mesh`.
       config: `Config`.
-      layouts: for each data set of the run the regions of its cameras, (top, left, height, width).
+      layouts: for each dataset of the run the regions of its cameras, (top, left, height, width).
     """
 
     codec: typing.Any

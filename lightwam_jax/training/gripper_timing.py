@@ -23,10 +23,10 @@ class Gripper(NamedTuple):
     """A dimension of the actions that opens and closes.
 
     Attributes:
-      name: the number of the dimension, in a mixture "{data set}/{number}".
+      name: the number of the dimension, in a mixture "{dataset}/{number}".
       dim: its number.
       middle: normalised value between closed and open.
-      dataset: number of its data set in a mixture, None without one.
+      dataset: number of its dataset in a mixture, None without one.
     """
 
     name: str
@@ -41,12 +41,12 @@ def dims(config):
 
 
 def of_data(config, statistics, normalizer, name="", dataset=None):
-    """Returns the `Gripper`s of one data set.
+    """Returns the `Gripper`s of one dataset.
 
     Left out are those that never move in the training data; chunks of one step have none.
 
     Args:
-      config: `Config` of the data set. statistics: its dataset_stats.json.
+      config: `Config` of the dataset. statistics: its dataset_stats.json.
       normalizer: `Normalizer` of its actions. name, dataset: see `Gripper`.
 
     Raises:
@@ -70,7 +70,7 @@ def of_data(config, statistics, normalizer, name="", dataset=None):
 
 
 def of_run(config):
-    """Returns the `Gripper`s of a run's data sets, from their caches; random data have none."""
+    """Returns the `Gripper`s of a run's datasets, from their caches; random data have none."""
     if config.data.source == "fake":
         return []
     found = []
@@ -91,7 +91,7 @@ def timing(predicted, recorded, valid, grippers, dataset=None):
 
     Args:
       predicted, recorded: f32 [B,T,A], normalised. valid: bool [B,T]. grippers: `Gripper`s.
-      dataset: int [B], in a mixture: the data set of each window.
+      dataset: int [B], in a mixture: the dataset of each window.
 
     Returns:
       counts of windows, float32: {"gripper_changing": [G] with a recorded change,

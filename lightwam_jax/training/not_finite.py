@@ -45,7 +45,7 @@ def report(config, workdir, saved, step, batch, row):
 
 
 def sample_names(config, batch):
-    """The samples of a batch: their rows, in a mixture with the data set ("libero 3")."""
+    """The samples of a batch: their rows, in a mixture with the dataset ("libero 3")."""
     if "dataset" not in batch:
         return batch["index"]
     names = [dataset.name for dataset in config_lib.datasets(config)]

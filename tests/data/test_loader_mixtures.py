@@ -1,4 +1,4 @@
-"""Mixtures of data sets: exact shares, statistics of their own, the same samples after a kill."""
+"""Mixtures of datasets: exact shares, statistics of their own, the same samples after a kill."""
 
 import collections
 import dataclasses
@@ -27,7 +27,7 @@ from tests.data.test_loader import GUARD, ROOT, assert_equal, batches
 
 @pytest.fixture(scope="module")
 def mixture(tmp_path_factory):
-    """Three parts of one data set, seven of another, with statistics of their own."""
+    """Three parts of one dataset, seven of another, with statistics of their own."""
     return make_mixture(tmp_path_factory.mktemp("mixture"))
 
 

@@ -127,7 +127,7 @@ def test_statistics_survive_the_file_and_are_checked(tmp_path):
 
 
 def test_windows_share_the_memory_of_their_episode():
-    """What keeps the statistics of a large data set within memory, and their time within seconds:
+    """What keeps the statistics of a large dataset within memory, and their time within seconds:
     no window is a copy."""
     values = np.arange(300 * 7, dtype=np.float32).reshape(300, 7)
     windows = normalize._windows(values, 32)

@@ -28,7 +28,7 @@ def videos(rows=4, seed=0):
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
 def augmented(key, video, config, regions):
-    """Videos of one data set, as the training step changes them."""
+    """Videos of one dataset, as the training step changes them."""
     draws = augment.draw(key, len(video), len(regions), config)
     return augment.apply(video, draws, (regions,), jnp.zeros(len(video), jnp.int32))
 

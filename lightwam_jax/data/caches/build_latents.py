@@ -313,7 +313,7 @@ def _serializer(features):
 
 
 def _write_metadata(directory, meta, features):
-    """Writes what makes the finished shards a TFDS data set, and cache.json."""
+    """Writes what makes the finished shards a TFDS dataset, and cache.json."""
     identity = tfds.core.dataset_info.DatasetIdentity(
         name=_NAME, version="1.0.0", data_dir=directory, module_name=latent_cache.__name__
     )

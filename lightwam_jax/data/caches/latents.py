@@ -1,9 +1,9 @@
-"""The latent cache: one record per window, as a TFDS data set of ArrayRecord files.
+"""The latent cache: one record per window, as a TFDS dataset of ArrayRecord files.
 
 Layout of config.data.cache:
   assets/    what a policy needs (see `assets.py`): dataset_stats.json, codec/, text/
-  latents/   the TFDS data set (splits train and val) and cache.json, which says what it was made of
-             (of a mixture: latents_MEMBER/ for each)
+  latents/   the TFDS dataset (splits train and val) and cache.json, which says what it was made of
+             (of a mixture: latents_NAME/ for each dataset)
 
 Records hold raw windows; normalisation happens in the loader, so that other statistics or another
 mode need no new cache. `build_latents.py` makes it. Neither writing nor reading imports TensorFlow.
@@ -112,7 +112,7 @@ class Cache:
       meta: cache.json: config (see `wanted`), data and train_data (fingerprints), codec (id),
         dtype, psnr, tasks, imported (see `build_latents.build`), shards, and per split the number
         of records and the episodes' ids.
-      directory: of the TFDS data set.
+      directory: of the TFDS dataset.
     """
 
     meta: dict

@@ -1,4 +1,4 @@
-"""The text cache: the embedding of every prompt of a data set, computed once."""
+"""The text cache: the embedding of every prompt of a dataset, computed once."""
 
 import hashlib
 import os

@@ -62,7 +62,7 @@ def place(episodes, starts, step):
 
 
 def examine(episodes, name, path):
-    """Returns ([`Column`], [`Problem`]) of "state" or "action"; `path` is that of the data set."""
+    """Returns ([`Column`], [`Problem`]) of "state" or "action"; `path` is that of the dataset."""
     if not episodes:
         return [], []
     begins, columns, problems = starts(episodes), [], []

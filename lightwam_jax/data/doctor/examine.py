@@ -1,4 +1,4 @@
-"""The dataset doctor: is a data set sane? Facts, and problems named by episode, file and frame.
+"""The dataset doctor: is a dataset sane? Facts, and problems named by episode, file and frame.
 
 Columns are checked in full, in seconds; images as far as config.data.check_frames says. Broken
 episodes do not stop it. `report.py` shows what it finds.
@@ -62,7 +62,7 @@ class Report:
 
     Attributes:
       data: `DataConfig` that was examined.
-      problems: `Problem`s, errors first, sorted by kind; an empty episode means the data set.
+      problems: `Problem`s, errors first, sorted by kind; an empty episode means the dataset.
       ids: of all episodes, also those that could not be read at all.
       lengths: int [E], steps of those that could be read.
       hours: of recorded time. fps: {fps: episodes}. tasks: {instruction: episodes}.
@@ -100,7 +100,7 @@ class Report:
 
 
 def examine(config, read=None):
-    """Examines the data set of a `Config` (of a mixture: of one dataset) and returns its `Report`.
+    """Examines the dataset of a `Config` (of a mixture: of one dataset) and returns its `Report`.
 
     Args:
       config: `Config`.

@@ -124,7 +124,7 @@ def _where(problem, root=""):
     """The episode, its file (without `root`) and the frame."""
     place = [str(problem.file).removeprefix(root)] if problem.file else []
     place += [f"frame {problem.frame}"] if problem.frame is not None else []
-    return (problem.episode or "the data set") + (f" ({', '.join(place)})" if place else "")
+    return (problem.episode or "the dataset") + (f" ({', '.join(place)})" if place else "")
 
 
 def _by_kind(problems):

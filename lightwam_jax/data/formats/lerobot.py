@@ -1,4 +1,4 @@
-"""LeRobot data sets: v2.0 and v2.1 (a file per episode) and v3.0 (several episodes per file).
+"""LeRobot datasets: v2.0 and v2.1 (a file per episode) and v3.0 (several episodes per file).
 
 Columns are read with pyarrow, images with PyAV or Pillow when they are asked for. What meta/ says
 of an episode is compared with what data/ holds; every difference is a `Problem`.
@@ -95,7 +95,7 @@ def read(config):
     """Returns (episodes, problems) of config.data.path; see `episodes.read`.
 
     Raises:
-      ValueError: what concerns the whole data set; see `lerobot_meta.open_set`.
+      ValueError: what concerns the whole dataset; see `lerobot_meta.open_set`.
     """
     data = lerobot_meta.open_set(config)
     listed = data.listed()

@@ -1,4 +1,4 @@
-"""What a LeRobot data set says of itself: meta/ of v2.0, v2.1 and v3.0."""
+"""What a LeRobot dataset says of itself: meta/ of v2.0, v2.1 and v3.0."""
 
 import json
 import pathlib
@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 VERSIONS = ("v2.0", "v2.1", "v3.0")
 STATE, ACTION = ("observation.state",), ("action",)  # where config.data.fields names none
 IMAGE = "observation.images.{camera}"
-INDEX = ("timestamp", "frame_index", "episode_index", "task_index")  # columns of every data set
+INDEX = ("timestamp", "frame_index", "episode_index", "task_index")  # columns of every dataset
 
 
 class Video(typing.NamedTuple):
@@ -37,7 +37,7 @@ class Listed(typing.NamedTuple):
 
 
 class LeRobotInfo(typing.NamedTuple):
-    """A data set whose features are those that a config asks for."""
+    """A dataset whose features are those that a config asks for."""
 
     root: pathlib.Path
     info: dict  # meta/info.json
@@ -75,7 +75,7 @@ def open_set(config):
     """Returns the `LeRobotInfo` of config.data.path.
 
     Raises:
-      ValueError: not a data set of a known version, or one that lacks what config.data.fields or
+      ValueError: not a dataset of a known version, or one that lacks what config.data.fields or
         config.data.cameras name; the message lists what it has.
     """
     root, fields = pathlib.Path(config.data.path), config.data.fields
@@ -104,10 +104,10 @@ def open_set(config):
 
 
 def _info(root, file):
-    """The content of meta/info.json, if the data set is of a version that can be read."""
+    """The content of meta/info.json, if the dataset is of a version that can be read."""
     if not file.exists():
         raise ValueError(
-            f"config.data.path={str(root)!r} has no meta/info.json: it is not a LeRobot data set, "
+            f"config.data.path={str(root)!r} has no meta/info.json: it is not a LeRobot dataset, "
             "or its writing was interrupted"
         )
     info = _json(file.read_text(), file)
@@ -115,7 +115,7 @@ def _info(root, file):
     if version not in VERSIONS:
         raise ValueError(
             f"{file}: codebase_version is {version!r}; readable are {', '.join(VERSIONS)}: "
-            "convert the data set with LeRobot's own scripts"
+            "convert the dataset with LeRobot's own scripts"
         )
     _require(info, file, "fps", "features", "data_path", *["chunks_size"] * (version != "v3.0"))
     if any(f["dtype"] == "video" for f in info["features"].values()) and not info.get("video_path"):
@@ -177,7 +177,7 @@ def _require(entry, place, *keys):
 def _json_lines(file, *keys):
     """Yields the dicts of a JSON-lines file, each with `keys`."""
     if not file.exists():
-        raise ValueError(f"{file} does not exist; the data set cannot be read without it")
+        raise ValueError(f"{file} does not exist; the dataset cannot be read without it")
     for number, line in enumerate(file.read_text().splitlines(), 1):
         if line.strip():
             place = f"{file}, line {number}"
@@ -191,7 +191,7 @@ def _rows(file, *keys, skip=()):
             names = parquet.schema_arrow.names
             table = parquet.read(columns=[n for n in names if not n.startswith(skip)])
     except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{file} cannot be read, nor the data set without it: {error}") from error
+        raise ValueError(f"{file} cannot be read, nor the dataset without it: {error}") from error
     _require(dict.fromkeys(names), file, *keys)
     return table.to_pylist()
 

@@ -1,4 +1,4 @@
-"""RLDS: TFDS data sets whose examples are episodes with nested `steps`, read without TensorFlow.
+"""RLDS: TFDS datasets whose examples are episodes with nested `steps`, read without TensorFlow.
 
 config.data.path is the version directory (.../1.0.0) or the one above it, if it has one version.
 config.data.fields, relative to a step, with a leading "/" to the episode (`keys.py` has the
@@ -9,11 +9,11 @@ syntax):
   fps      steps per second; the data never say
 
 All splits are read, in order; an episode's id is its split and its number in it: train/000012. The
-last step is kept, although some data sets put no meaningful action there (`is_last`): cut it off
+last step is kept, although some datasets put no meaningful action there (`is_last`): cut it off
 with "action[:-1]", "observation/state[:-1]" and so on for every key, if yours does.
 
 A TFRecord file is a row of records, each framed by its length, the length's checksum, and its own
-checksum behind it. Every record is read once, and checked, when the data set is opened; its
+checksum behind it. Every record is read once, and checked, when the dataset is opened; its
 images are decoded when asked for. Files in the array_record format are read too.
 """
 
@@ -63,10 +63,10 @@ class RldsEpisode(keys_lib.KeyedEpisode):
 
 
 def read(config):
-    """Returns (episodes, problems) of the data set at config.data.path.
+    """Returns (episodes, problems) of the dataset at config.data.path.
 
     Raises:
-      ValueError: no TFDS data set, several versions of one, a key that is no feature of it or not
+      ValueError: no TFDS dataset, several versions of one, a key that is no feature of it or not
         of the right type (the features are listed), or no config.data.fields.fps.
     """
     directory = _directory(config.data.path)
@@ -114,8 +114,8 @@ def _directory(path):
     if len(versions) != 1:
         raise ValueError(
             f"config.data.path={str(path)!r} has no features.json and "
-            f"{', '.join(v.name for v in versions) or 'no version of a data set'} below it; give "
-            "the directory of one version of a TFDS data set, e.g. .../libero_10_no_noops/1.0.0"
+            f"{', '.join(v.name for v in versions) or 'no version of a dataset'} below it; give "
+            "the directory of one version of a TFDS dataset, e.g. .../libero_10_no_noops/1.0.0"
         )
     return versions[0]
 
@@ -190,7 +190,7 @@ _BYTES = tfds.features.Tensor(shape=(), dtype=np.object_)
 
 
 class _Source:
-    """The features of a data set that the config asks for, and the episodes read with them."""
+    """The features of a dataset that the config asks for, and the episodes read with them."""
 
     def __init__(self, data, directory):
         features = tfds.features.FeatureConnector.from_config(str(directory))

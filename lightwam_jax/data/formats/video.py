@@ -17,7 +17,7 @@ import numpy as np
 from lightwam_jax.data.episodes import FrameError
 
 # Seconds between the time asked for and the frame found. Rounding stays below it (float32 times up
-# to half an hour), a real drift does not; LeRobot tests its data sets with the same number.
+# to half an hour), a real drift does not; LeRobot tests its datasets with the same number.
 TOLERANCE = 1e-4
 _SEEK_AHEAD = 2  # frames that must lie before the next keyframe for a seek to be worth its cost
 # Keyframes close together: a window is read from the middle of a file.

@@ -1,4 +1,4 @@
-"""What tells one data set, or one config of it, from another; which clips a codec is fitted on."""
+"""What tells one dataset, or one config of it, from another; which clips a codec is fitted on."""
 
 import dataclasses
 import types

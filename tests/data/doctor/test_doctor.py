@@ -261,7 +261,7 @@ def test_the_report(tmp_path):
     )
 
 
-# ---- faults in the files of a LeRobot data set ---------------------------------------------------
+# ---- faults in the files of a LeRobot dataset ---------------------------------------------------
 
 
 def lerobot(directory, version, **options):

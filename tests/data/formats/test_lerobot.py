@@ -1,4 +1,4 @@
-"""LeRobot data sets written by hand as the format says."""
+"""LeRobot datasets written by hand as the format says."""
 
 import io
 import json

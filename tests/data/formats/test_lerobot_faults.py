@@ -1,4 +1,4 @@
-"""Broken LeRobot data sets: every fault is named, and the other episodes are read."""
+"""Broken LeRobot datasets: every fault is named, and the other episodes are read."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""LeRobot data sets: written, and read back frame by frame and field by field."""
+"""LeRobot datasets: written, and read back frame by frame and field by field."""
 
 import dataclasses
 import json

@@ -158,7 +158,7 @@ def test_where_the_data_set_is(data, tmp_path):
     (data.path.parent / "2.0.0" / "features.json").write_text("{}")
     with pytest.raises(ValueError, match=r"no features.json and 1.0.0, 2.0.0 below it"):
         data(data__path=above)
-    with pytest.raises(ValueError, match="no version of a data set below it"):
+    with pytest.raises(ValueError, match="no version of a dataset below it"):
         data(data__path=str(tmp_path))
 
 
