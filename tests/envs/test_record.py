@@ -19,14 +19,14 @@ import pytest
 from lightwam_jax import envs
 from lightwam_jax.data.caches import journal
 from lightwam_jax.data.doctor import examine
-from lightwam_jax.data.formats import lerobot, video
+from lightwam_jax.data.formats import lerobot
 from lightwam_jax.envs import base as envs_base
 from lightwam_jax.envs import record
 from lightwam_jax.envs.demo import tabletop as demo
 from tests import synthetic
 
 ROOT = pathlib.Path(__file__).parents[2]
-SETTINGS = dict(first_seed=5, noise=0.3, starts=4, start_steps=3, image_size=16)
+SETTINGS = dict(first_seed=5, noise=0.3, starts=4, start_steps=3, images="png", image_size=16)
 
 
 def config_of(path):
@@ -45,9 +45,9 @@ def config_of(path):
 def command(out, workers=2):
     """The command line of twelve episodes with `SETTINGS`."""
     flags = "--suite demo --episodes 12 --first_seed 5 --noise 0.3 --starts 4 --start_steps 3"
+    flags += f" --images png --workers {workers}"
     program = [sys.executable, "-m", "lightwam_jax.envs.record", *flags.split()]
-    env = ["--env", '{"image_size": 16}']
-    return [*program, *env, "--workers", str(workers), "--out", str(out)]
+    return [*program, "--env", '{"image_size": 16}', "--out", str(out)]
 
 
 def run(out):
@@ -59,19 +59,6 @@ def run(out):
 def tree(path):
     """{relative path: bytes} of all files."""
     return {str(p.relative_to(path)): p.read_bytes() for p in path.rglob("*") if p.is_file()}
-
-
-def assert_same_files(one, other):
-    """The same bytes; of videos, which FFmpeg may round anew, the same images."""
-    names = tree(one)
-    assert names.keys() == tree(other).keys()
-    for name in map(pathlib.Path, names):
-        if name.suffix == ".mp4":
-            times = np.arange(video.probe(one / name).frames) / demo.FPS
-            frames = [video.frames(d / name, times, range(len(times))) for d in (one, other)]
-            assert np.abs(np.subtract(*frames, dtype=np.float32)).mean() < 1
-        else:
-            assert (one / name).read_bytes() == (other / name).read_bytes(), name
 
 
 @pytest.fixture(scope="module")
@@ -108,8 +95,10 @@ def test_recorded_is_what_happened(recorded):
         assert success == (index == 0) and prompt == found[index].task
         np.testing.assert_array_equal(arrays["state"], found[index].state)
         np.testing.assert_array_equal(arrays["action"], found[index].action)
-        shown = found[index].frames("scene", [0, -1]).astype(float)
-        assert np.abs(shown - arrays["scene"][[0, -1]]).mean() < 12, "H.264 loses a little"
+        for camera in demo.CAMERAS:
+            np.testing.assert_array_equal(
+                arrays[camera], found[index].frames(camera, np.arange(found[index].length))
+            )
 
 
 def test_noise_disturbs_the_motion_and_not_the_labels():
@@ -147,8 +136,7 @@ def test_other_workers_and_a_killed_one_change_nothing(recorded, tmp_path):
     thread.join(60)
     assert errors == ["told"] and not out.exists()
     record.record("demo", ("all",), 12, out, workers=1, **SETTINGS)
-    assert_same_files(out, recorded[0])
-    assert os.listdir(tmp_path) == ["episodes"]
+    assert tree(out) == tree(recorded[0]) and os.listdir(tmp_path) == ["episodes"]
 
 
 def wait_for_lines(partial, count=4):
@@ -169,11 +157,10 @@ def test_killed_it_continues_to_the_same_bytes(recorded, tmp_path):
     stamp = there.stat().st_mtime_ns
     with open(growing / "journal.jsonl", "ab") as file:
         file.write(b'{"part": 0, "tr')  # a line cut short
-    with pytest.raises(ValueError, match=r"images: 'video' there, 'png' now\nDelete it, or give"):
-        record.record("demo", ("all",), 12, out, images="png", **SETTINGS)
+    with pytest.raises(ValueError, match=r"noise: 0.3 there, 0.5 now\nDelete it, or give"):
+        record.record("demo", ("all",), 12, out, **SETTINGS | {"noise": 0.5})
     run(out)
-    assert_same_files(out, recorded[0])
-    assert os.listdir(tmp_path) == ["episodes"]
+    assert tree(out) == tree(recorded[0]) and os.listdir(tmp_path) == ["episodes"]
     finished = out / "data" / "chunk-000" / "episode_000000.parquet"
     assert finished.stat().st_mtime_ns == stamp, "made twice"
 
@@ -222,7 +209,8 @@ class Toy:
         return self.observe()
 
     def observe(self):
-        image = np.full((16, 16, 3), 9 * self._step + self._episode.seed % 7, np.uint8)
+        # Of images below 64 pixels, x264 now and then makes other bytes.
+        image = np.full((64, 64, 3), 9 * self._step + self._episode.seed % 7, np.uint8)
         state = np.array([self._step, self._episode.seed], np.float32)
         return {"images": {"eye": image}, "state": state, "prompt": f"do {self._episode.task}"}
 
