@@ -305,7 +305,7 @@ def _duplicates(episodes):
     count = collections.Counter(episode.id for episode in episodes)
     return [
         Problem.error(
-            "duplicate id", name, "", f"{n} episodes are called so; ids must be unique, rename one"
+            "duplicate id", name, "", f"{n} episodes have this id; ids must be unique, rename one"
         )
         for name, n in count.items()
         if n > 1
