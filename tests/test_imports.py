@@ -46,7 +46,6 @@ PENDING_FILES = dict.fromkeys(
         "lightwam_jax/models/dit.py",
         "lightwam_jax/data/doctor/examine.py",
         "lightwam_jax/data/doctor/report.py",
-        "converters/parity/data.py",
         "benchmarks/aot.py",
     ),
     550,
