@@ -11,7 +11,6 @@ Closed-loop modes append every episode to report/*.jsonl; run again, they contin
 """
 
 import dataclasses
-import json
 import pathlib
 import sys
 import time
@@ -150,8 +149,10 @@ def visualize(policy, workdir, out, began):
 
 
 def _with_flags(config):
+    from lightwam_jax import envs
+
     tasks = tuple(_TASKS.value) if _TASKS.value else None
-    env = {**config.evaluation.env, **json.loads(_ENV.value)}
+    env = {**config.evaluation.env, **envs.parse_arguments(_ENV.value)}
     given = dict(tasks=tasks, env=env, episodes=_EPISODES.value)
     given |= dict(first_seed=_SEED.value, workers=_WORKERS.value)
     given = {name: value for name, value in given.items() if value is not None}

@@ -50,7 +50,13 @@ def main(argv):
         run = loop.prepare(
             config_lib.from_config_dict(_CONFIG.value), _WORKDIR.value, _profile_steps()
         )
-    except (ValueError, FileNotFoundError, MemoryError) as error:
+    except (
+        ValueError,
+        FileNotFoundError,
+        FileExistsError,
+        NotADirectoryError,
+        MemoryError,
+    ) as error:
         logging.debug("Where it was found:", exc_info=True)  # shown by --verbosity=1
         _fail(error)
     try:

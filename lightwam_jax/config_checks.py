@@ -17,6 +17,10 @@ def check(c, frames_per_latent):
             f"config.train.batch_size={c.train.batch_size} must be a multiple of "
             f"config.optimizer.accum_steps={c.optimizer.accum_steps}"
         )
+    if not 0 <= c.train.stuck_after_s <= 1e6:
+        raise ValueError(
+            f"config.train.stuck_after_s={c.train.stuck_after_s}: expected 0 (never) to 1e6 seconds"
+        )
     every = c.train.checkpoint_every
     if c.train.keep_every and (not every or c.train.keep_every % every):
         raise ValueError(

@@ -17,6 +17,8 @@ and, where it needs them,
 """
 
 import importlib
+import inspect
+import json
 
 from lightwam_jax.envs import base as envs_base
 
@@ -36,4 +38,20 @@ def suite(name):
 
 def spec(name, **kwargs):
     """Returns the `base.EnvSpec` of a suite with the keyword arguments of its `make`."""
-    return envs_base.EnvSpec(f"{suite(name).__name__}:make", kwargs)
+    module = suite(name)
+    try:
+        inspect.signature(module.make).bind(**kwargs)
+    except TypeError as error:
+        raise ValueError(f"the environment of suite {name!r} cannot be made: {error}") from error
+    return envs_base.EnvSpec(f"{module.__name__}:make", kwargs)
+
+
+def parse_arguments(text):
+    """Returns the arguments of an environment, as --env gives them; ValueError: no JSON object."""
+    try:
+        arguments = json.loads(text)
+    except ValueError:
+        arguments = None
+    if not isinstance(arguments, dict):
+        raise ValueError(f'--env={text}: expected JSON such as {{"image_size": 128}}')
+    return arguments

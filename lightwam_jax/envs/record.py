@@ -18,6 +18,7 @@ import multiprocessing
 import os
 import pathlib
 import shutil
+import signal
 import sys
 import threading
 import zlib
@@ -138,6 +139,7 @@ def record(
     """
     if images not in ("video", "png"):
         raise ValueError(f"images is {images!r}; expected 'video' or 'png'")
+    out = os.path.normpath(out)  # a slash at the end would get into the names made of it
     module = envs.suite(suite)
     tasks = module.TASKS if tuple(tasks) == ("all",) else tasks
     listed = getattr(module, "demonstrations", module.episodes)(tasks, 1, first_seed)
@@ -262,6 +264,7 @@ def _pool(workers, suite, env, noise, played):
 
 def _begin(suite, env, noise, played):
     global _suite, _noise, _make, _played  # of this worker process
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends its workers
     _suite, _noise, _played = envs.suite(suite), noise, played
     # Made by the first job, whose error reaches the main process; one in here would not.
     _make = functools.cache(envs.spec(suite, **env).make)
@@ -309,11 +312,14 @@ def main(argv):
     names = ("first_seed", "noise", "workers", "starts", "start_steps", "images")
     options = {name: given[name].value for name in names}
     try:
-        env = json.loads(given.env)
+        env = envs.parse_arguments(given.env)
         tried = record(given.suite, given.tasks, given.episodes, given.out, **options, **env)
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues", file=sys.stderr)
+        sys.exit(130)
     for task, n in tried.items():
         print(f"{task:<30}  {given.episodes} kept of {n} that the expert tried")
     print(f"the dataset is {given.out}")
@@ -326,8 +332,12 @@ if __name__ == "__main__":
     flags.DEFINE_integer("starts", 0, "More episodes of each task, only begun.", lower_bound=0)
     flags.DEFINE_integer("start_steps", 5, "Steps kept of each of --starts.", lower_bound=1)
     flags.DEFINE_string("out", None, "Directory of the new dataset.")
-    flags.DEFINE_integer("first_seed", 0, "Of each task; evaluation begins at 1,000,000.")
-    flags.DEFINE_float("noise", 0.0, "Deviation of pushes; the recorded actions stay clean.")
+    flags.DEFINE_integer(
+        "first_seed", 0, "Of each task; evaluation begins at 1,000,000.", lower_bound=0
+    )
+    flags.DEFINE_float(
+        "noise", 0.0, "Deviation of pushes; recorded actions stay clean.", lower_bound=0.0
+    )
     flags.DEFINE_enum("images", "video", ["video", "png"], "png: without loss, larger.")
     flags.DEFINE_integer("workers", 2, "Simulator processes.", lower_bound=1)
     flags.DEFINE_string("env", "{}", 'Arguments of the suite\'s make, JSON: {"image_size": 128}.')

@@ -19,8 +19,10 @@ ADVICE = {
     "them: look at a process that stands in another phase",
     "compile": "the compiler is at work; a large model may take many minutes the first time",
     "save": "a checkpoint is being written: look at the storage of --workdir",
+    "validate": "the policy is being evaluated on held-out windows",
     "log": "metrics are being written: look at the storage of --workdir",
 }
+_LOCKED_S = 30  # seconds that a report may wait for the interpreter lock
 
 
 @contextlib.contextmanager
@@ -38,14 +40,21 @@ def watch(phase, step, after_s):
         f"step {step}, in phase {phase!r}; {ADVICE.get(phase, 'the program itself is busy')}. "
         "Its stacks:"
     )
-    line = threading.Timer(after_s, lambda: print(message, file=sys.stderr, flush=True))
-    line.daemon = True
-    line.start()
-    # The stacks come from faulthandler's own thread, which also works while C++ code holds the
-    # interpreter lock; it writes nothing but stacks, so that the line above needs a timer.
-    faulthandler.dump_traceback_later(after_s + 0.1, file=2)
+    # A report from Python holds the interpreter lock, so that no frame changes while it is read:
+    # in a run that is slow, not stuck, faulthandler's own thread could crash on one that does.
+    timer = threading.Timer(after_s, _report, (message,))
+    timer.daemon = True
+    timer.start()
+    # That thread is for C++ code that holds the lock for good: frames stand still then.
+    faulthandler.dump_traceback_later(after_s + _LOCKED_S, file=2)
     try:
         yield
     finally:
-        line.cancel()
+        timer.cancel()
         faulthandler.cancel_dump_traceback_later()
+
+
+def _report(message):
+    print(message, file=sys.stderr, flush=True)
+    faulthandler.dump_traceback(file=2)
+    faulthandler.cancel_dump_traceback_later()

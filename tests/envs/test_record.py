@@ -190,7 +190,7 @@ def test_mistakes_are_told_before_anything_is_recorded(recorded):
         record.record("none", ("all",), 1, other)
     with pytest.raises(ValueError, match="images is 'jpg'; expected 'video' or 'png'"):
         record.record("demo", ("all",), 1, other, images="jpg")
-    with pytest.raises(TypeError, match="bogus"):  # as where a simulator's files are missing
+    with pytest.raises(ValueError, match="the demo's environment has no bogus"):
         record.record("demo", ("all",), 1, other, bogus=1)
     assert not list(recorded[0].parent.glob("other*"))
 
@@ -356,3 +356,20 @@ def test_recorders_and_suites_import_neither_jax_nor_a_simulator():
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert out.stdout.split() == ["[]", "False"]
+
+
+def test_a_slash_at_the_end_changes_nothing(toy, tmp_path):
+    record.record("toy", ("all",), 1, f"{tmp_path}/set/")
+    assert os.listdir(tmp_path) == ["set"]
+
+
+def test_arguments_that_no_environment_has_are_one_clear_error(tmp_path):
+    for text in ("xx", "[1]", "3"):
+        with pytest.raises(ValueError, match=r"--env=.*: expected JSON such as"):
+            envs.parse_arguments(text)
+    with pytest.raises(ValueError, match=r"'metaworld' cannot be made: .*'imge_size'"):
+        envs.spec("metaworld", imge_size=16)
+    with pytest.raises(ValueError, match=r"the demo's environment has no imge_size; it has image"):
+        demo.make(imge_size=16)
+    with pytest.raises(ValueError, match=r"image_size is 'a'; expected a number of pixels"):
+        demo.make(image_size="a")

@@ -31,6 +31,7 @@ def write(episodes, directory, version="2.1", cameras=(), **options):
       FileExistsError: the directory exists, or the rest of an interrupted writing does.
       ValueError: no episode, one without a step, or one unlike the others.
     """
+    directory = os.path.normpath(directory)  # a slash at the end would get into the name below
     growing = f"{directory}.partial"
     for there in (directory, growing):
         if os.path.exists(there):

@@ -71,7 +71,18 @@ def make(image_size=64, **difficulty):
     Args:
       image_size: pixels per side of the images the policy sees; as recorded.
       **difficulty: fields of `Difficulty` to change.
+
+    Raises:
+      ValueError: another argument, or an image_size that is no number of pixels.
     """
+    known = [field.name for field in dataclasses.fields(Difficulty)]
+    if unknown := sorted({*difficulty} - {*known}):
+        raise ValueError(
+            f"the demo's environment has no {', '.join(unknown)}; it has image_size, "
+            f"{', '.join(known)}"
+        )
+    if not (isinstance(image_size, int) and image_size > 0):
+        raise ValueError(f"image_size is {image_size!r}; expected a number of pixels above 0")
     return TabletopEnv(image_size, Difficulty(**difficulty))
 
 
