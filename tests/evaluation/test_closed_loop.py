@@ -78,6 +78,7 @@ def test_tasks_without_an_expert_are_evaluated_and_the_report_says_so(
     """A suite of two tasks, the demo under other names, whose experts are missing or partly so."""
     suite = types.SimpleNamespace(
         __name__=demo.__name__,
+        make=demo.make,
         TASKS=("stack", "juggle"),
         FPS=demo.FPS,
         has_expert=lambda task: task in experts,
