@@ -185,9 +185,9 @@ class Log:
         self._bar.set_postfix(shown, refresh=False)
 
     def close(self):
-        """Closes the files and the bar."""
+        """Closes the bar, then the files, which a full disk may prevent."""
+        self._bar.close()  # what an error says must not follow on the line of the bar
         self._writer.close()
-        self._bar.close()
 
 
 def utilisation(ms_step, work, devices, peak):
