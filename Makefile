@@ -52,7 +52,7 @@ test: setup
 test-all: setup-torch setup-sim
 	$(PY) -m pytest -n 2 --dist loadfile -m ""
 
-# Plants slips in copies of the tree, one at a time: do the tests notice? Takes hours.
+# Plants slips in copies of the tree, one at a time: do the tests notice? Takes a quarter of an hour.
 slips: setup
 	$(PY) -m tests.slips $(SLIPS)
 

@@ -1,6 +1,6 @@
 """How good the tests are: plants one slip at a time and sees whether the nearest tests notice.
 
-    python -m tests.slips                    the whole table; takes an hour or two
+    python -m tests.slips                    the whole table; a quarter of an hour on two cores
     python -m tests.slips --only models      those whose group, file or text has "models"
     python -m tests.slips --list             what would be planted
 
