@@ -21,6 +21,7 @@ class Codec(typing.Protocol):
       stride: pixels per latent cell.
       id: changes whenever the latents would.
       arrays: pytree of the weights that `encode_with` needs.
+      image_arrays: those that it needs for single images; may be fewer.
     """
 
     kind: str
@@ -28,6 +29,7 @@ class Codec(typing.Protocol):
     stride: int
     id: str
     arrays: dict
+    image_arrays: dict
 
     def encode(self, video):
         """Canvases [B, T, H, W, 3], T = 1 + 4k -> latents f32 [B, 1 + k, H/stride, W/stride, C].

@@ -40,7 +40,7 @@ class PcaCodec:
     kind, stride = "pca", STRIDE
 
     def __init__(self, arrays):
-        self.arrays = arrays
+        self.arrays = self.image_arrays = arrays
         self.latent_channels = arrays["first_encode"].shape[1] + PLACES
 
     @functools.cached_property

@@ -12,7 +12,7 @@ from lightwam_jax.checkpoint import run as checkpoint
 from lightwam_jax.checkpoint import storage
 from lightwam_jax.config import FRAMES_PER_LATENT
 from lightwam_jax.encoders import base, converted
-from lightwam_jax.models.vae import WanVAE
+from lightwam_jax.models.vae import WanVAE, still_params
 from lightwam_jax.models.vae22 import Wan22VAE
 
 VAES = {"wan21": WanVAE, "wan22": Wan22VAE}  # by codec kind
@@ -57,6 +57,11 @@ class WanCodec:
     @functools.cached_property
     def arrays(self):
         return self._half("encode")
+
+    @property
+    def image_arrays(self):
+        """See `base.Codec`; not kept."""
+        return still_params(self._half("encode"))
 
     @functools.cached_property
     def _decoder(self):

@@ -10,6 +10,7 @@ so that nothing is compiled in the middle of an episode.
 
 import copy
 import dataclasses
+import functools
 import pathlib
 
 import jax
@@ -26,10 +27,13 @@ from lightwam_jax.data import assets as assets_lib
 from lightwam_jax.data import cameras as cameras_lib
 from lightwam_jax.encoders import base as encoders_base
 from lightwam_jax.encoders import text as text_lib
+from lightwam_jax.inference import contexts as contexts_lib
 from lightwam_jax.inference import deploy as deploy_lib
 from lightwam_jax.models import lightwam
 
 PADDED_SIZES = (1, 2, 4, 8, 16, 32, 64)  # batch sizes that are ever compiled
+# Arrays of a context, and which axis is the batch: of the whole model, of the deployed form.
+_CONTEXT_AXES = {False: {"text": 0, "mask": 0}, True: {"keys": 1, "values": 1, "mask": 0}}
 _CACHE_DTYPE = ml_dtypes.bfloat16  # of latents and text in the caches: act on what training saw
 
 
@@ -37,33 +41,41 @@ class Policy:
     """Observations in physical units to action chunks in physical units.
 
     Attributes:
-      model: `LightWAM`. params: its parameters, in-memory layout.
+      model: `LightWAM`. params: its parameters, in-memory layout, or what `deploy.py` made of them.
       config: `Config`. assets: `data.assets.Assets`.
       step: of the checkpoint; None for parameters that were never trained.
     """
 
-    def __init__(self, model, params, config, assets, step=None):
+    def __init__(self, model, params, config, assets, step=None, deploy=False):
+        """Args:
+
+        params: of `model`, in-memory layout; with `deploy` the weights of `deploy.deployed`.
+        """
         self.model, self.params = model, jax.device_put(params)
-        self.config, self.assets, self.step = config, assets, step
+        self.config, self.assets, self.step, self.is_deployed = config, assets, step, deploy
         self._transform = actions_lib.from_config(config)
-        self._texts = {}  # instruction -> (context [L,dim], mask [L])
         self._traced = []  # batch size of each compilation of the action pass
         # Initialisers are many and run once: on a CPU, optimising them takes longer than they do.
         cheap = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else {}
         self._initialise = jax.jit(
             lambda key: build.init_params(model, key, config.model), compiler_options=cheap
         )
-        self._act = jax.jit(self._action_pass)
+        self._prepare = jax.jit(self._context_pass)
+        self._act = jax.jit(self._action_pass, static_argnames="taps")
         self._imagine = jax.jit(self._video_pass, static_argnames=("steps", "full"))
+        prepare = functools.partial(self._prepare, self.params)
+        self._contexts = contexts_lib.Contexts(self._encode_texts, prepare, _CONTEXT_AXES[deploy])
 
     @classmethod
-    def load(cls, directory, step=None, deploy=False, text_weights="", embodiment=""):
+    def load(cls, directory, step=None, deploy=False, text_weights="", embodiment="", dtype=""):
         """Returns the policy of a run (its newest checkpoint unless `step` is given) or checkpoint.
 
         Args:
           deploy: the smaller, faster form that acts and cannot predict video; see `deploy.py`.
           text_weights: where the text encoder is now, if not at config.data.text_weights.
           embodiment: whose cameras and units are meant, where a mixture had several.
+          dtype: in which it computes; default: that of config.model, but float32 on a CPU, where
+            bfloat16 is slower.
 
         Raises:
           FileNotFoundError: no checkpoint there.
@@ -82,20 +94,32 @@ class Policy:
         if text_weights:
             data = dataclasses.replace(config.data, text_weights=text_weights)
             config = dataclasses.replace(config, data=data)
+        dtype = dtype or ("float32" if jax.default_backend() == "cpu" else config.model.dtype)
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype))
         assets = assets_lib.load_assets(stored.assets, config)
         params = params_lib.segmented(stored.params, config.model)
         if deploy:
-            params, model_config = deploy_lib.deployed(params, config.model)
-            config = dataclasses.replace(config, model=model_config)
-        return cls(build.build_model(config.model), params, config, assets, stored.meta["step"])
+            params = deploy_lib.deployed(params, config.model, config.data.action_horizon)
+        model = build.build_model(config.model)
+        return cls(model, params, config, assets, stored.meta["step"], deploy)
+
+    def deployed(self):
+        """Returns the same policy in the form that only acts, faster; see `deploy.py`."""
+        if self.is_deployed:
+            return self
+        weights = self._deployed_weights(self.params)
+        return Policy(self.model, weights, self.config, self.assets, self.step, deploy=True)
 
     def untrained(self, seed=0):
         """Returns a policy of the same config and assets with freshly initialised parameters."""
-        self._need_whole_model()
         fresh = self._initialise(jax.random.key(seed))
+        if self.is_deployed:
+            fresh = self._deployed_weights(fresh)
         like = lambda new, old: jax.device_put(new.astype(old.dtype), old.sharding)
         other = copy.copy(self)  # shares what is compiled already
         other.step, other.params = None, jax.tree.map(like, fresh, self.params)
+        prepare = functools.partial(self._prepare, other.params)
+        other._contexts = self._contexts.prepared_by(prepare)
         return other
 
     @property
@@ -124,7 +148,7 @@ class Policy:
         parts = []
         for start in range(0, len(canvas), PADDED_SIZES[-1]):
             rows = slice(start, start + PADDED_SIZES[-1])
-            parts.append(self._act_padded(canvas[rows], state[rows], prompts[rows]))
+            parts.append(self._act_padded(canvas[rows], state[rows], prompts[rows], return_taps))
         actions, taps = zip(*parts)
         if not return_taps:
             return np.concatenate(actions)
@@ -171,69 +195,79 @@ class Policy:
 
     # ---- pure functions, jitted ----------------------------------------------------------------
 
-    def _action_pass(self, params, codec, canvas, context, mask, state):
-        self._traced.append(len(canvas))
-        inputs, horizon = (
-            self._inputs(codec, canvas, context, state),
-            self.config.data.action_horizon,
-        )
-        actions, taps = self.model.apply(
-            {"params": params}, *inputs, horizon, self._mask(mask), method="act"
-        )
-        shown = ("attention_", "query_importance_")
-        taps = {name: tap for name, tap in taps.items() if name.startswith(shown)}
-        actions = self.assets.action.inverse(actions[..., : config_lib.action_width(self.config)])
-        return self._transform.inverse(actions, state), taps
+    def _context_pass(self, params, text, mask):
+        """What of an instruction stays the same from call to call; see `_CONTEXT_AXES`."""
+        if not self.is_deployed:
+            return {"text": text, "mask": mask}
+        keys, values = deploy_lib.keys_values(params, text, self.config.model)
+        return {"keys": keys, "values": values, "mask": mask}
 
-    def _video_pass(self, params, codec, canvas, context, mask, state, key, steps, full):
+    def _action_pass(self, params, codec, canvas, context, state, taps):
+        self._traced.append(len(canvas))
+        latents, proprio = self._inputs(codec, canvas, state)
+        mask, model = self._mask(context), self.config.model
+        if self.is_deployed:
+            text = context["keys"], context["values"]
+            actions, seen = deploy_lib.act(params, latents, text, mask, proprio, model, taps)
+        else:
+            inputs = latents, context["text"], proprio, self.config.data.action_horizon, mask
+            actions, seen = self.model.apply({"params": params}, *inputs, method="act")
+        shown = ("attention_", "query_importance_")
+        seen = {name: tap for name, tap in seen.items() if taps and name.startswith(shown)}
+        actions = self.assets.action.inverse(actions[..., : config_lib.action_width(self.config)])
+        return self._transform.inverse(actions, state), seen
+
+    def _video_pass(self, params, codec, canvas, context, state, key, steps, full):
         loss, frames = self.config.loss, self.config.data.latent_frames
-        first, context, proprio = self._inputs(codec, canvas, context, state)
+        first, proprio = self._inputs(codec, canvas, state)
         if not full:
             first = lightwam.pool_latents(first, loss.downsample)
         noise = jax.random.normal(key, (first.shape[0], frames, *first.shape[2:]))
-        arguments = (first, noise, context, proprio, self._mask(mask))
+        arguments = (first, noise, context["text"], proprio, self._mask(context))
         solver = (steps, loss.shift, loss.downsample if full else 1)
         x, _ = self.model.apply({"params": params}, *arguments, *solver, method="denoise")
         return x.at[:, 1:].add(first) if loss.residual_target else x
 
-    def _inputs(self, codec, canvas, context, state):
-        """What the model reads: latents [B,1,H,W,C], context [B,L,dim], proprio [B,P]."""
+    def _inputs(self, codec, canvas, state):
+        """What the model reads besides the context: latents [B,1,H,W,C], proprio [B,P]."""
         latents = self.assets.codec.encode_with(codec, canvas[:, None]).astype(_CACHE_DTYPE)
         proprio = self.assets.state.normalize(state)
         proprio = actions_lib.pad(proprio, self.config.model.proprio_dim)
-        return latents.astype(jnp.float32), context, proprio
+        return latents.astype(jnp.float32), proprio
 
-    def _mask(self, mask):
-        return mask if self.config.loss.mask_text_padding else None
+    def _mask(self, context):
+        return context["mask"] if self.config.loss.mask_text_padding else None
 
     # ---- around them ---------------------------------------------------------------------------
 
-    def _act_padded(self, canvas, state, prompts):
-        actions, taps = self._act(*self._padded(canvas, state, prompts))
-        return np.asarray(actions, np.float32)[: len(canvas)], taps
+    def _act_padded(self, canvas, state, prompts, taps=False):
+        actions, seen = self._act(*self._padded(canvas, state, prompts), taps=taps)
+        return np.asarray(actions, np.float32)[: len(canvas)], seen
 
     def _padded(self, canvas, state, prompts):
         """What the jitted functions read first, with as many rows as a padded batch has."""
         rows = _padded_size(len(canvas))
-        text = self._text(prompts, rows)
-        return self.params, self.assets.codec.arrays, _pad(canvas, rows), *text, _pad(state, rows)
+        context = self._contexts(list(prompts), rows)
+        return self.params, self._codec, _pad(canvas, rows), context, _pad(state, rows)
 
-    def _text(self, prompts, rows):
-        """Context [rows,L,dim] and mask [rows,L]; each instruction is encoded once and kept."""
-        data, encoder = self.config.data, self.assets.text_encoder
-        new = [task for task in dict.fromkeys(prompts) if task not in self._texts]
-        if new:  # all at once: a large encoder is read from disk for them
-            filled = [text_lib.prompt(task, data.prompt_template) for task in new]
-            contexts, masks = encoder.encode(filled, data.text_len)
-            self._texts.update(zip(new, zip(contexts.astype(_CACHE_DTYPE), masks)))
-        found = [self._texts[task] for task in prompts]
-        return tuple(_pad(np.stack(part), rows) for part in zip(*found))
+    @functools.cached_property
+    def _codec(self):
+        codec = self.assets.codec
+        return jax.device_put(codec.image_arrays if self.is_deployed else codec.arrays)
+
+    def _encode_texts(self, prompts):
+        filled = [text_lib.prompt(task, self.config.data.prompt_template) for task in prompts]
+        rows, masks = self.assets.text_encoder.encode(filled, self.config.data.text_len)
+        return rows.astype(_CACHE_DTYPE), masks
+
+    def _deployed_weights(self, params):
+        return deploy_lib.deployed(params, self.config.model, self.config.data.action_horizon)
 
     def _need_whole_model(self):
-        if "head" not in self.params["dit"]:
+        if self.is_deployed:
             raise ValueError(
                 "this policy was loaded with deploy=True and is not the whole model: load it with "
-                "Policy.load(..., deploy=False) to predict video, or for untrained()"
+                "Policy.load(..., deploy=False) to predict video"
             )
 
     def _check(self, images, state, prompts):
@@ -271,4 +305,6 @@ def _padded_size(rows):
 
 def _pad(array, rows):
     """Repeats the first row until there are `rows`; rows of a batch do not see each other."""
+    if len(array) == rows:
+        return array
     return np.concatenate([array, np.repeat(array[:1], rows - len(array), axis=0)])

@@ -57,6 +57,21 @@ def rms_norm(eps, name=None):
     return nn.RMSNorm(epsilon=eps, dtype=jnp.float32, use_fast_variance=False, name=name)
 
 
+def normalize(x, eps):
+    """LayerNorm without its affine part, over the last axis: float32 statistics and output.
+
+    bfloat16 values are read once: that their mean may be large against their deviation costs
+    fewer digits in float32 than the values have lost already. float32 values are read twice.
+    """
+    once, x = x.dtype == jnp.bfloat16, x.astype(jnp.float32)
+    mean = x.mean(-1, keepdims=True)
+    if once:
+        variance = jnp.square(x).mean(-1, keepdims=True) - jnp.square(mean)
+        return (x - mean) * jax.lax.rsqrt(jnp.maximum(variance, 0) + eps)
+    x = x - mean
+    return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + eps)
+
+
 def gelu(x):
     """The tanh form of GELU, in float32; the only one on the used path (docs/spec.md section 1)."""
     return jax.nn.gelu(x.astype(jnp.float32), approximate=True).astype(x.dtype)

@@ -33,7 +33,11 @@ LATENT_STD = (
 
 
 class CausalConv(nn.Module):
-    """Convolution [B,T,H,W,C] -> [B,T,H,W,features] that never looks at a later frame."""
+    """Convolution [B,T,H,W,C] -> [B,T,H,W,features] that never looks at a later frame.
+
+    The kernel may be stored with its last time tap alone ([1,h,w,C,features]: `still_params`),
+    which is all that a single image meets.
+    """
 
     features: int
     kernel_size: tuple = (3, 3, 3)  # time, height, width: odd
@@ -42,6 +46,8 @@ class CausalConv(nn.Module):
     @nn.compact
     def __call__(self, x):
         shape = (*self.kernel_size, x.shape[-1], self.features)
+        if x.shape[1] == 1 and self.has_variable("params", "kernel"):
+            shape = self.get_variable("params", "kernel").shape[:1] + shape[1:]
         kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         x, kernel, bias = dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
@@ -53,6 +59,11 @@ class CausalConv(nn.Module):
             return x[:, None] + bias
         pad, layout = [(self.kernel_size[0] - 1, 0), *pad], ("NDHWC", "DHWIO", "NDHWC")
         return lax.conv_general_dilated(x, kernel, (1, 1, 1), pad, dimension_numbers=layout) + bias
+
+
+def still_params(params):
+    """Returns encoder parameters that encode single images only: a third of each `CausalConv`."""
+    return jax.tree.map(lambda x: x[-1:] if x.shape[:3] == (3, 3, 3) else x, params)
 
 
 class ChannelNorm(nn.Module):

@@ -5,17 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import base, libero
+from configs import base
 from lightwam_jax import build
 from lightwam_jax import config as config_lib
-from lightwam_jax import params as params_lib
 from lightwam_jax.data import assets as assets_lib
 from lightwam_jax.data import normalize
-from lightwam_jax.encoders import pca, wan
+from lightwam_jax.encoders import pca
 from lightwam_jax.encoders import text as text_lib
-from lightwam_jax.inference import deploy
 from lightwam_jax.inference import policy as policy_lib
-from lightwam_jax.models.vae import WanVAE
 
 CAMERAS = ("scene", "wrist")
 
@@ -145,7 +142,10 @@ def test_each_prompt_is_encoded_once(policy, monkeypatch):
         "assets",
         dataclasses.replace(policy.assets, text_encoder=Counting(policy.config.model.text_dim)),
     )
-    monkeypatch.setattr(policy, "_texts", {})
+    monkeypatch.setattr(
+        policy, "_contexts", policy._contexts.prepared_by(policy._contexts._prepare)
+    )
+    policy._contexts._texts = {}
     policy.act(*observe(1))
     policy.act(*observe(1))
     template = policy.config.data.prompt_template
@@ -277,85 +277,3 @@ def test_untrained_is_seeded_and_shares_what_is_compiled(policy, monkeypatch):
     np.testing.assert_array_equal(a.act(*observe(1)), b.act(*observe(1)))
     assert (a.act(*observe(1)) != c.act(*observe(1))).any()
     assert (a.step, policy.step, policy.traces) == (None, 7, before)
-
-
-# ---- the deployment form -------------------------------------------------------------------------
-
-
-def test_full_size_deployment_is_25_blocks_and_half_a_vae():
-    config = config_lib.from_config_dict(libero.get_config("spatial"))
-    model = build.build_model(config.model)
-    whole = jax.eval_shape(lambda: build.init_params(model, jax.random.key(0), config.model))
-    small = jax.eval_shape(lambda p: deploy.deployed(p, config.model)[0], whole)
-    model_config = dataclasses.replace(config.model, num_layers=25, lora_rank=0, lora_layers=())
-    runs = {n: p for n, p in small["dit"].items() if n.startswith("blocks_")}
-    assert {n: p["modulation"].shape[0] for n, p in runs.items()} == {
-        "blocks_0": 9,
-        "blocks_9": 8,
-        "blocks_17": 8,
-    }
-    paths = params_lib.flatten(small)
-    assert not [p for p in paths if p.startswith("dit/head") or p.endswith(("lora_a", "lora_b"))]
-
-    vae = WanVAE()
-    video = jnp.zeros((1, 1, 224, 448, 3))
-    vae_params = jax.eval_shape(vae.init, jax.random.key(0), video)["params"]
-    half = jax.eval_shape(lambda p: wan.half(p, "encode", "bfloat16"), vae_params)
-    assert set(half) == {"encoder", "conv1"}
-
-    def act(params, encoder):  # nothing else is asked for
-        latents = vae.apply({"params": encoder}, video, method="encode")
-        actions, _ = build.build_model(model_config).apply(
-            {"params": params},
-            latents,
-            jnp.zeros((1, 128, 4096)),
-            jnp.zeros((1, 8)),
-            32,
-            method="act",
-        )
-        return actions
-
-    assert jax.eval_shape(act, small, half).shape == (1, 32, 7)
-    gigabytes = 2 * (params_lib.count(small) + params_lib.count(half)) / 2**30
-    assert 2.9 < gigabytes < 3.0
-
-
-@pytest.mark.parametrize("lora_layers", [(0, 1, 2, 3), (1, 3)])
-def test_merged_and_shortened_models_act_the_same(lora_layers):
-    """LoRA in some layers cuts the runs of blocks otherwise than the merged model has them."""
-    c = make_config(num_layers=4, lora_layers=lora_layers, adapter_layers=(1,)).model
-    model = build.build_model(c)
-    params = random_params(model, c, seed=2)
-    merged, smaller = deploy.deployed(params, c)
-    assert smaller.num_layers == 2
-    assert [name for name in merged["dit"] if name.startswith("blocks_")] == ["blocks_0"]
-    rng = np.random.default_rng(0)
-    inputs = (
-        rng.normal(size=(2, 1, 4, 8, 8)),
-        rng.normal(size=(2, 6, c.text_dim)),
-        rng.normal(size=(2, 5)),
-    )
-
-    def act(model, params):
-        run = lambda params: model.apply({"params": params}, *inputs, 8, method="act")[0]
-        with jax.default_matmul_precision("highest"):
-            return jax.jit(run)(params)
-
-    got, want = act(build.build_model(smaller), merged), act(model, params)
-    np.testing.assert_allclose(got, want, atol=2e-5 * float(np.abs(want).max()))
-    without = jax.tree_util.tree_map_with_path(
-        lambda path, x: np.zeros_like(x) if path[-1].key == "lora_b" else x, params
-    )
-    assert np.abs(act(model, without) - want).max() > 1e-3  # LoRA does matter here
-
-
-def test_deployed_policy_acts_on_images_and_predicts_no_video(policy):
-    params, model_config = deploy.deployed(policy.params, policy.config.model)
-    config = dataclasses.replace(policy.config, model=model_config)
-    small = policy_lib.Policy(build.build_model(model_config), params, config, policy.assets)
-    seen = observe(1)
-    np.testing.assert_allclose(small.act(*seen), policy.act(*seen), atol=1e-5)
-    with pytest.raises(ValueError, match=r"Policy.load\(..., deploy=False\) to predict video"):
-        small.predict_video(*seen)
-    with pytest.raises(ValueError, match="deploy=True and is not the whole model"):
-        small.untrained()

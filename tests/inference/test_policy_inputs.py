@@ -68,7 +68,7 @@ def test_latents_are_rounded_as_those_of_the_cache(policy):
     canvas, state = policy._check(*observe(3))
     assert canvas.dtype == np.float32 and 0.9 < canvas.max() <= 1
     exact = policy.assets.codec.encode(canvas[:, None])
-    latents, _, _ = policy._inputs(policy.assets.codec.arrays, canvas, None, state)
+    latents, _ = policy._inputs(policy.assets.codec.arrays, canvas, state)
     assert latents.shape == (3, 1, 4, 8, 8) and latents.dtype == jnp.float32
     rounded = exact.astype(ml_dtypes.bfloat16).astype(np.float32)
     assert np.abs(rounded - exact).max() > 1e-3
@@ -82,29 +82,28 @@ def test_the_state_is_normalised_as_the_states_were_and_padded(assets):
     wide = policy_lib.Policy(Mirror(), {"dit": {}}, config, assets)
     canvas, _ = wide._check(*observe(2))
     state = np.float32([[-2, -1, 0, 1, 2], [0, 0.5, 100, -100, 1]])
-    _, context, proprio = wide._inputs(wide.assets.codec.arrays, canvas, "context", state)
-    assert context == "context"
+    _, proprio = wide._inputs(wide.assets.codec.arrays, canvas, state)
     want = [[-1, -0.5, 0, 0.5, 1, 0, 0, 0, 0], [0, 0.25, 5, -5, 0.5, 0, 0, 0, 0]]
     np.testing.assert_allclose(proprio, want, atol=1e-6)
 
 
 def test_texts_are_rounded_and_each_row_has_its_own(policy):
     a, b = "put the red cube in the tray", "go"
-    context, mask = policy._text([b, a, b], 4)
+    context, mask = (policy._contexts([b, a, b], 4)[name] for name in ("text", "mask"))
     filled = [text_lib.prompt(task, policy.config.data.prompt_template) for task in (b, a)]
     encoder = text_lib.HashedTextEncoder(policy.config.model.text_dim)
     exact, real_rows = encoder.encode(filled, policy.config.data.text_len)
     assert mask.dtype == bool and len(set(real_rows.sum(1))) == 2
     np.testing.assert_array_equal(mask, real_rows[[0, 1, 0, 0]])
     np.testing.assert_array_equal(context, exact.astype(ml_dtypes.bfloat16)[[0, 1, 0, 0]])
-    again, _ = policy._text([a, "stop", b], 3)
-    np.testing.assert_array_equal(again[[0, 2]], context[[1, 0]])
+    again = policy._contexts([a, "stop", b], 3)["text"]
+    np.testing.assert_array_equal(again[np.array([0, 2])], context[np.array([1, 0])])
 
 
 def test_padding_of_texts_is_masked_only_where_the_config_says(policy):
     mask = np.ones((1, 3), bool)
     for wanted in (True, False):
-        got = changed(policy, mask_text_padding=wanted)._mask(mask)
+        got = changed(policy, mask_text_padding=wanted)._mask({"mask": mask})
         assert (got is mask) == wanted and (got is None) != wanted
 
 
@@ -155,16 +154,18 @@ def test_actions_are_turned_back_with_the_statistics_of_actions(policy):
     """Normalised x of dimension i is 3 x + i: the range is i - 3 to i + 3."""
     images, state, prompts = observe(2)
     actions = policy.act(images, state, prompts)
-    context, _ = policy._text(prompts, 2)
-    x = context.astype(np.float32).sum((1, 2))[:, None] + state[:, :1] / 2
+    x = (
+        np.asarray(policy._contexts(prompts, 2)["text"], np.float32).sum((1, 2))[:, None]
+        + state[:, :1] / 2
+    )
     want = np.broadcast_to((3 * x + np.arange(4))[:, None], (2, 8, 4))
     np.testing.assert_allclose(actions, want, rtol=1e-4, atol=1e-3)
 
 
 def test_a_residual_video_is_added_to_its_first_frame(policy):
     canvas, state = policy._check(*observe(2))
-    context, mask = policy._text(["go", "stop"], 2)
-    arguments = (policy.params, policy.assets.codec.arrays, canvas, context, mask, state)
+    context = policy._contexts(["go", "stop"], 2)
+    arguments = (policy.params, policy.assets.codec.arrays, canvas, context, state)
     key = jax.random.key(0)
     exact = policy.assets.codec.encode(canvas[:, None])
     pooled = exact.reshape(2, 1, 2, 2, 4, 2, 8).mean((3, 5))
@@ -190,7 +191,7 @@ def test_a_residual_video_is_added_to_its_first_frame(policy):
 def test_a_video_is_asked_for_by_seed_and_form(policy, monkeypatch):
     asked = []
 
-    def imagine(params, codec, canvas, context, mask, state, key, steps, full):
+    def imagine(params, codec, canvas, context, state, key, steps, full):
         asked.append((jax.random.key_data(key).tolist(), steps, full, len(canvas), len(state)))
         return np.zeros((len(canvas), 2, 2, 4, 8), np.float32)
 
@@ -219,8 +220,8 @@ def test_a_policy_is_loaded_with_what_its_checkpoint_says(policy, monkeypatch, t
             config=config, assets="its assets", params="params", meta={"step": 12}, path=directory
         )
 
-    def deployed(params, model):
-        return f"deployed {params}", dataclasses.replace(model, num_layers=1)
+    def deployed(params, model, horizon):
+        return f"{horizon} steps of deployed {params} for {model.num_layers} blocks"
 
     monkeypatch.setattr(policy_lib.checkpoint, "load_params", load_params)
     monkeypatch.setattr(
@@ -234,8 +235,8 @@ def test_a_policy_is_loaded_with_what_its_checkpoint_says(policy, monkeypatch, t
     assert (loaded.step, loaded.model, loaded.params) == (12, 2, "params")
     assert loaded.assets == ("its assets", "old") and loaded.config == config
     small = policy_lib.Policy.load(tmp_path, 0, deploy=True, text_weights="new")
-    assert (small.model, small.params) == (1, "deployed params")
-    assert small.assets == ("its assets", "new") and small.config.model.num_layers == 1
+    assert (small.model, small.params) == (2, "8 steps of deployed params for 2 blocks")
+    assert small.assets == ("its assets", "new") and small.is_deployed and not loaded.is_deployed
     assert asked == [str(tmp_path), str(tmp_path / "checkpoints" / "0")]
 
 

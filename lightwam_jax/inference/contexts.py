@@ -1,0 +1,64 @@
+"""Instructions as the model reads them: each is encoded once and stays on the device."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+KEPT = 32  # instructions on the device; of the full-size deployed policy each takes 19 MiB
+
+
+class Contexts:
+    """Contexts of batches of instructions.
+
+    A context is a dict of arrays. One instruction's is what `prepare` returns; a batch's has them
+    side by side, and is made anew only where the instructions differ from those of the last call.
+    """
+
+    def __init__(self, encode, prepare, axes):
+        """Args:
+
+        encode: function (instructions) -> (rows [n,L,dim], mask bool [n,L]), on the host.
+        prepare: pure function (rows [1,L,dim], mask [1,L]) -> context.
+        axes: {name: axis of the batch} of a context's arrays.
+        """
+        self._encode, self._prepare, self._axes = encode, prepare, axes
+        self._texts = {}  # instruction -> (rows, mask), each with an axis of length 1 in front
+        self._ready = {}  # instruction -> context, those of the last KEPT
+        self._last = (), None  # instructions of the last batch, its context
+        self._join = jax.jit(functools.partial(jax.tree.map, _side_by_side, axes))
+
+    def prepared_by(self, prepare):
+        """Returns contexts of other weights: the same texts, nothing else kept."""
+        other = Contexts(self._encode, prepare, self._axes)
+        other._texts, other._join = self._texts, self._join
+        return other
+
+    def __call__(self, instructions, rows):
+        """Returns the context of `rows` instructions: those given, then the first repeated."""
+        wanted = (*instructions, *instructions[:1] * (rows - len(instructions)))
+        if wanted != self._last[0]:
+            self._add([text for text in dict.fromkeys(wanted) if text not in self._texts])
+            found = {text: self._one(text) for text in dict.fromkeys(wanted)}
+            parts = [found[text] for text in wanted]
+            self._last = wanted, parts[0] if rows == 1 else self._join(*parts)
+        return self._last[1]
+
+    def _add(self, new):
+        if new:  # all at once: a large encoder is read from disk for them
+            rows, masks = self._encode(new)
+            for i, text in enumerate(new):
+                self._texts[text] = rows[i : i + 1], masks[i : i + 1]
+
+    def _one(self, text):
+        context = self._ready.pop(text, None)
+        if context is None:
+            context = self._prepare(*self._texts[text])
+        self._ready[text] = context  # the latest is the last
+        while len(self._ready) > KEPT:
+            del self._ready[next(iter(self._ready))]
+        return context
+
+
+def _side_by_side(axis, *parts):
+    return jnp.concatenate(parts, axis)
