@@ -8,7 +8,6 @@ The last resize mixes cameras where they meet: there two of these terms overlap.
 The matrices come from the formula of Pillow's filters, in float64, while the function is traced.
 """
 
-import functools
 import typing
 
 import jax
@@ -16,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from lightwam_jax.data import cameras as cameras_lib
+
+_BLOCK = 32  # rows of a product
 
 
 class Axis(typing.NamedTuple):
@@ -51,8 +52,16 @@ def canvas(images, data):
     views = cameras_lib.oriented(images, data)
     cameras_lib.regions(data)  # raises where a camera would be cropped away
     axes = plan({camera: view.shape[-3:-1] for camera, view in views.items()}, data)
-    parts = [_placed(view, axes[camera], data.canvas) for camera, view in views.items()]
-    return functools.reduce(jnp.add, parts)  # elsewhere a part is zero
+    out = np.float32(0)
+    for cameras in _alike(axes):
+        rows, columns = axes[cameras[0]]
+        read = [views[camera][..., rows.source, columns.source, :] for camera in cameras]
+        for camera, part in zip(cameras, _resampled(read, rows.weights, columns.weights)):
+            targets = [axis.target for axis in axes[camera]]
+            edges = [(0, 0)] * (part.ndim - 3)
+            edges += [(t.start, size - t.stop) for t, size in zip(targets, data.canvas)]
+            out = out + jnp.pad(part, [*edges, (0, 0)])  # zero where the other cameras are
+    return out
 
 
 def plan(sizes, data):
@@ -113,17 +122,67 @@ def _trimmed(matrix):
     return Axis(source, target, None if same else weights.astype(np.float32))
 
 
-def _placed(view, axes, size):
-    """One camera's part of the canvas, float32 [..., *size, 3]; zero elsewhere."""
-    rows, columns = axes
-    part = _pixels(view[..., rows.source, columns.source, :])
-    product = functools.partial(jnp.einsum, precision="highest", preferred_element_type=np.float32)
-    if rows.weights is not None:
-        part = product("Hh,...hwc->...Hwc", rows.weights, part)
-    if columns.weights is not None:
-        part = product("Ww,...hwc->...hWc", columns.weights, part)
-    edges = [(axis.target.start, n - axis.target.stop, 0) for axis, n in zip(axes, size)]
-    return jax.lax.pad(part, np.float32(0), [(0, 0, 0)] * (part.ndim - 3) + [*edges, (0, 0, 0)])
+def _alike(axes):
+    """Lists of cameras that read the same pixels of their images with the same weights."""
+    groups = {}
+    for camera, both in axes.items():
+        key = [
+            (axis.source.start, axis.source.stop, axis.weights is None or axis.weights.tobytes())
+            for axis in both
+        ]
+        groups.setdefault(tuple(key), []).append(camera)
+    return list(groups.values())
+
+
+def _resampled(images, rows, columns):
+    """Resamples each of `images`, uint8 [..., h, w, 3], with the same weights or None.
+
+    An accelerator takes all at once: five launches, however many there are. A CPU takes one after
+    another, which stays in its cache: at batch 64 that needs half the time.
+
+    Returns:
+      a list of float32 [..., H, W, 3].
+    """
+    if rows is None and columns is None:
+        return [_pixels(image) for image in images]
+    lead, shape = images[0].shape[:-3], images[0].shape[-3:]
+
+    def resample(x):  # each product is over the first axis
+        x = _pixels(x).transpose(1, 2, 0, 3)
+        x = _product(columns, _product(rows, x).swapaxes(0, 1))
+        return x.transpose(2, 1, 0, 3)
+
+    def together(*images):
+        return tuple(jnp.split(resample(jnp.concatenate(images)), len(images)))
+
+    def apart(*images):
+        one = lambda image: resample(image[None])[0]
+        return tuple(jax.lax.map(one, image) for image in images)
+
+    flat = [image.reshape(-1, *shape) for image in images]
+    parts = jax.lax.platform_dependent(*flat, cpu=apart, default=together)
+    return [part.reshape(*lead, *part.shape[-3:]) for part in parts]
+
+
+def _product(weights, x):
+    """weights [O, I] times x [I, ...] -> [O, ...]; x where weights is None.
+
+    Few weights of a row are not zero, and they move along with the row. So every `_BLOCK` rows
+    are one product with the part of x that they read: a sixth of the work at 480 -> 224.
+    """
+    if weights is None:
+        return x
+    blocks = -(-len(weights) // _BLOCK)
+    padded = np.zeros((blocks * _BLOCK, weights.shape[1]), np.float32)
+    padded[: len(weights)] = weights
+    padded = padded.reshape(blocks, _BLOCK, -1)
+    read = [np.flatnonzero(block.any(axis=0))[[0, -1]] for block in padded]
+    width = max(int(last - first) + 1 for first, last in read)
+    starts = [min(int(first), len(x) - width) for first, _ in read]
+    kernels = np.stack([block[:, at : at + width] for at, block in zip(starts, padded)])
+    windows = jnp.stack([x[at : at + width] for at in starts])
+    out = jnp.einsum("nOI,nI...->nO...", kernels, windows, precision="highest")
+    return out.reshape(-1, *x.shape[1:])[: len(weights)]
 
 
 def _pixels(image):

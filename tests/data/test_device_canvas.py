@@ -129,9 +129,9 @@ def test_a_crop_alone_resamples_nothing():
     data = declare(camera_size=(9, 13), canvas=(9, 21))
     traced, wanted = both(images_of(data, [(9, 13)] * 2), data)
     np.testing.assert_array_equal(traced, wanted)
-    rows, columns = device_canvas.plan(dict.fromkeys(data.cameras, (9, 13)), data)["left"]
+    rows, columns = device_canvas.plan(dict.fromkeys(data.cameras, (9, 13)), data)["head"]
     assert rows == (slice(0, 9), slice(0, 9), None)
-    assert columns == (slice(0, 11), slice(10, 21), None)  # 5 of 26 columns are cut off: 2 and 3
+    assert columns == (slice(2, 13), slice(0, 11), None)  # 5 of 26 columns are cut off: 2 and 3
 
 
 def test_any_number_of_leading_axes():
