@@ -77,11 +77,12 @@ def plan(sizes, data):
     def along(camera, axis):
         size, place = sizes[camera][axis], places[camera]
         own = data.camera_size[axis] if data.camera_size else size
-        laid = filter_weights(own, place.size[axis], triangle)
-        laid = laid @ filter_weights(size, own, triangle)
-        last = filter_weights(whole[axis], covering[axis], cubic)
-        last = last[corner[axis] :, place[axis] :][: data.canvas[axis], : place.size[axis]]
-        return _trimmed(last @ laid)
+        matrix = filter_weights(size, own, triangle)
+        matrix = _resized_again(matrix, place.size[axis], triangle)
+        laid = np.zeros((whole[axis], size))
+        laid[place[axis] : place[axis] + place.size[axis]] = matrix
+        laid = _resized_again(laid, covering[axis], cubic)
+        return _trimmed(laid[corner[axis] :][: data.canvas[axis]])
 
     return {camera: (along(camera, 0), along(camera, 1)) for camera in data.cameras}
 
@@ -94,6 +95,12 @@ def filter_weights(size, new, kernel):
     centres = (np.arange(new) + 0.5) * (size / new)
     weights = kernel((np.arange(size) + 0.5 - centres[:, None]) / stretch)
     return weights / weights.sum(axis=1, keepdims=True)
+
+
+def _resized_again(matrix, new, kernel):
+    """One more resize of what a matrix [pixels, pixels of the camera] makes."""
+    size = len(matrix)
+    return matrix if size == new else filter_weights(size, new, kernel) @ matrix
 
 
 def triangle(x):
@@ -126,11 +133,10 @@ def _alike(axes):
     """Lists of cameras that read the same pixels of their images with the same weights."""
     groups = {}
     for camera, both in axes.items():
-        key = [
-            (axis.source.start, axis.source.stop, axis.weights is None or axis.weights.tobytes())
-            for axis in both
-        ]
-        groups.setdefault(tuple(key), []).append(camera)
+        key = tuple(
+            (str(each.source), each.weights is not None and each.weights.tobytes()) for each in both
+        )
+        groups.setdefault(key, []).append(camera)
     return list(groups.values())
 
 
@@ -140,15 +146,14 @@ def _resampled(images, rows, columns):
     An accelerator takes all at once: five launches, however many there are. A CPU takes one after
     another, which stays in its cache: at batch 64 that needs half the time.
 
-    Returns:
-      a list of float32 [..., H, W, 3].
+    Returns: a list of float32 [..., H, W, 3].
     """
     if rows is None and columns is None:
-        return [_pixels(image) for image in images]
+        return [pixels(image) for image in images]
     lead, shape = images[0].shape[:-3], images[0].shape[-3:]
 
     def resample(x):  # each product is over the first axis
-        x = _pixels(x).transpose(1, 2, 0, 3)
+        x = pixels(x).transpose(1, 2, 0, 3)
         x = _product(columns, _product(rows, x).swapaxes(0, 1))
         return x.transpose(2, 1, 0, 3)
 
@@ -185,7 +190,7 @@ def _product(weights, x):
     return out.reshape(-1, *x.shape[1:])[: len(weights)]
 
 
-def _pixels(image):
+def pixels(image):
     """`encoders_base.to_float` of uint8, to the same bits where a compiler divides by multiplying.
 
     x / 255 is x * 257 / 65536, which is exact, and 1 / 65536 of x / 255.

@@ -95,11 +95,18 @@ LAYOUTS = {  # keys of config.data, sizes of the images as they come
 }
 
 
+def as_on_an_accelerator(monkeypatch):
+    """All images in one product; a CPU takes one after another."""
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, cpu, default: default(*args))
+
+
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_the_canvas_is_pillows(name):
+def test_the_canvas_is_pillows(name, monkeypatch):
     keys, sizes = LAYOUTS[name]
     data = declare(**keys)
     for kind in ("random", "checkers"):
+        if kind == "checkers":
+            as_on_an_accelerator(monkeypatch)
         traced, wanted = both(images_of(data, sizes, kind), data)
         assert traced.dtype == np.float32 and traced.shape == (2, *data.canvas, 3)
         np.testing.assert_allclose(traced, wanted, rtol=0, atol=1e-6)
@@ -132,6 +139,25 @@ def test_a_crop_alone_resamples_nothing():
     rows, columns = device_canvas.plan(dict.fromkeys(data.cameras, (9, 13)), data)["head"]
     assert rows == (slice(0, 9), slice(0, 9), None)
     assert columns == (slice(2, 13), slice(0, 11), None)  # 5 of 26 columns are cut off: 2 and 3
+
+
+def test_each_level_keeps_its_bits_where_a_compiler_fuses_products_with_sums():
+    """x * a + x * b rounded once or twice; a is the first factor, so that x * a is exact."""
+    x = np.arange(256, dtype=np.float64)
+    a, b = np.float32(257 / 65536), np.float32(1 / 255 / 65536)
+    np.testing.assert_array_equal(x * a, (x * a).astype(np.float32))
+    wanted = encoders_base.to_float(x.astype(np.uint8))
+    np.testing.assert_array_equal((x * a + x * b).astype(np.float32), wanted)
+    np.testing.assert_array_equal(device_canvas.pixels(x.astype(np.uint8)), wanted)
+
+
+def test_products_are_of_full_float32():
+    """A GPU's default may be TF32, a TPU's is bfloat16."""
+    data = declare(camera_size=(10, 9), canvas=(33, 60))
+    images = images_of(data, [(24, 31), (10, 9)])
+    text = str(jax.make_jaxpr(lambda images: device_canvas.canvas(images, data))(images))
+    products = text.count("dot_general[")
+    assert products and text.count("Precision.HIGHEST, Precision.HIGHEST") == products
 
 
 def test_any_number_of_leading_axes():
