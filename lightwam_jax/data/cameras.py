@@ -11,8 +11,8 @@ config.data declares these steps, in this order, as in the release (docs/spec.md
   4. canvas: the smallest resize (bicubic, antialiased) that covers it, then the crop of its centre.
 
 Sizes are (height, width). Pillow resizes: pixel centres at halves, the filter stretched when
-shrinking, taps beyond the border left out, Keys' cubic with a = -0.5. device_canvas.py computes the same
-under `jax.jit`.
+shrinking, taps beyond the border left out, Keys' cubic with a = -0.5. device_canvas.py does the
+same under `jax.jit`.
 """
 
 import typing
