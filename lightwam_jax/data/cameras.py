@@ -11,7 +11,8 @@ config.data declares these steps, in this order, as in the release (docs/spec.md
   4. canvas: the smallest resize (bicubic, antialiased) that covers it, then the crop of its centre.
 
 Sizes are (height, width). Pillow resizes: pixel centres at halves, the filter stretched when
-shrinking, taps beyond the border left out, Keys' cubic with a = -0.5.
+shrinking, taps beyond the border left out, Keys' cubic with a = -0.5. device_canvas.py does the
+same under `jax.jit`.
 """
 
 import typing
@@ -21,11 +22,11 @@ from PIL import Image
 
 from lightwam_jax.encoders import base as encoders_base
 
-ORIENTATIONS = {
+ORIENTATIONS = {  # of numpy or traced jax arrays
     "": lambda x: x,
-    "rotate_90": lambda x: np.rot90(x, 1, axes=(-3, -2)),  # counter-clockwise
-    "rotate_180": lambda x: np.rot90(x, 2, axes=(-3, -2)),
-    "rotate_270": lambda x: np.rot90(x, 3, axes=(-3, -2)),
+    "rotate_90": lambda x: x.swapaxes(-3, -2)[..., ::-1, :, :],  # counter-clockwise
+    "rotate_180": lambda x: x[..., ::-1, ::-1, :],
+    "rotate_270": lambda x: x.swapaxes(-3, -2)[..., ::-1, :],
     "flip_vertical": lambda x: x[..., ::-1, :, :],  # upside down
     "flip_horizontal": lambda x: x[..., ::-1, :],
 }
@@ -74,7 +75,7 @@ def canvas(images, data):
       ValueError: a camera is missing, not uint8 images, or does not fit with the others; or a
         layout that does not fit the canvas; see `regions`.
     """
-    views = _oriented(images, data)
+    views = oriented(images, data)
     regions(data)  # raises where a camera would be cropped away
     places, whole = layout(data)
     for camera, view in views.items():
@@ -86,7 +87,7 @@ def canvas(images, data):
     out = np.empty((*first.shape[:-3], *whole, 3), first.dtype)
     for camera, place in places.items():
         out[place.pixels] = views[camera]
-    covering, corner = _covering(whole, data.canvas)
+    covering, corner = cover(whole, data.canvas)
     return resize(out, covering, Image.Resampling.BICUBIC)[Box(*corner, *data.canvas).pixels]
 
 
@@ -121,7 +122,7 @@ def regions(data, size=None):
       ValueError: a layout that does not fit the canvas, or that crops a camera away.
     """
     places, whole = layout(data)
-    covering, corner = _covering(whole, data.canvas)
+    covering, corner = cover(whole, data.canvas)
     cells = size or data.canvas
 
     def on_canvas(edge, axis):
@@ -153,7 +154,7 @@ def shown(images, data):
     a region of a map can be drawn over it.
     """
     places, whole = layout(data)
-    covering, corner = _covering(whole, data.canvas)
+    covering, corner = cover(whole, data.canvas)
     crop = Box(*corner, *data.canvas)
 
     def window(place, size):
@@ -165,7 +166,7 @@ def shown(images, data):
 
         return crop.moved(on_image)
 
-    views = _oriented(images, data)
+    views = oriented(images, data)
     boxes = {name: window(places[name], view.shape[-3:-1]) for name, view in views.items()}
     return {name: view[boxes[name].pixels] for name, view in views.items()}
 
@@ -215,15 +216,23 @@ def layout(data):
     return dict(zip(cameras, boxes)), (height, width)
 
 
-def _covering(whole, canvas):
+def cover(whole, canvas):
     """(The smallest size of the aspect of `whole` that covers the canvas, corner of its centre)."""
     ratio = max(canvas[1] / whole[1], canvas[0] / whole[0])
     covering = tuple(int(ratio * side + 0.5) for side in whole)
     return covering, tuple(round((a - b) / 2) for a, b in zip(covering, canvas))
 
 
-def _oriented(images, data):
-    """{camera: uint8 [..., h, w, 3]} of config.data.cameras, turned and checked."""
+def check(images, data):
+    """Checks that `images` are what `canvas` takes; reads types and shapes, no pixels.
+
+    Args:
+      images: {camera: array [..., h, w, 3]}: numpy, jax, or traced.
+      data: `DataConfig`.
+
+    Raises:
+      ValueError: a camera is missing, not uint8 images, or does not fit with the others.
+    """
     missing = [camera for camera in data.cameras if camera not in images]
     if missing:
         missing, got, wanted = (", ".join(map(repr, n)) for n in (missing, images, data.cameras))
@@ -231,8 +240,7 @@ def _oriented(images, data):
             f"no image of camera {missing}; got {got}, config.data.cameras wants {wanted}"
         )
     lead = images[data.cameras[0]].shape[:-3]
-    out = {}
-    for camera, orientation in zip(data.cameras, data.orientation or ("",) * len(data.cameras)):
+    for camera in data.cameras:
         image = images[camera]
         is_image = image.dtype == np.uint8 and image.ndim >= 3 and image.shape[-1] == 3
         if not is_image or image.shape[:-3] != lead or 0 in image.shape[-3:]:
@@ -241,5 +249,10 @@ def _oriented(images, data):
                 f"uint8 {[*lead, 'h', 'w', 3]}, RGB with channels last and as many "
                 f"images as camera {data.cameras[0]!r}"
             )
-        out[camera] = ORIENTATIONS[orientation](image)
-    return out
+
+
+def oriented(images, data):
+    """{camera: uint8 [..., h, w, 3]} of config.data.cameras, checked and turned; see `check`."""
+    check(images, data)
+    turns = zip(data.cameras, data.orientation or ("",) * len(data.cameras))
+    return {camera: ORIENTATIONS[orientation](images[camera]) for camera, orientation in turns}

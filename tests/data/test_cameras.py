@@ -119,7 +119,7 @@ def test_the_crop_is_the_centre_with_halves_to_the_even_side(axis, margin, cut):
     ],
 )
 def test_the_smallest_size_that_covers_the_canvas(whole, canvas, covering, corner):
-    assert cameras_lib._covering(whole, canvas) == (covering, corner)
+    assert cameras_lib.cover(whole, canvas) == (covering, corner)
 
 
 def test_floats_and_bytes_round_to_the_nearest():
