@@ -102,10 +102,11 @@ def _closed_loop(policy, directory):
         return None, closed_loop.manifest_of(policy)
     suite_run = suites_lib.of_config(config, suite)
     manifest = closed_loop.manifest_of(policy, suite_run)
-    policy.warm_up([config.evaluation.batch])
+    actor = policy.deployed()
+    actor.warm_up([config.evaluation.batch])
     log = directory / "episodes.jsonl", report.log_manifest(manifest, manifest["weights"])
     results = rollout.run(
-        policy.act,
+        actor.act,
         suite_run.env,
         suite_run.episodes,
         config.evaluation,

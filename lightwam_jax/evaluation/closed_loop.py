@@ -90,14 +90,17 @@ def manifest_of(policy, suite_run=None):
 
 
 def _hash(policy):
-    return report.weights_hash(sorted(params.flatten(jax.device_get(policy.params)).items()))
+    leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(policy.params))
+    named = {jax.tree_util.keystr(path, simple=True, separator="/"): x for path, x in leaves}
+    return report.weights_hash(sorted(named.items()))
 
 
 def _run_all(policy, suite_run, manifest, directory):
     """Returns {"trained", "untrained" and, if there is one, "expert": [`EpisodeResult`]}."""
     e, env, results = policy.config.evaluation, suite_run.env, {}
-    policy.warm_up([e.batch])
-    for who, actor in (("trained", policy), ("untrained", policy.untrained(policy.config.seed))):
+    trained = policy.deployed()
+    trained.warm_up([e.batch])
+    for who, actor in (("trained", trained), ("untrained", trained.untrained(policy.config.seed))):
         log, decisive = directory / f"{who}.jsonl", report.log_manifest(manifest, _hash(actor))
         results[who] = rollout.run(actor.act, env, suite_run.episodes, e, log, decisive, who)
     if suite_run.expert_tasks:

@@ -3,9 +3,9 @@
     policy = Policy.load("runs/demo")
     actions = policy.act({"scene": images, "wrist": images}, state, ["put the red ..."] * B)
 
-From canvas and state to actions is one pure jitted function with the weights as arguments. Around
-it: camera layout, a cache of encoded instructions, and padding of the batch to a few fixed sizes,
-so that nothing is compiled in the middle of an episode.
+From canvas and state to actions is one pure jitted function with the weights as arguments. Before
+it: a small one that lays the cameras out on the canvas, a cache of encoded instructions, and
+padding of the batch to a few fixed sizes, so that nothing is compiled in the middle of an episode.
 """
 
 import copy
@@ -25,7 +25,7 @@ from lightwam_jax.checkpoint import run as checkpoint
 from lightwam_jax.data import actions as actions_lib
 from lightwam_jax.data import assets as assets_lib
 from lightwam_jax.data import cameras as cameras_lib
-from lightwam_jax.encoders import base as encoders_base
+from lightwam_jax.data import device_canvas
 from lightwam_jax.encoders import text as text_lib
 from lightwam_jax.inference import contexts as contexts_lib
 from lightwam_jax.inference import deploy as deploy_lib
@@ -60,6 +60,7 @@ class Policy:
         self._initialise = jax.jit(
             lambda key: build.init_params(model, key, config.model), compiler_options=cheap
         )
+        self._canvas = jax.jit(lambda images: device_canvas.canvas(images, config.data))
         self._prepare = jax.jit(self._context_pass)
         self._act = jax.jit(self._action_pass, static_argnames="taps")
         self._imagine = jax.jit(self._video_pass, static_argnames=("steps", "full"))
@@ -144,18 +145,19 @@ class Policy:
         Raises:
           ValueError: an observation that does not fit the model; says what was expected.
         """
-        canvas, state = self._check(images, state, prompts)
+        images, state = self._check(images, state, prompts)
         parts = []
-        for start in range(0, len(canvas), PADDED_SIZES[-1]):
+        for start in range(0, len(state), PADDED_SIZES[-1]):
             rows = slice(start, start + PADDED_SIZES[-1])
-            parts.append(self._act_padded(canvas[rows], state[rows], prompts[rows], return_taps))
+            some = {camera: image[rows] for camera, image in images.items()}
+            parts.append(self._act_padded(some, state[rows], prompts[rows], return_taps))
         actions, taps = zip(*parts)
         if not return_taps:
             return np.concatenate(actions)
         joined = {name: np.asarray(tap) for name, tap in taps[0].items()}
         for name in joined:
             if name.startswith("attention_"):
-                joined[name] = np.concatenate([part[name] for part in taps])[: len(canvas)]
+                joined[name] = np.concatenate([part[name] for part in taps])[: len(state)]
         return np.concatenate(actions), joined
 
     def predict_video(self, images, state, prompts, seed=0, steps=10, resolution="pooled"):
@@ -174,20 +176,25 @@ class Policy:
         if resolution not in ("pooled", "full"):
             raise ValueError(f"resolution is {resolution!r}; expected 'pooled' or 'full'")
         self._need_whole_model()
-        canvas, state = self._check(images, state, prompts)
-        inputs, key = self._padded(canvas, state, prompts), jax.random.key(seed)
+        images, state = self._check(images, state, prompts)
+        inputs, key = self._padded(images, state, prompts), jax.random.key(seed)
         latents = self._imagine(*inputs, key, steps=steps, full=resolution == "full")
-        return self.assets.codec.decode(np.asarray(latents)[: len(canvas)])
+        return self.assets.codec.decode(np.asarray(latents)[: len(state)])
 
-    def warm_up(self, batch_sizes=(1,)):
+    def warm_up(self, batch_sizes=(1,), sizes=None):
         """Compiles the action pass for the padded batch sizes of `batch_sizes`.
 
-        What is compiled begins with the canvas: the size of the cameras' images does not matter.
+        Args:
+          sizes: {camera: (height, width)} of the images to come. Default: as they lie on the
+            canvas. Images of another size cost about a second at their first call, for the small
+            program that lays them out; what is large begins with the canvas.
         """
+        data = self.config.data
+        sizes = sizes or {name: box.size for name, box in cameras_lib.layout(data)[0].items()}
         for n in sorted({_padded_size(size) for size in batch_sizes}):
-            canvas = np.zeros((n, *self.config.data.canvas, 3), np.float32)
+            images = {camera: np.zeros((n, *size, 3), np.uint8) for camera, size in sizes.items()}
             state = np.zeros((n, config_lib.state_width(self.config)), np.float32)
-            self._act_padded(canvas, state, ["warm up"] * n)
+            self._act_padded(images, state, ["warm up"] * n)
 
     def canvas(self, images):
         """Returns `cameras.canvas` [...,H,W,3] of {camera: uint8 [...,h,w,3]}."""
@@ -240,15 +247,16 @@ class Policy:
 
     # ---- around them ---------------------------------------------------------------------------
 
-    def _act_padded(self, canvas, state, prompts, taps=False):
-        actions, seen = self._act(*self._padded(canvas, state, prompts), taps=taps)
-        return np.asarray(actions, np.float32)[: len(canvas)], seen
+    def _act_padded(self, images, state, prompts, taps=False):
+        actions, seen = self._act(*self._padded(images, state, prompts), taps=taps)
+        return np.asarray(actions, np.float32)[: len(state)], seen
 
-    def _padded(self, canvas, state, prompts):
+    def _padded(self, images, state, prompts):
         """What the jitted functions read first, with as many rows as a padded batch has."""
-        rows = _padded_size(len(canvas))
+        rows = _padded_size(len(state))
+        canvas = self._canvas({camera: _pad(image, rows) for camera, image in images.items()})
         context = self._contexts(list(prompts), rows)
-        return self.params, self._codec, _pad(canvas, rows), context, _pad(state, rows)
+        return self.params, self._codec, canvas, context, _pad(state, rows)
 
     @functools.cached_property
     def _codec(self):
@@ -271,29 +279,29 @@ class Policy:
             )
 
     def _check(self, images, state, prompts):
-        """Returns (canvas float32 [B,H,W,3] in 0..1, state float32 [B,P])."""
-        canvas = self.canvas({camera: np.asarray(image) for camera, image in images.items()})
-        # One type, so that nothing is compiled twice: uint8 comes only where nothing is resampled.
-        canvas = encoders_base.to_float(canvas)
-        state, width = np.asarray(state, np.float32), config_lib.state_width(self.config)
-        if canvas.ndim != 4 or not len(canvas):
+        """Returns ({camera: uint8 [B,h,w,3]} of config.data.cameras, state float32 [B,P])."""
+        images = {camera: np.asarray(image) for camera, image in images.items()}
+        cameras_lib.check(images, self.config.data)
+        images = {camera: images[camera] for camera in self.config.data.cameras}
+        camera, first = next(iter(images.items()))
+        if first.ndim != 4 or not len(first):
             raise ValueError(
-                f"the images make a canvas of shape {list(canvas.shape)}; expected a batch "
-                "[B,H,W,3] (give a single observation an axis of length 1)"
+                f"camera {camera!r} gives images of shape {list(first.shape)}; expected a batch "
+                "[B,h,w,3] (give a single observation an axis of length 1)"
             )
-        if state.shape != (len(canvas), width):
+        rows, width = len(first), config_lib.state_width(self.config)
+        state = np.asarray(state, np.float32)
+        if state.shape != (rows, width):
             raise ValueError(
-                f"state has shape {list(state.shape)}; expected [{len(canvas)}, "
+                f"state has shape {list(state.shape)}; expected [{rows}, "
                 f"{width}]: a row per image, {width} numbers in the units of the data"
             )
         if not np.isfinite(state).all():
-            rows = np.flatnonzero(~np.isfinite(state).all(axis=1)).tolist()
-            raise ValueError(f"state is not finite in rows {rows}")
-        if isinstance(prompts, str) or len(prompts) != len(canvas):
-            raise ValueError(
-                f"prompts is {prompts!r}; expected a list of {len(canvas)} instructions"
-            )
-        return canvas, state
+            bad = np.flatnonzero(~np.isfinite(state).all(axis=1)).tolist()
+            raise ValueError(f"state is not finite in rows {bad}")
+        if isinstance(prompts, str) or len(prompts) != rows:
+            raise ValueError(f"prompts is {prompts!r}; expected a list of {rows} instructions")
+        return images, state
 
 
 def _padded_size(rows):

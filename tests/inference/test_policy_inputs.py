@@ -54,6 +54,12 @@ def policy(assets):
     return policy_lib.Policy(Mirror(), {"dit": {"head": {}}}, make_config(), assets, step=7)
 
 
+def laid_out(policy, rows):
+    """Canvas float32 [rows,H,W,3] and state of `observe`, as the model's passes get them."""
+    images, state = policy._check(*observe(rows))
+    return np.asarray(policy._canvas(images)), state
+
+
 def changed(policy, **values):
     """A policy of other config.loss."""
     loss = dataclasses.replace(policy.config.loss, **values)
@@ -65,7 +71,7 @@ def changed(policy, **values):
 
 
 def test_latents_are_rounded_as_those_of_the_cache(policy):
-    canvas, state = policy._check(*observe(3))
+    canvas, state = laid_out(policy, 3)
     assert canvas.dtype == np.float32 and 0.9 < canvas.max() <= 1
     exact = policy.assets.codec.encode(canvas[:, None])
     latents, _ = policy._inputs(policy.assets.codec.arrays, canvas, state)
@@ -80,7 +86,7 @@ def test_latents_are_rounded_as_those_of_the_cache(policy):
 def test_the_state_is_normalised_as_the_states_were_and_padded(assets):
     config = make_config({"action_dim": 4, "state_dim": 5}, action_dim=6, proprio_dim=9)
     wide = policy_lib.Policy(Mirror(), {"dit": {}}, config, assets)
-    canvas, _ = wide._check(*observe(2))
+    canvas, _ = laid_out(wide, 2)
     state = np.float32([[-2, -1, 0, 1, 2], [0, 0.5, 100, -100, 1]])
     _, proprio = wide._inputs(wide.assets.codec.arrays, canvas, state)
     want = [[-1, -0.5, 0, 0.5, 1, 0, 0, 0, 0], [0, 0.25, 5, -5, 0.5, 0, 0, 0, 0]]
@@ -163,7 +169,7 @@ def test_actions_are_turned_back_with_the_statistics_of_actions(policy):
 
 
 def test_a_residual_video_is_added_to_its_first_frame(policy):
-    canvas, state = policy._check(*observe(2))
+    canvas, state = laid_out(policy, 2)
     context = policy._contexts(["go", "stop"], 2)
     arguments = (policy.params, policy.assets.codec.arrays, canvas, context, state)
     key = jax.random.key(0)
