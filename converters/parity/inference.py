@@ -14,6 +14,8 @@ from converters.parity.fixtures import (
 )
 from converters.parity.model import attentions
 from lightwam_jax import flow
+from lightwam_jax.inference import deploy
+from lightwam_jax.models import vae as vae_lib
 from lightwam_jax.models.lightwam import pool_latents, resize_velocity
 
 SHIFT = 5.0  # of the recorded schedules
@@ -21,7 +23,7 @@ SHIFT = 5.0  # of the recorded schedules
 
 def e_infer(fixtures):
     """The policy and the imagined future, from recorded latents and from pixels."""
-    model, tree, _ = fixtures.lightwam
+    model, tree, config = fixtures.lightwam
     vae = _Vae(fixtures)
     act = jax.jit(
         lambda tree, first, text, proprio, mask, horizon: model.apply(
@@ -31,6 +33,7 @@ def e_infer(fixtures):
     )
     data = fixtures.arrays("e_infer/infer_action.npz")
     yield from _act(act, model.dit.adapter_layers, tree, vae, data)
+    yield from _deployed(tree, config, vae, data)
     present = [path.name for path in (fixtures.root / "e_infer").iterdir()]
     for name in matching(present, "infer_joint_factor*.npz"):
         factor = int(name.removeprefix("infer_joint_factor").removesuffix(".npz"))
@@ -64,6 +67,13 @@ class _Vae:
         latents = self._encode(self._tree, channels_last(data["image"][:, :, None]))
         got, compare = channels_first(latents), Compare("e_infer", f"{name} pixels")
         return latents, [compare("first_frame_latents", got, expected, self._latent_noise)]
+
+    def still(self, data):
+        """Latents of a fixture's image from the kernels' last time taps, or None."""
+        if "image" not in data or self._tree is None:
+            return None
+        image = channels_last(data["image"][:, :, None])
+        return self._encode(vae_lib.still_params(self._tree), image)
 
     def frames(self, name, data):
         """The decoded video of the recorded latents, as floats and as the bytes a viewer gets."""
@@ -123,6 +133,28 @@ def _act(act, adapter_layers, tree, vae, data):
     yield from checks
     if seen is not None:
         yield Compare("e_infer", "infer_action pixels")("action", actions(seen), data["action"])
+
+
+def _deployed(tree, config, vae, data):
+    """The deployed form (inference/deploy.py): the same actions and attention."""
+    first, text, proprio, mask = _context(data, channels_last(data["first_frame_latents"]))
+    weights = deploy.deployed(tree, config, len(data["action"]))
+
+    @jax.jit
+    def act(weights, first, mask):
+        keys_values = deploy.keys_values(weights, text, config)
+        return deploy.act(weights, first, keys_values, mask, proprio, config, taps=True)
+
+    actions, taps = act(weights, first, mask)
+    got = {"action": actions[0], **attentions(taps)}
+    if "action_with_padding_masked" in data:
+        real = jnp.asarray((data["context"] != 0).any(axis=-1))[None]
+        got["action_with_padding_masked"] = act(weights, first, real)[0][0]
+    yield from Compare("e_infer", "deployed").recorded(got, data)
+    seen = vae.still(data)
+    if seen is not None:
+        actions = act(weights, seen, mask)[0][0]
+        yield Compare("e_infer", "deployed pixels")("action", actions, data["action"])
 
 
 def _joint(act, model, tree, vae, data, factor):
