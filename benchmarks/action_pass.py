@@ -23,7 +23,7 @@ from lightwam_jax.models.vae22 import Wan22VAE
 from lightwam_jax.training import step as step_lib
 
 _VAES = {"wan21": WanVAE, "wan22": Wan22VAE}  # by config.data.codec
-_TINY_DATA = dict(canvas=(32, 64), camera_size=None, text_len=8)
+_TINY_DATA = dict(canvas=(32, 64), camera_size=(), text_len=24)
 
 
 def config_of(config, **changes):
@@ -35,7 +35,7 @@ def config_of(config, **changes):
     config.data.source = "fake"
     if changes.pop("tiny", False):
         widths = {name: config.model[name] for name in ("action_dim", "proprio_dim")}
-        config.model.update(config_lib.model_variant("tiny", **widths))
+        config.model.update(config_lib.defaults("tiny", **widths)["model"])
         config.data.update(_TINY_DATA)
         config.loss.downsample = 1
     config.update_from_flattened_dict(changes)
@@ -44,23 +44,36 @@ def config_of(config, **changes):
 
 def shapes(config):
     """Returns {"policy", "codec"}: ShapeDtypeStructs of the deployed weights, as they are kept."""
-    _, params = _deployed(config)
     codec = vae(config)
     clip = jax.ShapeDtypeStruct((1, 1, *config.data.canvas, 3), jnp.float32)
     encoder = jax.eval_shape(
         lambda x: codec.init(jax.random.key(0), x, method="encode")["params"], clip
     )
     kept = lambda x: jax.ShapeDtypeStruct(x.shape, codec.dtype)
-    return {"policy": params, "codec": jax.tree.map(kept, encoder)}
+    return {"policy": deployed(config)[1], "codec": jax.tree.map(kept, encoder)}
 
 
 def vae(config):
-    """Returns the VAE of a config, in the compute dtype of its model."""
-    return _VAES[config.data.codec](dtype=jnp.dtype(config.model.dtype))
+    """Returns the VAE of a config, in the compute dtype of its model; of the tiny model, a thin one."""
+    width = {"dim": 16} if config.model.variant == "tiny" else {}
+    return _VAES[config.data.codec](dtype=jnp.dtype(config.model.dtype), **width)
 
 
-def stages(config):
-    """Returns the parts of the policy as pure functions of its weights (of `shapes`).
+def of_config(config):
+    """Returns the `stages` of a config, with its VAE."""
+    codec = vae(config)
+
+    def encode(arrays, video):
+        return codec.apply({"params": arrays}, (video - 0.5) / 0.5, method="encode")
+
+    return stages(build.build_model(deployed(config)[0]), encode, config.data.action_horizon)
+
+
+def stages(model, encode_with, horizon):
+    """Returns the parts of a deployed policy as pure functions of its weights (see `shapes`).
+
+    Args:
+      model: the deployed one. encode_with: of its codec. horizon: T of its config.
 
     Returns:
       a namespace of functions
@@ -70,13 +83,10 @@ def stages(config):
         read(weights, latents, context) -> actions [B,T,A] (blocks and head),
         act(weights, canvas, kept, state) -> actions: all but `remember`.
     """
-    model, _ = _deployed(config)
-    codec, horizon = vae(config), config.data.action_horizon
-    last = config.model.adapter_layers[-1]
+    last = model.dit.adapter_layers[-1]
 
     def encode(weights, canvas):
-        video = (canvas[:, None] - 0.5) / 0.5
-        return codec.apply({"params": weights["codec"]}, video, method="encode")
+        return encode_with(weights["codec"], canvas[:, None])
 
     def remember(weights, text):
         del weights
@@ -108,19 +118,22 @@ def inputs(config, rows):
     )
 
 
-def _deployed(config):
-    """The deployed model, and the shapes of its parameters in the dtypes that a policy keeps."""
+def deployed(config):
+    """Returns (`ModelConfig`, shapes of the parameters) of the deployed form.
+
+    The parameters have the dtypes that a policy keeps: those of a checkpoint.
+    """
     _, _, state = step_lib.state_shapes(config)
-    whole = params_lib.merge(state.trainable, state.frozen)  # as a checkpoint has them
+    whole = params_lib.merge(state.trainable, state.frozen)
     made = []
 
-    def deployed(params):
+    def smaller(params):
         params, model_config = deploy.deployed(params, config.model)
         made.append(model_config)
         return params
 
-    params = jax.eval_shape(deployed, whole)
-    return build.build_model(made[0]), params
+    params = jax.eval_shape(smaller, whole)
+    return made[0], params
 
 
 # ---- random weights ----------------------------------------------------------------------------

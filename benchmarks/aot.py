@@ -105,7 +105,7 @@ def compile_policy(config, topology, rows):
     """As `compile_step`, of the deployed policy, canvas to actions, for one chip."""
     one = aot_devices.devices(topology)[:1]
     place = sharding.replicated(sharding.make_mesh(config_lib.MeshConfig(1, 1, "sharded"), one))
-    policy, weights = action_pass.stages(config), action_pass.shapes(config)
+    policy, weights = action_pass.of_config(config), action_pass.shapes(config)
     canvas, text, state = action_pass.inputs(config, rows)
     kept = jax.eval_shape(policy.remember, weights, text)
     arguments = _placed((weights, canvas, kept, state), place)

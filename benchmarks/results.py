@@ -14,22 +14,15 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 
 
 def write(path, name, numbers):
-    """Prints {"benchmark": name, **numbers, ...} and writes it to `path`, if one is given."""
-    device = jax.devices()[0]
+    """Prints {"benchmark": name, **numbers, ...} and writes it to `path`, if one is given.
+
+    "device" and "versions" are those of this process, unless `numbers` bring their own.
+    """
     result = {
         "benchmark": name,
         **numbers,
-        "device": {
-            "kind": device.device_kind,
-            "platform": device.platform,
-            "count": jax.device_count(),
-            "host_cores": os.cpu_count(),
-            "machine": platform.machine(),
-        },
-        "versions": {
-            "python": platform.python_version(),
-            **{package: importlib.metadata.version(package) for package in PACKAGES},
-        },
+        "device": numbers.get("device") or device(),
+        "versions": numbers.get("versions") or versions(),
         "command": " ".join(["python -m", f"benchmarks.{name}", *sys.argv[1:]]),
         "date": datetime.date.today().isoformat(),
     }
@@ -39,3 +32,21 @@ def write(path, name, numbers):
         path = pathlib.Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text + "\n")
+
+
+def device():
+    """Returns {"kind", ...} of this process's devices and host."""
+    first = jax.devices()[0]
+    return {
+        "kind": first.device_kind,
+        "platform": first.platform,
+        "count": jax.device_count(),
+        "host_cores": os.cpu_count(),
+        "machine": platform.machine(),
+    }
+
+
+def versions():
+    """Returns the versions of Python and of `PACKAGES`."""
+    found = {package: importlib.metadata.version(package) for package in PACKAGES}
+    return {"python": platform.python_version(), **found}
