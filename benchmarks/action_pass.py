@@ -54,7 +54,7 @@ def shapes(config):
 
 
 def vae(config):
-    """Returns the VAE of a config, in the compute dtype of its model; of the tiny model, a thin one."""
+    """Returns the VAE of a config, in the compute dtype of its model: a thin one of a tiny one."""
     width = {"dim": 16} if config.model.variant == "tiny" else {}
     return _VAES[config.data.codec](dtype=jnp.dtype(config.model.dtype), **width)
 
