@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lightwam_jax import build
+from lightwam_jax import build, sharding
 from lightwam_jax import config as config_lib
 from lightwam_jax import params as params_lib
 from lightwam_jax.inference import deploy
@@ -155,6 +155,22 @@ def random_batch(shapes, seed=0):
         else np.zeros(x.shape, x.dtype)
     )
     return jax.tree.map(fill, shapes)
+
+
+def training(config):
+    """Returns (jitted step, state, batch) of a training step on one device; the state is random."""
+    model, optimizer, shapes = step_lib.state_shapes(config)
+    places = sharding.tree_shardings(sharding.single_device_mesh(), shapes)
+    step = step_lib.make_train_step(model, config, optimizer, places)
+    zeros = lambda tree: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), tree)
+    learns = random(shapes.trainable)
+    state = zeros(shapes.replace(trainable=None, frozen=None, ema=None)).replace(
+        trainable=learns,
+        frozen=random(shapes.frozen),
+        ema=shapes.ema and jax.tree.map(jnp.copy, learns),
+    )
+    batch = jax.device_put(random_batch(step_lib.batch_shapes(config)))
+    return step_lib.jit_train_step(step, places), jax.device_put(state, places), batch
 
 
 def _leaf(name, x, number):

@@ -31,8 +31,11 @@ if compgen -G '.whl/*.whl' > /dev/null; then
         .whl/*.whl || exit 1
     export PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH}
 fi
-# No other process shares the card; compilation is measured.
+# No other process shares the card. Compilation is measured, except in a rehearsal.
 export PYTHONUNBUFFERED=1 XLA_PYTHON_CLIENT_MEM_FRACTION=.92 JAX_ENABLE_COMPILATION_CACHE=false
+if [ "$TINY" = 1 ]; then
+    export JAX_ENABLE_COMPILATION_CACHE=true JAX_COMPILATION_CACHE_DIR=$OUT/cache
+fi
 if command -v nvidia-smi > /dev/null; then
     nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.max.sm,memory.total --format=csv |
         tee "$OUT/card.csv"

@@ -11,7 +11,6 @@ the device as programs of their own: each of them is waited for, so that togethe
 than the whole, which is one program.
 """
 
-import resource
 import statistics
 import sys
 import time
@@ -24,14 +23,15 @@ from benchmarks import action_pass, random_policy, results
 from lightwam_jax.inference import latency
 from lightwam_jax.inference.policy import Policy
 
-GIB = 2**30
 SIZES = ("224x224", "480x640")  # of every camera
 BATCHES = (1, 8, 64)
 PARTS = ("canvas", "transfer", "vae", "context", "blocks")
 
 
 def measure(policy, batches, sizes, calls=20, seconds=20.0):
-    """Returns [{"batch", "size": "224x224", "cold_s", "p50_ms", "p95_ms", "parts_ms": {part: median}}].
+    """Returns a row per batch and camera size.
+
+    {"batch", "size": "224x224", "cold_s", "p50_ms", "p95_ms", "calls", "parts_ms": {part: median}}
 
     Args:
       policy: a deployed `Policy`. sizes: [(height, width)] of every camera.
@@ -48,24 +48,10 @@ def measure(policy, batches, sizes, calls=20, seconds=20.0):
                 for name, part in random_policy.parts(policy, observed).items()
             }
             cold = {"cold_s": first[0] if size == sizes[0] else None}  # later ones are warm
-            row = {
-                "batch": batch,
-                "size": "x".join(map(str, size)),
-                **cold,
-                **latency.percentiles(later),
-            }
-            rows.append(row | {"calls": len(later), "parts_ms": parts})
+            row = {"batch": batch, "size": "x".join(map(str, size)), **cold}
+            row |= {**latency.percentiles(later), "calls": len(later), "parts_ms": parts}
+            rows.append(row)
     return rows
-
-
-def memory():
-    """Returns GiB at most: {"process"} resident, and {"device"} where it tells."""
-    scale = 1 if sys.platform == "darwin" else 1024  # getrusage: bytes there, KiB elsewhere
-    found = {"process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / GIB}
-    seen = jax.local_devices()[0].memory_stats() or {}
-    if "peak_bytes_in_use" in seen:
-        found["device"] = seen["peak_bytes_in_use"] / GIB
-    return found
 
 
 def table(rows):
@@ -116,7 +102,7 @@ def main(argv):
         "weights": f.workdir or "random",
         "model": {name: getattr(policy.config.model, name) for name in ("variant", "dtype")},
         "rows": rows,
-        "memory_gib": memory(),
+        "memory_gib": results.memory_gib(),
     }
     results.write(f.out, "latency", numbers)
     print(table(rows))

@@ -6,10 +6,12 @@ import json
 import os
 import pathlib
 import platform
+import resource
 import sys
 
 import jax
 
+GIB = 2**30
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 
 
@@ -50,3 +52,13 @@ def versions():
     """Returns the versions of Python and of `PACKAGES`."""
     found = {package: importlib.metadata.version(package) for package in PACKAGES}
     return {"python": platform.python_version(), **found}
+
+
+def memory_gib():
+    """Returns the most that was held so far: {"process": resident, "device": where it tells}."""
+    scale = 1 if sys.platform == "darwin" else 1024  # getrusage: bytes there, KiB elsewhere
+    found = {"process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / GIB}
+    seen = jax.local_devices()[0].memory_stats() or {}
+    if "peak_bytes_in_use" in seen:
+        found["device"] = seen["peak_bytes_in_use"] / GIB
+    return found
