@@ -84,11 +84,13 @@ def main(argv):
 def closed_loop(policy, workdir, out, began):
     """Trained policy, untrained policy and expert on the same episodes."""
     from lightwam_jax.evaluation import closed_loop as closed_loop_lib
+    from lightwam_jax.inference import latency
 
     rates = closed_loop_lib.evaluate(policy, _MODE.value, workdir, out, began)
     for name, by_task in rates.items():
         for task, rate in by_task.items():
             print(f"{name:<12}{f'{task:<30}  ' if len(by_task) > 1 else ''}{rate}")
+    print(latency.line(policy, policy.config.evaluation.batch))
     print(f"summary     {out / 'summary.json'}\nreport      {out / 'report.html'}")
 
 

@@ -8,9 +8,11 @@ rematerialisation are those of `RECIPES` unless given; other keys of the config 
 (--config.data.text_len=64). A TPU's compiler refuses a program that does not fit its memory; a
 GPU's does not. Every program is compiled in a process of its own, whose complaints are counted.
 
-Predicted times are a roofline: every matrix product at the chip's peak, or at the speed of its
-memory where that is slower, all else hidden. `step_ms` lies between full overlap of communication
-and none; what a real step needs is more.
+No time here was measured. `floor_ms` is a roofline: every matrix product at the chip's peak, or at
+the speed of its memory where that is slower, all else hidden; `step_ms` lies between full overlap
+of communication and none. A real program takes longer, a small one several times as long. For GPUs
+the launches of the compiled program are counted too, and `estimate_ms` adds up what each of them
+takes at speeds that a GPU is assumed to sustain (`benchmarks/launches.py`), communication aside.
 """
 
 import dataclasses
@@ -24,18 +26,13 @@ import tempfile
 import time
 
 import jax
-import jax.numpy as jnp
 from absl import app, flags
-from jax.experimental import topologies
 from jax.sharding import AbstractMesh
 from ml_collections import config_flags
 
-from benchmarks import aot_tables, collectives, results
-from lightwam_jax import build, sharding
+from benchmarks import action_pass, aot_devices, aot_tables, collectives, launches, results
 from lightwam_jax import config as config_lib
-from lightwam_jax.data import spec
-from lightwam_jax.encoders import wan
-from lightwam_jax.inference import deploy
+from lightwam_jax import sharding
 from lightwam_jax.training import flops, memory
 from lightwam_jax.training import step as step_lib
 from lightwam_jax.training.chips import CHIPS
@@ -60,72 +57,22 @@ RECIPES = {
     "v6e": Recipe(64, 8, 4, "full"),
     "h100": Recipe(32, 8, 1, "full"),
 }
-ENVIRONMENT = {
-    "JAX_PLATFORMS": "cpu",
-    "JAX_ENABLE_COMPILATION_CACHE": "false",  # it cannot read these programs
-    "TF_CPP_MIN_LOG_LEVEL": "0",
-    # libtpu: no machine to look for, several processes, warnings to stderr
-    "TPU_SKIP_MDS_QUERY": "1",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "TPU_MIN_LOG_LEVEL": "0",
-    "TPU_STDERR_LOG_LEVEL": "0",
-}
-# Nothing that a GPU would have to time, nor softmax kernels that this compiler fails on.
-GPU_FLAGS = (
-    "--xla_gpu_enable_triton_gemm=false --xla_gpu_autotune_level=0 "
-    "--xla_disable_hlo_passes=triton-softmax-rewriter"
-)
-H100 = """
-gpu_device_info {
-  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
-  shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
-  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-  memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98
-  device_memory_size: 84942979072 shared_memory_per_block_optin: 232448
-  cuda_compute_capability { major: 9 }
-  registers_per_core_limit: 65536 registers_per_block_limit: 65536
-}
-platform_name: "CUDA"
-dnn_version_info { major: 9 minor: 10 patch: 0 }
-device_description_str: "NVIDIA H100 80GB HBM3"
-"""
-
-
-def devices(topology):
-    """Returns the chips of a topology such as "v5e:4x4" or "h100:8".
-
-    Raises:
-      ValueError: a chip that `CHIPS` lacks.
-    """
-    chip, _, shape = topology.partition(":")
-    if chip not in CHIPS or not shape:
-        raise ValueError(
-            f"--topology={topology!r}; expected CHIP:SHAPE with a chip of "
-            f"{', '.join(CHIPS)}, such as v5e:4x4 or h100:8"
-        )
-    if chip == "h100":
-        return topologies.get_topology_desc(
-            platform="cuda", target_config=H100, topology=f"1x1x{shape}"
-        ).devices
-    return topologies.get_topology_desc(
-        topology, "tpu", chip_config_name="default", num_slices=1
-    ).devices
 
 
 # ---- one program, in a process of its own -------------------------------------------------------
 
 
 def compile_step(config, topology):
-    """Compiles the training step; returns its numbers."""
-    mesh = sharding.make_mesh(config.mesh, devices(topology))
+    """Compiles the training step; returns its numbers and the text of the program."""
+    mesh = sharding.make_mesh(config.mesh, aot_devices.devices(topology))
     sharding.check_batch_size(config.train.batch_size, config.optimizer.accum_steps, mesh)
     model, optimizer, shapes = step_lib.state_shapes(config)
     places = sharding.tree_shardings(mesh, shapes, config.mesh.frozen)
     step = step_lib.make_train_step(model, config, optimizer, places)
     batch = _placed(step_lib.batch_shapes(config), sharding.batch_sharding(mesh))
-    traced, program, numbers = _compile(
-        step_lib.jit_train_step(step, places), sharding.with_shardings(shapes, places), batch
-    )
+    arguments = sharding.with_shardings(shapes, places), batch
+    traced, text, numbers = _compile(step_lib.jit_train_step(step, places), *arguments)
+    program = collectives.instructions(text)
 
     exchanged = collectives.written(traced.jaxpr, mesh.shape)
     plan = memory.plan(config, shapes, places)
@@ -142,6 +89,8 @@ def compile_step(config, topology):
         "remat": config.model.remat,
         "model": config.model.variant,
         **numbers,
+        "floor_ms": 1000 * max(limits.values()),
+        **_launches(text, topology),
         "collectives": collectives.totals(exchanged, program),
         "largest_collectives": collectives.largest(exchanged, mesh.shape),
         "memory_plan_gib": {name: size / GIB for name, size in plan.items()},
@@ -149,57 +98,29 @@ def compile_step(config, topology):
         "plan": collectives.compare(exchanged, program),
         "roofline": limits | speeds(limits, samples, work, mesh.size, topology),
         "scaling": scaling(config, shapes, traced.jaxpr, limits, work, topology, mesh.size),
-    }
+    }, text
 
 
 def compile_policy(config, topology, rows):
-    """Compiles the deployed policy, canvas to actions, for one chip; returns its numbers."""
-    mesh = sharding.make_mesh(config_lib.MeshConfig(1, 1, "sharded"), devices(topology)[:1])
-    place, dtype = sharding.replicated(mesh), jnp.dtype(config.model.dtype)
-    model, params = _deployed_shapes(config)
-    codec = wan.VAES[config.data.codec](dtype=dtype)
-    canvas = jax.ShapeDtypeStruct((rows, *config.data.canvas, 3), jnp.float32)
-    encoder = jax.eval_shape(
-        lambda x: codec.init(jax.random.key(0), x[:, None], method="encode")["params"], canvas
-    )
-
-    def act(params, encoder, canvas, context, proprio):
-        video = (canvas[:, None] - 0.5) / 0.5
-        latents = codec.apply({"params": encoder}, video, method="encode")
-        horizon = config.data.action_horizon
-        return model.apply({"params": params}, latents, context, proprio, horizon, method="act")[0]
-
-    weights = _placed((params, encoder), place, dtype)  # as the policy keeps them
-    batch = spec.batch_spec(config, rows)
-    inputs = _placed((canvas, batch["context"], batch["proprio"]), place)
-    traced, _, numbers = _compile(jax.jit(act), *weights, *inputs)  # one chip exchanges nothing
-    return {"batch": rows, **numbers, "ms": 1000 * _products_s(traced.jaxpr, topology)}
+    """As `compile_step`, of the deployed policy, canvas to actions, for one chip."""
+    one = aot_devices.devices(topology)[:1]
+    place = sharding.replicated(sharding.make_mesh(config_lib.MeshConfig(1, 1, "sharded"), one))
+    policy, weights = action_pass.of_config(config), action_pass.shapes(config)
+    canvas, text, state = action_pass.inputs(config, rows)
+    kept = jax.eval_shape(policy.remember, weights, text)
+    arguments = _placed((weights, canvas, kept, state), place)
+    traced, text, numbers = _compile(jax.jit(policy.act), *arguments)
+    floor = {"floor_ms": 1000 * _products_s(traced.jaxpr, topology)}
+    return {"batch": rows, **numbers, **floor, **_launches(text, topology)}, text
 
 
-def _deployed_shapes(config):
-    """The model of a deployed policy and the shapes of its parameters."""
-    whole = build.build_model(config.model)
-    whole = jax.eval_shape(lambda: build.init_params(whole, jax.random.key(0), config.model))
-    smaller = []
-
-    def to_deployed(params):
-        params, model_config = deploy.deployed(params, config.model)
-        smaller.append(model_config)
-        return params
-
-    params = jax.eval_shape(to_deployed, whole)
-    return build.build_model(smaller[0]), params
-
-
-def _placed(shapes, place, dtype=None):
-    """The shapes with one sharding for all, in one dtype where it is given."""
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, dtype or x.dtype, sharding=place), shapes
-    )
+def _placed(shapes, place):
+    """The shapes with one sharding for all."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes)
 
 
 def _compile(function, *arguments):
-    """Returns what was traced, the `Instruction`s of the program, and {"trace_s", ...}."""
+    """Returns what was traced, the text of the program, and {"trace_s", "compile_s", ...}."""
     start = time.perf_counter()
     traced = function.trace(*arguments)
     lowered = traced.lower()
@@ -211,7 +132,12 @@ def _compile(function, *arguments):
         "memory_gib_per_chip": memory.compiled(compiled),
         "tflop_per_chip": flops.count(traced.jaxpr) / 1e12,
     }
-    return traced, collectives.instructions(compiled.as_text()), numbers
+    return traced, compiled.as_text(), numbers
+
+
+def _launches(text, topology):
+    """`launches.summary` of a GPU's program; a TPU launches one program, whatever is in it."""
+    return launches.summary(text) if aot_devices.on_gpu(topology) else {}
 
 
 # ---- predictions -------------------------------------------------------------------------------
@@ -257,7 +183,7 @@ def scaling(config, shapes, jaxpr, limits, work, topology, chips):
     """
     fsdp, rows = config.mesh.fsdp, []
     for count in SCALING:
-        if count % fsdp or topology.startswith("h100"):  # beyond 8, a slower network joins nodes
+        if count % fsdp or aot_devices.on_gpu(topology):  # beyond 8, a slower network joins nodes
             continue
         mesh = AbstractMesh((count // fsdp, fsdp), sharding.AXES)
         batch = config.train.batch_size // chips * count
@@ -304,11 +230,10 @@ def compile_apart(config, topology, job):
     with tempfile.TemporaryDirectory() as folder:
         given, made = pathlib.Path(folder, "config.json"), pathlib.Path(folder, "numbers.json")
         given.write_text(config_lib.to_json(config))
-        environment = dict(os.environ, **ENVIRONMENT)
-        if topology.startswith("h100"):
-            environment["XLA_FLAGS"] = GPU_FLAGS
+        environment = os.environ | aot_devices.environment(topology)
         command = [sys.executable, "-m", "benchmarks.aot", f"--topology={topology}",
-                   f"--job={job}", f"--job_config={given}", f"--out={made}"]  # fmt: skip
+                   f"--job={job}", f"--job_config={given}", f"--out={made}",
+                   f"--text={flags.FLAGS.text}"]  # fmt: skip
         done = subprocess.run(
             command, env=environment, stderr=subprocess.PIPE, text=True, errors="replace"
         )
@@ -338,12 +263,15 @@ def main(argv):
     if f.job:
         config = config_lib.from_json(pathlib.Path(f.job_config).read_text())
         job, _, rows = f.job.partition("_")
-        numbers = (
+        numbers, text = (
             compile_step(config, f.topology)
             if job == "train"
             else compile_policy(config, f.topology, int(rows))
         )
         pathlib.Path(f.out).write_text(json.dumps(numbers))
+        if f.text:
+            place = pathlib.Path(f.text, f"{f.topology.replace(':', '_')}_{f.job}.txt")
+            place.write_text(text)
         return
     if f.topology:
         options = {name: f[name].value for name in Recipe.__dataclass_fields__}
@@ -370,10 +298,11 @@ if __name__ == "__main__":  # flags are global: importing this module must not d
     flags.DEFINE_integer("batch_per_chip", None, "Samples per chip and optimizer step.")
     flags.DEFINE_integer("fsdp", None, "Chips that share the parameters.")
     flags.DEFINE_integer("accum", None, "Micro-batches per step.")
-    flags.DEFINE_enum("remat", None, ["none", "dots", "full"], "config.model.remat.")
+    flags.DEFINE_string("remat", None, "config.model.remat.")
     flags.DEFINE_list("jobs", ["train", "policy"], "What to compile; what else OUT has stays.")
     flags.DEFINE_string("out", None, "JSON file; default: benchmarks/results/aot_TOPOLOGY.json.")
     flags.DEFINE_string("docs", None, "Markdown file whose tables are written from all results.")
+    flags.DEFINE_string("text", "", "Existing directory for the texts of the programs.")
     flags.DEFINE_string("job", None, "One program, in this process (used by the command itself).")
     flags.DEFINE_string("job_config", None, "Its config, JSON.")
     app.run(main)

@@ -4,6 +4,7 @@ import json
 import pathlib
 
 RESULTS = pathlib.Path(__file__).parent / "results"
+BEFORE = "_before"  # ends the names of results that a later version is compared with
 BEGIN, END = "<!-- benchmarks.aot: begin -->", "<!-- benchmarks.aot: end -->"
 
 
@@ -18,7 +19,8 @@ def write(path):
     _, end, after = rest.partition(END)
     if not begin or not end:
         raise ValueError(f"{path} lacks the lines {BEGIN} and {END}, between which the tables go")
-    found = [json.loads(file.read_text()) for file in sorted(RESULTS.glob("aot_*.json"))]
+    files = [file for file in sorted(RESULTS.glob("aot_*.json")) if not file.stem.endswith(BEFORE)]
+    found = [json.loads(file.read_text()) for file in files]
     path.write_text(f"{before}{BEGIN}\n{tables(found)}{END}{after}")
 
 
@@ -45,6 +47,16 @@ def tables(found):
             "The deployed policy on one chip, compiled",
             _POLICY,
             [_policy(x, x[job]) for x in found for job in x if job.startswith("policy_")],
+        ),
+        _section(
+            "What one GPU launches, compiled; time estimated from that, not measured",
+            _LAUNCHES,
+            [
+                _launches(x, job, x[job])
+                for x in found
+                for job in x
+                if isinstance(x[job], dict) and "launches" in x[job]
+            ],
         ),
     ]
     notes = [
@@ -80,7 +92,18 @@ _SCALING = (
     "roofline ms",
     "samples/s",
 )
-_POLICY = ("topology", "batch", "compile s", "GiB", "TFLOP", "roofline ms")
+_POLICY = ("topology", "batch", "compile s", "GiB", "TFLOP", "floor ms (roofline)")
+_LAUNCHES = (
+    "topology",
+    "program",
+    "batch",
+    "launches",
+    "of them products",
+    "GiB moved by products",
+    "by the rest",
+    "floor ms (roofline)",
+    "estimate ms",
+)
 
 
 def _section(title, header, rows):
@@ -147,7 +170,21 @@ def _policy(x, p):
         f"{p['compile_s']:.0f}",
         f"{p['memory_gib_per_chip']['peak']:.2f}",
         f"{p['tflop_per_chip']:.2f}",
-        f"{p['ms']:.1f}",
+        f"{p['floor_ms']:.1f}",
+    )
+
+
+def _launches(x, job, p):
+    return (
+        x["topology"],
+        job.partition("_")[0],
+        p.get("batch", p.get("batch_size")),
+        p["launches"],
+        p["gemm_launches"],
+        f"{p['gemm_gib']:.2f}",
+        f"{p['other_gib']:.2f}",
+        f"{p['floor_ms']:.1f}",
+        f"{p['estimate_ms']:.1f}",
     )
 
 

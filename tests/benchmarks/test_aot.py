@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import aot, aot_tables, collectives
+from benchmarks import aot, aot_devices, aot_tables, collectives
 from lightwam_jax import config as config_lib
 from lightwam_jax import sharding
 from lightwam_jax.training import flops
@@ -307,9 +307,9 @@ def test_products_of_a_shard_map_are_those_of_one_device():
 
 def test_numbers_of_a_step_and_their_tables(monkeypatch):
     """As for a TPU, with this machine's devices in the place of its chips."""
-    monkeypatch.setattr(aot, "devices", lambda topology: jax.devices()[:8])
+    monkeypatch.setattr(aot_devices, "devices", lambda topology: jax.devices()[:8])
     monkeypatch.setattr(aot, "SCALING", (2, 4, 8, 16))
-    numbers = aot.compile_step(pod.make_config(**{"mesh.fsdp": 4}), "v5e:2x4")
+    numbers, _ = aot.compile_step(pod.make_config(**{"mesh.fsdp": 4}), "v5e:2x4")
     assert numbers["chips"] == 8 and numbers["mesh"] == {"data": 2, "fsdp": 4}
     assert numbers["plan"]["unplanned"] == []
     small, same, large = numbers["scaling"]  # fsdp does not divide 2 chips

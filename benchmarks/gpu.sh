@@ -1,0 +1,58 @@
+#!/usr/bin/env bash
+# All figures of one GPU (H100 or H200) in at most 9 minutes, the most important first.
+#
+#   OUT=DIR [REF=DIR] [LIMIT=530] bash benchmarks/gpu.sh      from the top of the checkout
+#   python -m benchmarks.gpu_stages collect OUT/results.jsonl  then: benchmarks/results/gpu.json
+#
+# REF   a checkout of the PyTorch reference, to be timed beside ours
+# LIMIT seconds in all; a stage that does not fit is recorded as skipped, one that dies as failed
+# TINY  1: the smallest model, to rehearse it on a CPU (JAX_PLATFORMS=cpu TINY=1)
+#
+# Needs Python 3.11 or newer with jax (0.10 or newer) and its CUDA plugin; with REF also torch,
+# transformers, safetensors, imageio, tqdm, pillow. Of the rest, what the machine lacks is carried in
+# .whl/, which is installed without a network. Where jax, flax, optax, chex, einops, absl-py, numpy
+# and PyYAML are there, these are missing, all pure Python:
+#
+#   pip download --no-deps --only-binary=:all: -d .whl ml-collections==1.1.0 ftfy==6.3.1 wcwidth
+#
+# and where they are not, these as well (PyYAML and msgpack are compiled: of the machine's Python):
+#
+#   pip download --no-deps --only-binary=:all: -d .whl flax==0.12.8 optax==0.2.8 chex==0.1.92 \
+#       einops==0.8.2 absl-py==2.5.1 toolz typing_extensions etils rich pygments markdown-it-py mdurl
+set -u
+: "${OUT:?directory for the results}"
+export OUT TINY=${TINY:-} REF=${REF:-}
+PYTHON=${PYTHON:-python3} LIMIT=${LIMIT:-530}
+mkdir -p "$OUT"
+
+if compgen -G '.whl/*.whl' > /dev/null; then
+    site=$(mktemp -d)
+    "$PYTHON" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --target "$site" \
+        .whl/*.whl || exit 1
+    export PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH}
+fi
+# No other process shares the card. Compilation is measured, except in a rehearsal.
+export PYTHONUNBUFFERED=1 XLA_PYTHON_CLIENT_MEM_FRACTION=.92 JAX_ENABLE_COMPILATION_CACHE=false
+if [ "$TINY" = 1 ]; then
+    export JAX_ENABLE_COMPILATION_CACHE=true JAX_COMPILATION_CACHE_DIR=$OUT/cache
+fi
+if command -v nvidia-smi > /dev/null; then
+    nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.max.sm,memory.total --format=csv |
+        tee "$OUT/card.csv"
+fi
+
+: > "$OUT/results.jsonl"
+: > "$OUT/log.txt"
+for entry in $("$PYTHON" -m benchmarks.gpu_stages list | tr ' ' :); do
+    name=${entry%:*} seconds=${entry#*:}
+    left=$((LIMIT - SECONDS))
+    if [ "$left" -lt "$seconds" ]; then
+        line="{\"stage\": \"$name\", \"skipped\": \"$left s are left of $LIMIT, it needs $seconds\"}"
+    else
+        limit=$((2 * seconds < left ? 2 * seconds : left))
+        line=$(timeout -k 5 "$limit" "$PYTHON" -m benchmarks.gpu_stages run "$name" \
+            2>> "$OUT/log.txt" < /dev/null | tail -n 1)
+        [[ $line == '{'* ]] || line="{\"stage\": \"$name\", \"failed\": \"no line, limit $limit s\"}"
+    fi
+    echo "$line" | tee -a "$OUT/results.jsonl"
+done
