@@ -58,7 +58,7 @@ class Recipe:
 RECIPES = {
     "v5e": Recipe(64, 8, 4, "full"),
     "v6e": Recipe(64, 8, 4, "full"),
-    "h100": Recipe(32, 8, 1, "full"),
+    "h100": Recipe(16, 8, 1, "linears"),
 }
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
@@ -370,7 +370,7 @@ if __name__ == "__main__":  # flags are global: importing this module must not d
     flags.DEFINE_integer("batch_per_chip", None, "Samples per chip and optimizer step.")
     flags.DEFINE_integer("fsdp", None, "Chips that share the parameters.")
     flags.DEFINE_integer("accum", None, "Micro-batches per step.")
-    flags.DEFINE_enum("remat", None, ["none", "dots", "full"], "config.model.remat.")
+    flags.DEFINE_enum("remat", None, ["none", "linears", "dots", "full"], "config.model.remat.")
     flags.DEFINE_list("jobs", ["train", "policy"], "What to compile; what else OUT has stays.")
     flags.DEFINE_string("out", None, "JSON file; default: benchmarks/results/aot_TOPOLOGY.json.")
     flags.DEFINE_string("docs", None, "Markdown file whose tables are written from all results.")

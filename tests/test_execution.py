@@ -56,7 +56,7 @@ def test_in_bfloat16_what_must_be_exact_is_float32():
     assert len(full) == 7
 
 
-@pytest.mark.parametrize("remat, policy", [("full", None), ("dots", True)])
+@pytest.mark.parametrize("remat, policy", [("full", None), ("dots", True), ("linears", True)])
 def test_rematerialisation_and_unrolling_are_as_configured(remat, policy):
     _, model, tree = make(remat=remat, scan_unroll=3, **ONE)
     found = traced(model, tree)

@@ -140,8 +140,28 @@ def attention(q, k, v, key_mask=None, implementation="xla"):
     key_mask [B,L] bool marks the keys that may be seen; None sees all, and then no mask exists
     anywhere, which keeps fused kernels available. The softmax is in float32.
     """
+    if implementation == "cudnn":
+        return even_attention(q, k, v, key_mask, implementation)
     mask = None if key_mask is None else key_mask[:, None, None, :]
     return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=implementation)
+
+
+def even_attention(q, k, v, key_mask, implementation):
+    """As `attention`, on lengths made even, and with a mask that has a row per query.
+
+    The gradient of cuDNN's attention takes a mask only so, and depending on the versions of JAX
+    and cuDNN it refuses odd lengths without a mask too. The context has 129 rows in the release.
+    """
+    batch, queries, keys = *q.shape[:2], k.shape[1]
+    q, k, v = (jnp.pad(a, ((0, 0), (0, a.shape[1] % 2), (0, 0), (0, 0))) for a in (q, k, v))
+    hide = {}  # from the queries, the row of zeros behind the keys
+    if key_mask is not None:
+        mask = jnp.pad(key_mask, ((0, 0), (0, keys % 2)))[:, None, None, :]
+        hide["mask"] = jnp.broadcast_to(mask, (batch, 1, q.shape[1], k.shape[1]))
+    elif keys % 2:
+        hide["key_value_seq_lengths"] = jnp.full((batch,), keys, jnp.int32)
+    out = jax.nn.dot_product_attention(q, k, v, implementation=implementation, **hide)
+    return out[:, :queries]
 
 
 def frame_attention(q, k, v, frames, mode, implementation="xla"):
