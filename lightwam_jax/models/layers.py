@@ -149,8 +149,7 @@ def attention(q, k, v, key_mask=None, implementation="xla"):
 def even_attention(q, k, v, key_mask, implementation):
     """As `attention`, on lengths made even, and with a mask that has a row per query.
 
-    The gradient of cuDNN's attention takes a mask only so, and depending on the versions of JAX
-    and cuDNN it refuses odd lengths without a mask too. The context has 129 rows in the release.
+    JAX differentiates cuDNN's attention only so. The context of the release has 129 rows.
     """
     batch, queries, keys = *q.shape[:2], k.shape[1]
     q, k, v = (jnp.pad(a, ((0, 0), (0, a.shape[1] % 2), (0, 0), (0, 0))) for a in (q, k, v))
