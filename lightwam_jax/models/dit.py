@@ -178,9 +178,11 @@ class Block(nn.Module):
 
 # What a block keeps for its backward pass, if not everything; the fastest first.
 REMAT_POLICIES = {
-    # What linears and attention give: no product of a linear is computed again, and the rest of a
-    # block follows by attention scores and elementwise work.
-    "linears": jax.checkpoint_policies.save_only_these_names("linear", "low_rank", "attention"),
+    # What linears and attention give, and the statistics of norms: no product of a linear is
+    # computed again, and the rest of a block follows by attention scores and elementwise work.
+    "linears": jax.checkpoint_policies.save_only_these_names(
+        "linear", "low_rank", "attention", "statistics"
+    ),
     # The products of linears, those of LoRA's two factors beside those of the kernels.
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": None,  # the input only

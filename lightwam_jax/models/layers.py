@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lightwam_jax.models import norms
+
 
 def torch_uniform(fan_in):
     """Initialiser U(-1/sqrt(fan_in), 1/sqrt(fan_in)): PyTorch's default for linears and biases."""
@@ -48,13 +50,12 @@ def dot(x, kernel):
 
 def layer_norm(eps, affine=True, name=None):
     """LayerNorm with float32 statistics and float32 output; the caller casts."""
-    options = dict(use_bias=affine, use_scale=affine, use_fast_variance=False)
-    return nn.LayerNorm(eps, jnp.float32, **options, name=name)
+    return norms.LayerNorm(eps, affine, name=name)
 
 
 def rms_norm(eps, name=None):
     """RMSNorm over the whole last axis (all heads together), float32 statistics and output."""
-    return nn.RMSNorm(epsilon=eps, dtype=jnp.float32, use_fast_variance=False, name=name)
+    return norms.RMSNorm(eps, name=name)
 
 
 def gelu(x):
@@ -122,12 +123,15 @@ def rope_table(frames, height, width, head_dim):
 
 
 def apply_rope(x, cos, sin):
-    """Rotates adjacent pairs of x [B,S,N,K] by tables [F, S/F, K/2], in float32."""
-    # [S, 1, K/2]: the same angles for every head
-    cos, sin = (jnp.asarray(a).reshape(-1, 1, a.shape[-1]) for a in (cos, sin))
+    """Rotates adjacent pairs of x [B,S,N,K] by tables [F, S/F, K/2], in float32.
+
+    (a, b) becomes (a, b) cos + (b, a) (-sin, sin): elementwise but for the reversed pairs, and so
+    is its derivative. Taking even and odd positions apart would cost copies in both.
+    """
+    # [S, 1, K/2, 2]: the same angles for every head
+    cos, sin = (jnp.asarray(a).reshape(-1, 1, a.shape[-1], 1) for a in (cos, sin))
     pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
-    even, odd = pairs[..., 0], pairs[..., 1]
-    rotated = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
+    rotated = pairs * cos + pairs[..., ::-1] * jnp.concatenate([-sin, sin], axis=-1)
     return rotated.reshape(x.shape).astype(x.dtype)
 
 

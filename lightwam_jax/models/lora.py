@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from lightwam_jax.models.layers import Linear, torch_uniform
+from lightwam_jax.models.layers import Linear, dot, torch_uniform
 
 
 class LoRALinear(nn.Module):
@@ -31,8 +31,9 @@ class LoRALinear(nn.Module):
             return checkpoint_name(y, "linear")
         a = self.param("lora_a", torch_uniform(x.shape[-1]), (x.shape[-1], self.rank))
         b = self.param("lora_b", nn.initializers.zeros, (self.rank, self.features))
-        low = checkpoint_name(x.astype(self.dtype) @ a.astype(self.dtype), "low_rank")
-        y = y + (low @ b.astype(self.dtype)) * (self.alpha / self.rank)
+        low = checkpoint_name(dot(x.astype(self.dtype), a.astype(self.dtype)), "low_rank")
+        # Scaled here rather than behind B: R numbers per token instead of `features`.
+        y = y + dot(low * (self.alpha / self.rank), b.astype(self.dtype))
         return checkpoint_name(y, "linear")
 
 
