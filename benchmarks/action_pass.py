@@ -14,15 +14,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lightwam_jax import build, sharding
 from lightwam_jax import config as config_lib
 from lightwam_jax import params as params_lib
+from lightwam_jax import sharding
 from lightwam_jax.inference import deploy
-from lightwam_jax.models.vae import WanVAE
+from lightwam_jax.models import vae as vae_lib
 from lightwam_jax.models.vae22 import Wan22VAE
 from lightwam_jax.training import step as step_lib
 
-_VAES = {"wan21": WanVAE, "wan22": Wan22VAE}  # by config.data.codec
+_VAES = {"wan21": vae_lib.WanVAE, "wan22": Wan22VAE}  # by config.data.codec
 _TINY_DATA = dict(canvas=(32, 64), camera_size=(), text_len=24)
 
 
@@ -47,10 +47,11 @@ def shapes(config):
     codec = vae(config)
     clip = jax.ShapeDtypeStruct((1, 1, *config.data.canvas, 3), jnp.float32)
     encoder = jax.eval_shape(
-        lambda x: codec.init(jax.random.key(0), x, method="encode")["params"], clip
+        lambda x: vae_lib.still_params(codec.init(jax.random.key(0), x, method="encode")["params"]),
+        clip,
     )
     kept = lambda x: jax.ShapeDtypeStruct(x.shape, codec.dtype)
-    return {"policy": deployed(config)[1], "codec": jax.tree.map(kept, encoder)}
+    return {"policy": deployed(config), "codec": jax.tree.map(kept, encoder)}
 
 
 def vae(config):
@@ -66,42 +67,39 @@ def of_config(config):
     def encode(arrays, video):
         return codec.apply({"params": arrays}, (video - 0.5) / 0.5, method="encode")
 
-    return stages(build.build_model(deployed(config)[0]), encode, config.data.action_horizon)
+    return stages(config.model, encode)
 
 
-def stages(model, encode_with, horizon):
+def stages(model_config, encode_with):
     """Returns the parts of a deployed policy as pure functions of its weights (see `shapes`).
 
     Args:
-      model: the deployed one. encode_with: of its codec. horizon: T of its config.
+      model_config: `ModelConfig`. encode_with: of its codec.
 
     Returns:
       a namespace of functions
         encode(weights, canvas [B,H,W,3] in 0..1) -> latents,
         remember(weights, text [B,L,dim]) -> what is kept of an instruction,
-        context(weights, kept, state [B,P]) -> what the blocks attend to,
-        read(weights, latents, context) -> actions [B,T,A] (blocks and head),
+        context(weights, state [B,P]) -> what a state adds to it,
+        read(weights, latents, kept, state) -> actions [B,T,A]: that, the blocks and the head,
         act(weights, canvas, kept, state) -> actions: all but `remember`.
     """
-    last = model.dit.adapter_layers[-1]
 
     def encode(weights, canvas):
         return encode_with(weights["codec"], canvas[:, None])
 
     def remember(weights, text):
-        del weights
-        return text
+        return deploy.keys_values(weights["policy"], text, model_config)
 
-    def context(weights, kept, state):
-        arguments = (kept, state, None, last)
-        return model.apply({"params": weights["policy"]}, *arguments, method="encode_context")
+    def context(weights, state):
+        row = deploy._linear(weights["policy"]["proprio"], state)[:, None]
+        return deploy.keys_values(weights["policy"], row, model_config)
 
-    def read(weights, latents, context):
-        arguments = (latents, context, horizon)
-        return model.apply({"params": weights["policy"]}, *arguments, method="_read_actions")[0]
+    def read(weights, latents, kept, state):
+        return deploy.act(weights["policy"], latents, kept, None, state, model_config)[0]
 
     def act(weights, canvas, kept, state):
-        return read(weights, encode(weights, canvas), context(weights, kept, state))
+        return read(weights, encode(weights, canvas), kept, state)
 
     return types.SimpleNamespace(
         encode=encode, remember=remember, context=context, read=read, act=act
@@ -119,21 +117,10 @@ def inputs(config, rows):
 
 
 def deployed(config):
-    """Returns (`ModelConfig`, shapes of the parameters) of the deployed form.
-
-    The parameters have the dtypes that a policy keeps: those of a checkpoint.
-    """
+    """Returns the ShapeDtypeStructs of the deployed weights of a config's model."""
     _, _, state = step_lib.state_shapes(config)
-    whole = params_lib.merge(state.trainable, state.frozen)
-    made = []
-
-    def smaller(params):
-        params, model_config = deploy.deployed(params, config.model)
-        made.append(model_config)
-        return params
-
-    params = jax.eval_shape(smaller, whole)
-    return made[0], params
+    whole, horizon = params_lib.merge(state.trainable, state.frozen), config.data.action_horizon
+    return jax.eval_shape(lambda params: deploy.deployed(params, config.model, horizon), whole)
 
 
 # ---- random weights ----------------------------------------------------------------------------

@@ -55,7 +55,7 @@ class Recipe:
 RECIPES = {
     "v5e": Recipe(64, 8, 4, "full"),
     "v6e": Recipe(64, 8, 4, "full"),
-    "h100": Recipe(32, 8, 1, "full"),
+    "h100": Recipe(16, 8, 1, "linears"),
 }
 
 
@@ -222,6 +222,8 @@ def configure(config, topology, options):
     config.optimizer.accum_steps = recipe.accum
     config.model.remat = recipe.remat
     config.data.source = "fake"
+    if config.model.attention == "auto":  # what it would be there; here it is what a CPU has
+        config.model.attention = "cudnn" if aot_devices.on_gpu(topology) else "xla"
     return config_lib.from_config_dict(config)
 
 
@@ -263,11 +265,12 @@ def main(argv):
     if f.job:
         config = config_lib.from_json(pathlib.Path(f.job_config).read_text())
         job, _, rows = f.job.partition("_")
-        numbers, text = (
-            compile_step(config, f.topology)
-            if job == "train"
-            else compile_policy(config, f.topology, int(rows))
-        )
+        with aot_devices.cudnn_attention(f.topology):
+            numbers, text = (
+                compile_step(config, f.topology)
+                if job == "train"
+                else compile_policy(config, f.topology, int(rows))
+            )
         pathlib.Path(f.out).write_text(json.dumps(numbers))
         if f.text:
             place = pathlib.Path(f.text, f"{f.topology.replace(':', '_')}_{f.job}.txt")
@@ -298,7 +301,7 @@ if __name__ == "__main__":  # flags are global: importing this module must not d
     flags.DEFINE_integer("batch_per_chip", None, "Samples per chip and optimizer step.")
     flags.DEFINE_integer("fsdp", None, "Chips that share the parameters.")
     flags.DEFINE_integer("accum", None, "Micro-batches per step.")
-    flags.DEFINE_string("remat", None, "config.model.remat.")
+    flags.DEFINE_enum("remat", None, ["none", "linears", "dots", "full"], "config.model.remat.")
     flags.DEFINE_list("jobs", ["train", "policy"], "What to compile; what else OUT has stays.")
     flags.DEFINE_string("out", None, "JSON file; default: benchmarks/results/aot_TOPOLOGY.json.")
     flags.DEFINE_string("docs", None, "Markdown file whose tables are written from all results.")

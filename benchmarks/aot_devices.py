@@ -1,5 +1,8 @@
 """The accelerators that `benchmarks.aot` compiles for: they are described, not there."""
 
+import contextlib
+from unittest import mock
+
 from jax.experimental import topologies
 
 from lightwam_jax.training.chips import CHIPS
@@ -44,6 +47,21 @@ def on_gpu(topology):
 def environment(topology):
     """Returns the environment variables that a process needs which compiles for a topology."""
     return _ENVIRONMENT | ({"XLA_FLAGS": _GPU_FLAGS} if on_gpu(topology) else {})
+
+
+def cudnn_attention(topology):
+    """Context in which cuDNN's attention compiles for a topology of GPUs.
+
+    JAX asks the GPUs at hand which of its kernels they run; here, there are none to ask.
+    """
+    if not on_gpu(topology):
+        return contextlib.nullcontext()
+    return mock.patch.multiple(
+        "jax._src.cudnn.fused_attention_stablehlo",
+        check_cudnn_version=lambda: 91000,
+        check_compute_capability=lambda at_least: True,
+        is_cuda_compute_capability_equal=lambda capability: capability == "9.0",
+    )
 
 
 def devices(topology):

@@ -94,13 +94,12 @@ def policy(rows, trace=False, **changes):
     on_device = jax.device_put((canvas, state))
     parts = {name: jax.jit(getattr(do, name)) for name in ("encode", "context", "read")}
     latents = parts["encode"](weights, on_device[0])
-    seen = parts["context"](weights, kept, on_device[1])
     calls = {
         "device_ms": lambda: program(weights, on_device[0], kept, on_device[1]),
         "with_transfers_ms": lambda: np.asarray(program(weights, canvas, kept, state)),
         "vae_ms": lambda: parts["encode"](weights, on_device[0]),
-        "context_ms": lambda: parts["context"](weights, kept, on_device[1]),
-        "blocks_ms": lambda: parts["read"](weights, latents, seen),
+        "context_ms": lambda: parts["context"](weights, on_device[1]),
+        "blocks_ms": lambda: parts["read"](weights, latents, kept, on_device[1]),
     }
     n = 5 if TINY else 50 if rows == 1 else 15
     times = {name: _timed(call, jax.block_until_ready, n) for name, call in calls.items()}

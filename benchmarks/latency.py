@@ -5,10 +5,11 @@
   python -m benchmarks.latency --config configs/libero.py:spatial --tiny
 
 One table, the same on every machine. "cold" is the first call of a batch size: compilation, and the
-instruction's text. "p50" and "p95" are later calls of `Policy.act`. "canvas" is the host's work on
-the images, "transfer" the way to the device, "vae", "context" and "blocks" (with the head) run on
-the device as programs of their own: each of them is waited for, so that together they take longer
-than the whole, which is one program.
+instruction's text. "p50" and "p95" are later calls of `Policy.act`. "host" is what Python does with
+the images, "transfer" their way to the device; "canvas" (their layout), "vae", "context" (what the
+robot's state adds to the instruction's) and "blocks" (with the head, and the context once more) run
+on the device as programs of their own: each of them is waited for, so that together they take
+longer than the whole.
 """
 
 import statistics
@@ -25,7 +26,7 @@ from lightwam_jax.inference.policy import Policy
 
 SIZES = ("224x224", "480x640")  # of every camera
 BATCHES = (1, 8, 64)
-PARTS = ("canvas", "transfer", "vae", "context", "blocks")
+PARTS = ("host", "transfer", "canvas", "vae", "context", "blocks")
 
 
 def measure(policy, batches, sizes, calls=20, seconds=20.0):

@@ -3,9 +3,6 @@
 Times do not depend on the values of the weights. This file alone uses what is private to `Policy`.
 """
 
-import dataclasses
-import functools
-
 import jax
 import numpy as np
 
@@ -16,6 +13,7 @@ from lightwam_jax.data import actions as actions_lib
 from lightwam_jax.data import assets as assets_lib
 from lightwam_jax.data import normalize
 from lightwam_jax.encoders import base, text, wan
+from lightwam_jax.inference import policy as policy_lib
 from lightwam_jax.inference.policy import Policy
 
 
@@ -27,14 +25,14 @@ class RandomCodec(wan.WanCodec):
         self.model, self.dtype, self.id = action_pass.vae(config), config.model.dtype, "random"
         self.latent_channels, self.stride = self.model.z_dim, base.STRIDES[self.kind]
 
-    @functools.cached_property
-    def arrays(self):
+    @property
+    def image_arrays(self):
+        """See `base.Codec`."""
         return action_pass.random(action_pass.shapes(self._config)["codec"])
 
 
 def make(config):
     """Returns the deployed `Policy` of a `Config`, with random weights made on the device."""
-    model_config, shapes = action_pass.deployed(config)
     as_it_is = lambda width: normalize.Normalizer(np.ones(width, "f"), np.zeros(width, "f"))
     assets = assets_lib.Assets(
         as_it_is(config_lib.state_width(config)),
@@ -43,33 +41,32 @@ def make(config):
         text.HashedTextEncoder(config.model.text_dim),
         {},
     )
-    config = dataclasses.replace(config, model=model_config)
-    return Policy(build.build_model(model_config), action_pass.random(shapes), config, assets)
+    weights = action_pass.random(action_pass.deployed(config))
+    return Policy(build.build_model(config.model), weights, config, assets, deploy=True)
 
 
 def parts(policy, observed):
     """Returns {name: function without arguments} of the parts of `policy.act(*observed)`.
 
-    "canvas": on the host; "transfer": of what the host made to the device; "vae", "context",
-    "blocks" (and head): on the device, each a program of its own. Each returns what to wait for.
+    "host": what Python does with the images; "transfer": the images to the device; "canvas",
+    "vae", "context", "blocks" (and head): on the device, each a program of its own. Each returns
+    what to wait for.
     """
     images, state, prompts = observed
-    canvas, state = policy._check(images, state, prompts)
-    *weights, canvas, context, _, state = policy._padded(canvas, state, prompts)
-    host = (canvas, context, state)
-    on_device = jax.device_put(host)
+    images, state = policy._check(images, state, prompts)
+    *weights, canvas, kept, state = policy._padded(images, state, prompts)
     weights = dict(zip(("policy", "codec"), weights))
-    do = action_pass.stages(
-        policy.model, policy.assets.codec.encode_with, policy.config.data.action_horizon
-    )
+    images = {camera: policy_lib._pad(image, len(canvas)) for camera, image in images.items()}
+    on_device = jax.device_put(images)
+    do = action_pass.stages(policy.config.model, policy.assets.codec.encode_with)
     encode, to_context, read = (jax.jit(f) for f in (do.encode, do.context, do.read))
-    proprio = actions_lib.pad(on_device[2], policy.config.model.proprio_dim)
-    latents = encode(weights, on_device[0])
-    seen = to_context(weights, on_device[1], proprio)
+    proprio = actions_lib.pad(jax.device_put(state), policy.config.model.proprio_dim)
+    latents, kept = encode(weights, canvas), (kept["keys"], kept["values"])
     return {
-        "canvas": lambda: policy._check(images, state[: len(prompts)], prompts)[0],
-        "transfer": lambda: jax.device_put(host),
-        "vae": lambda: encode(weights, on_device[0]),
-        "context": lambda: to_context(weights, on_device[1], proprio),
-        "blocks": lambda: read(weights, latents, seen),
+        "host": lambda: policy._check(*observed)[1],
+        "transfer": lambda: jax.device_put(images),
+        "canvas": lambda: policy._canvas(on_device),
+        "vae": lambda: encode(weights, canvas),
+        "context": lambda: to_context(weights, proprio),
+        "blocks": lambda: read(weights, latents, kept, proprio),
     }

@@ -37,7 +37,7 @@ def get_config(layout="own"):
 
 def _own():
     # (1) How many numbers an action and a state have.
-    c = base.get_config("wan21_1_3b", action_dim=7, proprio_dim=7)
+    c = base.get_config("wan21_1_3b", action_dim=7, proprio_dim=7, remat="linears")
     # (2) Where the recordings lie, at any depth.
     c.data.path = "data/own"
     # (3) Where an episode keeps what (lightwam_jax/data/formats/hdf5.py and keys.py explain how),
@@ -59,7 +59,7 @@ def _own():
 
 
 def _libero(action="actions[1:]", rows="[:-1]", task="/data@problem_info#/language_instruction"):
-    c = base.get_config("wan21_1_3b", action_dim=7, proprio_dim=8)
+    c = base.get_config("wan21_1_3b", action_dim=7, proprio_dim=8, remat="linears")
     c.data.path = "data/libero_hdf5/libero_spatial"
     # What LIBERO's script recorded in a row was seen after that row's action: the action that
     # follows a frame stands one row further down.
@@ -96,7 +96,7 @@ def _libero_replayed():
 
 
 def _robotwin():
-    c = base.get_config("wan21_1_3b", action_dim=14, proprio_dim=14)
+    c = base.get_config("wan21_1_3b", action_dim=14, proprio_dim=14, remat="linears")
     c.data.path = "data/robotwin2.0/beat_block_hammer/demo_clean/data"
     # As RoboTwin's own conversions: the action is the joint vector of the next row. Its images
     # were RGB when OpenCV, which takes BGR, encoded them. 250 simulation steps a second, 15 a row.
@@ -121,7 +121,7 @@ def _robotwin():
 
 
 def _aloha():
-    c = base.get_config("wan21_1_3b", action_dim=14, proprio_dim=14)
+    c = base.get_config("wan21_1_3b", action_dim=14, proprio_dim=14, remat="linears")
     c.data.path = "data/aloha"
     # channel_order: look at the report. Compressed images come in both orders.
     c.data.fields.update(

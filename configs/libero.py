@@ -20,7 +20,7 @@ SUITES = ("spatial", "object", "goal", "10", "all")
 def get_config(suite="all"):
     if suite not in SUITES:
         raise ValueError(f"configs/libero.py:{suite}: expected one of {', '.join(SUITES)}")
-    c = base.get_config("wan21_1_3b", action_dim=7, proprio_dim=8)
+    c = base.get_config("wan21_1_3b", action_dim=7, proprio_dim=8, remat="linears")
     c.name = f"libero_{suite}"
     c.data.source = "lerobot"
     # Named as the release's data are; "all" is the four suites as one dataset.

@@ -10,7 +10,7 @@ from configs import base
 
 
 def get_config():
-    c = base.get_config("wan21_1_3b", action_dim=14, proprio_dim=14)
+    c = base.get_config("wan21_1_3b", action_dim=14, proprio_dim=14, remat="linears")
     c.name = "robotwin"
     c.data.source = "lerobot"
     c.data.path = "data/robotwin2.0"

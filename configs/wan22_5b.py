@@ -23,7 +23,7 @@ from configs import base, libero
 
 def get_config(suite="all"):
     c = libero.get_config(suite)
-    c.model = base.get_config("wan22_5b", action_dim=7, proprio_dim=8, remat="dots").model
+    c.model = base.get_config("wan22_5b", action_dim=7, proprio_dim=8, remat="linears").model
     c.name = f"wan22_5b_libero_{suite}"
     c.data.cache = f"data/wan22_libero_cache/{suite}"
     c.data.codec = "wan22"

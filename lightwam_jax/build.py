@@ -1,5 +1,6 @@
 """Composition root: from a config to the model and its initial parameters."""
 
+import jax
 import jax.numpy as jnp
 
 from lightwam_jax.models import action, dit, lightwam
@@ -17,9 +18,28 @@ def build_model(config):
         same = {name: getattr(config, name) for name in names if hasattr(config, name)}
         return module(**same | dict(dtype=dtype) | given)
 
-    backbone = make(dit.WanDiT)
+    backbone = make(dit.WanDiT, attention=attention_implementation(config))
     expert = make(action.StateFusionActionExpert, layer_sources=sources)
     return lightwam.LightWAM(dit=backbone, expert=expert, dtype=dtype)
+
+
+def attention_implementation(config):
+    """Returns "xla" or "cudnn": config.attention of a `ModelConfig`, with "auto" resolved.
+
+    "auto" is cuDNN where all devices of this process are NVIDIA GPUs from compute capability 8.0
+    on, in bfloat16 and with heads that its kernels take. A program that is compiled for devices
+    that are not there gets what the devices that are there would: on a CPU, "xla".
+    """
+    if config.attention != "auto":
+        return config.attention
+    heads = config.head_dim % 8 == 0 and config.head_dim <= 128
+    fits = config.dtype == "bfloat16" and heads and all(map(_has_cudnn, jax.local_devices()))
+    return "cudnn" if fits else "xla"
+
+
+def _has_cudnn(device):
+    major = getattr(device, "compute_capability", "").partition(".")[0]  # of AMD: "gfx..."
+    return major.isdigit() and int(major) >= 8
 
 
 def init_params(model, rng, config):

@@ -64,9 +64,11 @@ class ModelConfig:
     proprio_dim: int = 8  # width of the robot's state
     dtype: DType = "bfloat16"  # compute
     frozen_dtype: DType = "bfloat16"  # storage of parameters that do not learn
-    attention: Literal["xla", "cudnn"] = "xla"  # "cudnn": NVIDIA, bfloat16 only
-    # What the backward pass computes again: nothing, everything, or all but the projections.
-    remat: Literal["none", "full", "dots"] = "none"
+    # "cudnn": NVIDIA, bfloat16 only; "auto": that where it can be, else "xla".
+    attention: Literal["auto", "xla", "cudnn"] = "auto"
+    # What the backward pass computes again: nothing; all but what linears and attention give
+    # ("linears"); all but the matrix products of linears ("dots"), which keeps more; or everything.
+    remat: Literal["none", "linears", "dots", "full"] = "none"
     scan_unroll: int = 1  # blocks per loop iteration; large: fully unrolled
 
 

@@ -10,7 +10,7 @@ def check(c, frames_per_latent):
     if c.model.attention == "cudnn" and c.model.dtype != "bfloat16":
         raise ValueError(
             f"config.model.attention='cudnn' computes in bfloat16 only, "
-            f"config.model.dtype is {c.model.dtype!r}; use 'xla'"
+            f"config.model.dtype is {c.model.dtype!r}; use 'auto' or 'xla'"
         )
     if c.train.batch_size % c.optimizer.accum_steps:
         raise ValueError(

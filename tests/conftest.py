@@ -3,7 +3,8 @@
 import os
 import tempfile
 
-os.environ["JAX_PLATFORMS"] = "cpu"
+if os.environ.get("JAX_PLATFORMS") != "cuda":  # which is asked for with -m gpu
+    os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_NUM_CPU_DEVICES"] = "8"
 # The tests compile many tiny functions and run each a few times: compile quickly, not well.
 os.environ["XLA_FLAGS"] = (

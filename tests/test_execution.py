@@ -56,7 +56,7 @@ def test_in_bfloat16_what_must_be_exact_is_float32():
     assert len(full) == 7
 
 
-@pytest.mark.parametrize("remat, policy", [("full", None), ("dots", True)])
+@pytest.mark.parametrize("remat, policy", [("full", None), ("dots", True), ("linears", True)])
 def test_rematerialisation_and_unrolling_are_as_configured(remat, policy):
     _, model, tree = make(remat=remat, scan_unroll=3, **ONE)
     found = traced(model, tree)
@@ -72,12 +72,13 @@ def test_rematerialisation_and_unrolling_are_as_configured(remat, policy):
 def test_attention_is_done_as_configured_and_never_with_a_mask(monkeypatch):
     asked, original = [], jax.nn.dot_product_attention
 
-    def attention(q, k, v, mask=None, implementation=None):
+    def attention(q, k, v, mask=None, implementation=None, key_value_seq_lengths=None):
         asked.append((implementation, mask, q.dtype, k.dtype, v.dtype))
         return original(q, k, v, mask=mask)
 
     monkeypatch.setattr(layers.jax.nn, "dot_product_attention", attention)
     _, model, tree = make(attention="cudnn", dtype="bfloat16", **ONE)
+    asked.clear()  # by the initialisation, whose single token is padded
     traced(model, tree)
     assert set(asked) == {("cudnn", None, *3 * (jnp.dtype("bfloat16"),))}
 
@@ -110,7 +111,8 @@ def test_every_field_of_the_config_reaches_its_module():
     for module in (model.dit, model.expert):
         for field in dataclasses.fields(module):
             if hasattr(config, field.name) and field.name not in ("dtype", "layer_sources"):
-                assert getattr(module, field.name) == getattr(config, field.name), field.name
+                wanted = "xla" if field.name == "attention" else getattr(config, field.name)
+                assert getattr(module, field.name) == wanted, field.name
         assert module.dtype == model.dtype == jnp.float32
     assert model.expert.layer_sources == (("delta", "backbone"),) * 2
     shared = {name: odd[name] for name in ("dim", "num_heads", "head_dim", "ffn_dim", "eps")}

@@ -15,15 +15,13 @@ Letters as in models/layers.py; n is the number of blocks that are left, M of me
 A linear is {"kernel": [in,out], "bias": [out]}. All weights have the compute dtype.
 """
 
-import operator
-
 import einops
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from lightwam_jax import build
-from lightwam_jax.models import action, dit, layers, lora
+from lightwam_jax.models import action, dit, layers, lora, norms
 from lightwam_jax.models.layers import gelu
 
 
@@ -36,10 +34,9 @@ def deployed(params, config, horizon):
     """
     model, old = build.build_model(config), params["dit"]
     with jax.default_matmul_precision("highest"):
-        now = jnp.zeros((1, 1))
-        _, rows = model.apply({"params": params}, now, method=lambda m, t: m.dit.embed_time(t))
+        _, rows = model.apply({"params": params}, method=lambda m: m.dit.embed_time(jnp.zeros(())))
         fold = jax.jit(_fold_block, static_argnames="config")
-        blocks, contexts = zip(*(fold(b, rows[0, 0], config=config) for b in _blocks(old, config)))
+        blocks, contexts = zip(*(fold(b, rows, config=config) for b in _blocks(old, config)))
         adapters = [old[f"adapters_{i}"] for i in config.adapter_layers]
         weights = {
             "patch": old["patch_embedding"],
@@ -57,7 +54,7 @@ def _blocks(old, config):
     """Yields the parameters of each block up to the last adapter."""
     for segment in dit.segments(config.num_layers, config.adapter_layers, config.lora_layers):
         for i in range(min(segment.stop, config.adapter_layers[-1] + 1) - segment.start):
-            yield jax.tree.map(operator.itemgetter(i), old[segment.name])
+            yield jax.tree.map(lambda x, i=i: x[i], old[segment.name])
 
 
 def _fold_block(block, rows, config):
@@ -101,8 +98,7 @@ def _fold_expert(old, expert, horizon):
 def _fold_pooler(old, expert):
     (wq, wk, wv), (bq, _, bv) = (jnp.split(old["in_proj"][x], 3, -1) for x in ("kernel", "bias"))
     heads = lambda x: einops.rearrange(x, "rows (n k) -> rows n k", n=expert.pool_heads)
-    q, wk = heads(old["query_tokens"] @ wq + bq), heads(wk)
-    q = q * q.shape[-1] ** -0.5
+    q, wk = heads(old["query_tokens"] @ wq + bq), heads(wk) * (len(bq) // expert.pool_heads) ** -0.5
     # What adds to a query's score for all tokens alike, the softmax takes out: shift, bias of k.
     scores = jnp.einsum("d,dnk,qnk->dnq", old["token_norm"]["scale"], wk, q)
     slots = old.get("query_slot_merge_logits", old.get("query_merge_logits"))
@@ -174,11 +170,12 @@ def act(weights, latents, text, mask, proprio, config, taps=False):
 
 def _block(w, x, keys, values, mask, rope, config):
     heads = lambda a: a.reshape(*a.shape[:-1], config.num_heads, config.head_dim)
-    attend = lambda q, k, v, mask: layers.attention(q, k, v, mask, config.attention)
+    kernel = build.attention_implementation(config)
+    attend = lambda q, k, v, mask=None: layers.attention(q, k, v, mask, kernel, False)
     qkv = _linear(w["qkv"], x, config.eps)
     qkv = einops.rearrange(qkv, "b s (three d) -> b s three d", three=3)
     qk = _rms_rotated(heads(qkv[:, :, :2]), heads(w["norm_qk"]), *rope, config.eps).astype(x.dtype)
-    out = attend(qk[:, :, 0], qk[:, :, 1], heads(qkv[:, :, 2]), None)
+    out = attend(qk[:, :, 0], qk[:, :, 1], heads(qkv[:, :, 2]))
     x = x + _linear(w["o"], out.reshape(x.shape))
     q = _linear(w["cross_q"], x, config.eps)
     q = heads(_rms(q, w["cross_norm_q"], config.eps).astype(x.dtype))
@@ -222,7 +219,7 @@ def _expert(w, states, config, taps):
 
 def _pool(w, tokens, config):
     """Tokens [B,S,D] -> [B,D or merge_dim], attention [B,Q,S] and importance [Q] of the queries."""
-    tokens = layers.normalize(tokens, action.EPS).astype(tokens.dtype)
+    tokens = norms.normalize(tokens, action.EPS).astype(tokens.dtype)
     by_head = dict(n=config.pool_heads)
     scores = einops.rearrange(layers.dot(tokens, w["scores"]), "b s (n q) -> b s n q", **by_head)
     attention = jax.nn.softmax(scores.astype(jnp.float32), axis=1)
@@ -233,14 +230,14 @@ def _pool(w, tokens, config):
     # M is 1 where the queries merge into one vector.
     pooled = _linear(w["out"], read + w["values"]["bias"]).reshape(tokens.shape[0], -1)
     pooled = _linear(w["merged"], pooled, action.EPS) if "merged" in w else pooled
-    pooled = layers.normalize(pooled, action.EPS) * w["norm"]["scale"] + w["norm"]["bias"]
+    pooled = norms.normalize(pooled, action.EPS) * w["norm"]["scale"] + w["norm"]["bias"]
     attention = einops.reduce(attention, "b s n q -> b q s", "mean")
     return pooled.astype(tokens.dtype), attention, w["merge"].mean(axis=0)
 
 
 def _linear(w, x, eps=None):
     """The linear of x [...,in], normalised where `eps` is given."""
-    x = x if eps is None else layers.normalize(x, eps)
+    x = x if eps is None else norms.normalize(x, eps)
     return layers.dot(x.astype(w["kernel"].dtype), w["kernel"]) + w["bias"]
 
 

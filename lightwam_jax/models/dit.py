@@ -9,6 +9,7 @@ import einops
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from lightwam_jax.models import layers
 from lightwam_jax.models.adapters import Adapter
@@ -86,7 +87,7 @@ class SelfAttention(Attention):
         q, k, v = (_heads(a, self.num_heads) for a in (q, k, v))  # [B,S,N*K] -> [B,S,N,K]
         q, k = (layers.apply_rope(a, *rope).astype(self.dtype) for a in (q, k))
         out = layers.frame_attention(q, k, v, rope[0].shape[0], self.mode, self.implementation)
-        return self.o(_merge_heads(out))
+        return self.o(checkpoint_name(_merge_heads(out), "attention"))
 
 
 class CrossAttention(Attention):
@@ -102,7 +103,7 @@ class CrossAttention(Attention):
     def __call__(self, x, keys_values, mask):
         q = _heads(self.norm_q(self.q(x)).astype(self.dtype), self.num_heads)
         out = layers.attention(q, *keys_values, mask, self.implementation)
-        return self.o(_merge_heads(out))
+        return self.o(checkpoint_name(_merge_heads(out), "attention"))
 
 
 class FeedForward(nn.Module):
@@ -175,9 +176,16 @@ class Block(nn.Module):
         return x, None
 
 
+# What a block keeps for its backward pass, if not everything; the fastest first.
 REMAT_POLICIES = {
-    "full": None,  # keep a block's input only
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # keep projections
+    # What linears and attention give, and the statistics of norms: no product of a linear is
+    # computed again, and the rest of a block follows by attention scores and elementwise work.
+    "linears": jax.checkpoint_policies.save_only_these_names(
+        "linear", "low_rank", "attention", "statistics"
+    ),
+    # The products of linears, those of LoRA's two factors beside those of the kernels.
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": None,  # the input only
 }
 
 

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lightwam_jax.models import norms
+
 
 def torch_uniform(fan_in):
     """Initialiser U(-1/sqrt(fan_in), 1/sqrt(fan_in)): PyTorch's default for linears and biases."""
@@ -48,28 +50,12 @@ def dot(x, kernel):
 
 def layer_norm(eps, affine=True, name=None):
     """LayerNorm with float32 statistics and float32 output; the caller casts."""
-    options = dict(use_bias=affine, use_scale=affine, use_fast_variance=False)
-    return nn.LayerNorm(eps, jnp.float32, **options, name=name)
+    return norms.LayerNorm(eps, affine, name=name)
 
 
 def rms_norm(eps, name=None):
     """RMSNorm over the whole last axis (all heads together), float32 statistics and output."""
-    return nn.RMSNorm(epsilon=eps, dtype=jnp.float32, use_fast_variance=False, name=name)
-
-
-def normalize(x, eps):
-    """LayerNorm without its affine part, over the last axis: float32 statistics and output.
-
-    bfloat16 values are read once: that their mean may be large against their deviation costs
-    fewer digits in float32 than the values have lost already. float32 values are read twice.
-    """
-    once, x = x.dtype == jnp.bfloat16, x.astype(jnp.float32)
-    mean = x.mean(-1, keepdims=True)
-    if once:
-        variance = jnp.square(x).mean(-1, keepdims=True) - jnp.square(mean)
-        return (x - mean) * jax.lax.rsqrt(jnp.maximum(variance, 0) + eps)
-    x = x - mean
-    return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + eps)
+    return norms.RMSNorm(eps, name=name)
 
 
 def gelu(x):
@@ -137,26 +123,49 @@ def rope_table(frames, height, width, head_dim):
 
 
 def apply_rope(x, cos, sin):
-    """Rotates adjacent pairs of x [B,S,N,K] by tables [F, S/F, K/2], in float32."""
-    # [S, 1, K/2]: the same angles for every head
-    cos, sin = (jnp.asarray(a).reshape(-1, 1, a.shape[-1]) for a in (cos, sin))
+    """Rotates adjacent pairs of x [B,S,N,K] by tables [F, S/F, K/2], in float32.
+
+    (a, b) becomes (a, b) cos + (b, a) (-sin, sin): elementwise but for the reversed pairs, and so
+    is its derivative. Taking even and odd positions apart would cost copies in both.
+    """
+    # [S, 1, K/2, 2]: the same angles for every head
+    cos, sin = (jnp.asarray(a).reshape(-1, 1, a.shape[-1], 1) for a in (cos, sin))
     pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
-    even, odd = pairs[..., 0], pairs[..., 1]
-    rotated = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
+    rotated = pairs * cos + pairs[..., ::-1] * jnp.concatenate([-sin, sin], axis=-1)
     return rotated.reshape(x.shape).astype(x.dtype)
 
 
 # ---- attention and modulation ------------------------------------------------------------------
 
 
-def attention(q, k, v, key_mask=None, implementation="xla"):
+def attention(q, k, v, key_mask=None, implementation="xla", differentiable=True):
     """softmax(q k^T / sqrt(K)) v for q [B,S,N,K], k and v [B,L,N,K] -> [B,S,N,K].
 
     key_mask [B,L] bool marks the keys that may be seen; None sees all, and then no mask exists
-    anywhere, which keeps fused kernels available. The softmax is in float32.
+    anywhere, which keeps fused kernels available. The softmax is in float32. Without derivatives,
+    cuDNN takes odd lengths as they are.
     """
+    if implementation == "cudnn" and (differentiable or key_mask is not None):
+        return even_attention(q, k, v, key_mask, implementation)
     mask = None if key_mask is None else key_mask[:, None, None, :]
     return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=implementation)
+
+
+def even_attention(q, k, v, key_mask, implementation):
+    """As `attention`, on lengths made even, and with a mask that has a row per query.
+
+    JAX differentiates cuDNN's attention only so. The context of the release has 129 rows.
+    """
+    batch, queries, keys = *q.shape[:2], k.shape[1]
+    q, k, v = (jnp.pad(a, ((0, 0), (0, a.shape[1] % 2), (0, 0), (0, 0))) for a in (q, k, v))
+    hide = {}  # from the queries, the row of zeros behind the keys
+    if key_mask is not None:
+        mask = jnp.pad(key_mask, ((0, 0), (0, keys % 2)))[:, None, None, :]
+        hide["mask"] = jnp.broadcast_to(mask, (batch, 1, q.shape[1], k.shape[1]))
+    elif keys % 2:
+        hide["key_value_seq_lengths"] = jnp.full((batch,), keys, jnp.int32)
+    out = jax.nn.dot_product_attention(q, k, v, implementation=implementation, **hide)
+    return out[:, :queries]
 
 
 def frame_attention(q, k, v, frames, mode, implementation="xla"):

@@ -2,8 +2,9 @@
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
-from lightwam_jax.models.layers import Linear, torch_uniform
+from lightwam_jax.models.layers import Linear, dot, torch_uniform
 
 
 class LoRALinear(nn.Module):
@@ -11,6 +12,9 @@ class LoRALinear(nn.Module):
 
     Parameters: kernel [in,out], bias [out], lora_a [in,R] (kaiming-uniform), lora_b [R,out]
     (zero, so that a fresh LoRA changes nothing). Source: wan_video_dit.py:62-91.
+
+    The output and `x A` are named "linear" and "low_rank" for the rematerialisation policies of
+    `dit.py`: what the backward pass needs of the two products.
     """
 
     features: int
@@ -24,11 +28,13 @@ class LoRALinear(nn.Module):
         nn.share_scope(self, base)
         y = base(x)
         if not self.rank:
-            return y
+            return checkpoint_name(y, "linear")
         a = self.param("lora_a", torch_uniform(x.shape[-1]), (x.shape[-1], self.rank))
         b = self.param("lora_b", nn.initializers.zeros, (self.rank, self.features))
-        low = (x.astype(self.dtype) @ a.astype(self.dtype)) @ b.astype(self.dtype)
-        return y + low * (self.alpha / self.rank)
+        low = checkpoint_name(dot(x.astype(self.dtype), a.astype(self.dtype)), "low_rank")
+        # Scaled here rather than behind B: R numbers per token instead of `features`.
+        y = y + dot(low * (self.alpha / self.rank), b.astype(self.dtype))
+        return checkpoint_name(y, "linear")
 
 
 def merge_lora(params, alpha):

@@ -101,7 +101,8 @@ def prepare(config, workdir, profile=None):
     planned = memory.held if jax.default_backend() == "cpu" else memory.plan
     plan = planned(config, shapes, shardings)
     _say(memory.summary(plan))
-    memory.check(plan)
+    remat_that_fits = functools.partial(memory.remat_that_fits, config, shapes, shardings)
+    memory.check(plan, remat_that_fits)
     workdir_lib.write_reports(config, workdir, table)
 
     checkpoints = checkpoint.Checkpoints(workdir, config, assets=workdir / "assets")

@@ -12,6 +12,7 @@ import numpy as np
 from lightwam_jax import build, sharding
 from lightwam_jax import params as params_lib
 from lightwam_jax.data import spec
+from lightwam_jax.models import dit
 from lightwam_jax.training import losses
 
 GIB = 2**30
@@ -96,16 +97,35 @@ def summary(plan):
     return "\n".join([f"Memory per device as planned, GiB{missing}:", *lines])
 
 
-def check(plan):
-    """Raises ValueError if a `plan` exceeds the memory that this process's devices report."""
+def remat_that_fits(config, state, shardings, limit):
+    """Returns the fastest config.model.remat whose `plan` is at most `limit` bytes, or None.
+
+    The others are those of `plan`. Each try traces the loss: seconds at full size.
+    """
+    for remat in ("none", *dit.REMAT_POLICIES):
+        model = dataclasses.replace(config.model, remat=remat)
+        tried = plan(dataclasses.replace(config, model=model), state, shardings)
+        if sum(tried.values()) <= limit:
+            return remat
+    return None
+
+
+def check(plan, remat_that_fits=None):
+    """Raises ValueError if a `plan` exceeds the memory that this process's devices report.
+
+    Args:
+      remat_that_fits: bytes -> the config.model.remat that would fit them or None, for the error.
+    """
     needed = sum(plan.values())
     for device in jax.local_devices():
         there = (device.memory_stats() or {}).get("bytes_limit", needed)
         if needed > there:
             largest = max(plan, key=plan.get)
+            remat = remat_that_fits and remat_that_fits(there)
+            proposal = f"config.model.remat={remat!r} would fit. " if remat else ""
             raise ValueError(
                 f"{device} has {there / GIB:.1f} GiB, the plan needs at least {needed / GIB:.1f} "
-                f"GiB, most of it for {largest!r}. {ADVICE}"
+                f"GiB, most of it for {largest!r}. {proposal}{ADVICE}"
             )
 
 

@@ -1,6 +1,7 @@
 """The memory plan of a training step, against what the devices and the compiler say."""
 
 import dataclasses
+import functools
 import types
 
 import jax
@@ -107,8 +108,8 @@ def test_activations_grow_with_the_batch_and_shrink_with_rematerialisation(state
         config = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, remat=remat))
         return memory.activations(config, state, rows)
 
-    none, dots, full = (kept(remat, 2) for remat in ("none", "dots", "full"))
-    assert full < dots < none
+    none, dots, linears, full = (kept(r, 2) for r in ("none", "dots", "linears", "full"))
+    assert full < linears < dots < none
     assert kept("full", 4) == pytest.approx(2 * full, rel=0.05)
 
 
@@ -118,6 +119,29 @@ def test_a_plan_that_cannot_fit_names_the_knobs(monkeypatch):
     memory.check({"frozen": 2**29, "batch": 2**28})
     with pytest.raises(ValueError, match=r"has 1.0 GiB, .* least 2.0 .*'frozen'.*mesh.fsdp.*remat"):
         memory.check({"frozen": 7 * 2**28, "batch": 2**28})
+
+
+def test_a_plan_that_cannot_fit_proposes_the_fastest_rematerialisation_that_does(
+    state, monkeypatch
+):
+    places = sharding.tree_shardings(sharding.make_mesh(CONFIG.mesh), state, CONFIG.mesh.frozen)
+
+    def needed(remat):
+        model = dataclasses.replace(CONFIG.model, remat=remat)
+        return sum(memory.plan(dataclasses.replace(CONFIG, model=model), state, places).values())
+
+    propose = functools.partial(memory.remat_that_fits, CONFIG, state, places)
+    none, linears, full = (needed(remat) for remat in ("none", "linears", "full"))
+    assert [propose(n) for n in (none, none - 1, linears)] == ["none", "linears", "linears"]
+    assert [propose(n) for n in (linears - 1, full, full - 1)] == ["full", "full", None]
+
+    device = types.SimpleNamespace(memory_stats=lambda: {"bytes_limit": linears})
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
+    with pytest.raises(ValueError, match=r"config\.model\.remat='linears' would fit\. Param"):
+        memory.check({"activations": none}, propose)
+    device.memory_stats = lambda: {"bytes_limit": 1}
+    with pytest.raises(ValueError, match="'activations'\\. Parameters"):
+        memory.check({"activations": none}, propose)
 
 
 def test_summary_leaves_out_what_is_nothing():
