@@ -14,6 +14,7 @@ WAYS = [  # (data, fsdp), micro-batches, remat, frozen weights
     ((8, 1), 2, "full", "sharded"),
     ((1, 8), 1, "dots", "sharded"),
     ((2, 4), 2, "none", "replicated"),
+    ((2, 4), 1, "linears", "sharded"),
 ]
 
 

@@ -209,7 +209,9 @@ def test_predicted_video_keeps_the_frame_it_started_from(tiny, inputs):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "variation", [dict(remat="full"), dict(remat="dots"), dict(scan_unroll=8)], ids=str
+    "variation",
+    [dict(remat=r) for r in ("linears", "dots", "full")] + [dict(scan_unroll=8)],
+    ids=str,
 )
 def test_execution_switches_change_no_number(tiny, inputs, variation):
     _, model, tree = tiny

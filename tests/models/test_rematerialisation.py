@@ -8,7 +8,7 @@ from configs import base
 from lightwam_jax import build, params
 from lightwam_jax import config as config_lib
 
-SMALL = dict(num_layers=2, adapter_layers=(0,), lora_layers=(0, 1), lora_rank=3)
+SMALL = dict(num_layers=1, adapter_layers=(0,), lora_layers=(0,), lora_rank=3)
 
 
 def gradient(remat):

@@ -124,24 +124,23 @@ def test_a_plan_that_cannot_fit_names_the_knobs(monkeypatch):
 def test_a_plan_that_cannot_fit_proposes_the_fastest_rematerialisation_that_does(
     state, monkeypatch
 ):
+    kept = {"none": 50 * 2**30, "linears": 5 * 2**30, "dots": 9 * 2**30, "full": 2**30}
+    monkeypatch.setattr(memory, "activations", lambda config, *_: kept[config.model.remat])
     places = sharding.tree_shardings(sharding.make_mesh(CONFIG.mesh), state, CONFIG.mesh.frozen)
-
-    def needed(remat):
-        model = dataclasses.replace(CONFIG.model, remat=remat)
-        return sum(memory.plan(dataclasses.replace(CONFIG, model=model), state, places).values())
-
     propose = functools.partial(memory.remat_that_fits, CONFIG, state, places)
-    none, linears, full = (needed(remat) for remat in ("none", "linears", "full"))
-    assert [propose(n) for n in (none, none - 1, linears)] == ["none", "linears", "linears"]
-    assert [propose(n) for n in (linears - 1, full, full - 1)] == ["full", "full", None]
+    held = sum(memory.plan(CONFIG, state, places).values()) - kept["none"]
+    for least, remat in (("none", "none"), ("linears", "linears"), ("full", "full")):
+        assert propose(held + kept[least]) == remat
+    below = [propose(held + kept[remat] - 1) for remat in ("none", "linears", "full")]
+    assert below == ["linears", "full", None]
 
-    device = types.SimpleNamespace(memory_stats=lambda: {"bytes_limit": linears})
+    device = types.SimpleNamespace(memory_stats=lambda: {"bytes_limit": held + kept["linears"]})
     monkeypatch.setattr(jax, "local_devices", lambda: [device])
     with pytest.raises(ValueError, match=r"config\.model\.remat='linears' would fit\. Param"):
-        memory.check({"activations": none}, propose)
+        memory.check({"activations": 2**36}, propose)
     device.memory_stats = lambda: {"bytes_limit": 1}
-    with pytest.raises(ValueError, match="'activations'\\. Parameters"):
-        memory.check({"activations": none}, propose)
+    with pytest.raises(ValueError, match=r"'activations'\. Parameters"):
+        memory.check({"activations": 2**36}, propose)
 
 
 def test_summary_leaves_out_what_is_nothing():
