@@ -10,8 +10,9 @@ timed. Ours keeps what depends on the instruction alone between calls; the refer
 cache. Each turn is a process of its own that runs alone, so that one implementation at a time is
 in memory. In bfloat16 the reference cannot train on a CPU: that is recorded as it says it.
 
-On an otherwise idle machine of two cores and 24 GiB the full run is expected to take about 45
-minutes (an estimate: 20 turns, of which half compile or build for a minute), most of it batch 8.
+On an otherwise idle machine of two cores and 24 GiB the full run is expected to take a little over
+an hour (an estimate: 22 turns of one to six minutes, half of it batch 8). --cases and --dtypes take
+parts of it.
 """
 
 import json
