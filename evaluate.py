@@ -90,7 +90,7 @@ def closed_loop(policy, workdir, out, began):
     for name, by_task in rates.items():
         for task, rate in by_task.items():
             print(f"{name:<12}{f'{task:<30}  ' if len(by_task) > 1 else ''}{rate}")
-    print(latency.line(policy, policy.config.evaluation.batch))
+    print(latency.line(policy.deployed(), policy.config.evaluation.batch))
     print(f"summary     {out / 'summary.json'}\nreport      {out / 'report.html'}")
 
 

@@ -53,6 +53,7 @@ class Policy:
         """
         self.model, self.params = model, jax.device_put(params)
         self.config, self.assets, self.step, self.is_deployed = config, assets, step, deploy
+        self._deployed = None
         self._transform = actions_lib.from_config(config)
         self._traced = []  # batch size of each compilation of the action pass
         # Initialisers are many and run once: on a CPU, optimising them takes longer than they do.
@@ -105,11 +106,14 @@ class Policy:
         return cls(model, params, config, assets, stored.meta["step"], deploy)
 
     def deployed(self):
-        """Returns the same policy in the form that only acts, faster; see `deploy.py`."""
-        if self.is_deployed:
-            return self
-        weights = self._deployed_weights(self.params)
-        return Policy(self.model, weights, self.config, self.assets, self.step, deploy=True)
+        """Returns the same policy in the form that only acts, faster; see `deploy.py`.
+
+        It is made once, and kept beside the whole model.
+        """
+        if self._deployed is None and not self.is_deployed:
+            rest = self.config, self.assets, self.step
+            self._deployed = Policy(self.model, self._deployed_weights(self.params), *rest, True)
+        return self if self.is_deployed else self._deployed
 
     def untrained(self, seed=0):
         """Returns a policy of the same config and assets with freshly initialised parameters."""
@@ -119,6 +123,7 @@ class Policy:
         like = lambda new, old: jax.device_put(new.astype(old.dtype), old.sharding)
         other = copy.copy(self)  # shares what is compiled already
         other.step, other.params = None, jax.tree.map(like, fresh, self.params)
+        other._deployed = None
         prepare = functools.partial(self._prepare, other.params)
         other._contexts = self._contexts.prepared_by(prepare)
         return other

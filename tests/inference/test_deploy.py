@@ -136,7 +136,7 @@ def test_a_deployed_policy_acts_as_the_whole_one_and_predicts_no_video(policies)
     for name, tap in taps.items():
         np.testing.assert_allclose(small_taps[name], tap, rtol=0, atol=1e-5)
     np.testing.assert_array_equal(small.act(*seen), got)
-    assert small.deployed() is small and small.step == whole.step
+    assert small.deployed() is small is whole.deployed() and small.step == whole.step
     with pytest.raises(ValueError, match=r"Policy.load\(..., deploy=False\) to predict video"):
         small.predict_video(*seen)
 
@@ -164,6 +164,8 @@ def test_untrained_is_the_untrained_whole_model_deployed(policies):
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
     assert np.abs(got - small.act(*seen)).max() > 1e-3, "it has its own keys and values"
     assert small.traces <= traces + 1 and fresh.step is None
+    again = whole.untrained(3).deployed()
+    np.testing.assert_allclose(again.act(*seen), want, rtol=0, atol=1e-5)
 
 
 def test_the_last_instructions_stay_on_the_device(monkeypatch):
