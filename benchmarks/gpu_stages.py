@@ -82,6 +82,7 @@ def policy(rows, trace=False, **changes):
     from benchmarks import action_pass
     from lightwam_jax.training import memory
 
+    rows = min(rows, 4) if TINY else rows
     config = config_of(changes)
     do, weights = action_pass.of_config(config), action_pass.random(action_pass.shapes(config))
     rng = np.random.default_rng(0)
