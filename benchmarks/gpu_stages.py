@@ -33,22 +33,22 @@ class Stage(NamedTuple):
 
 
 # Most important first: what does not fit into the time is left out.
+LINEARS = {"model.remat": "linears"}
 STAGES = (
-    Stage("policy_b1", "policy", 45, {"rows": 1, "trace": True}),
+    Stage("policy_b1", "policy", 50, {"rows": 1, "trace": True}),
     Stage("reference", "reference", 75, {"dtype": "bfloat16", "rows": (1, 8), "train": 16}),
-    Stage("policy_b8", "policy", 40, {"rows": 8}),
-    Stage("policy_b64", "policy", 45, {"rows": 64}),
-    Stage("train_b16_linears", "train", 75, {"batch": 16, "model.remat": "linears"}),
-    Stage("train_b16_dots", "train", 75, {"batch": 16, "model.remat": "dots"}),
-    Stage("train_b16_cudnn", "train", 75, {"batch": 16, "model.remat": "linears",
-                                           "model.attention": "cudnn"}),
-    Stage("train_b16_xla", "train", 75, {"batch": 16, "model.remat": "linears",
-                                         "model.attention": "xla"}),
-    Stage("train_b32_linears", "train", 80, {"batch": 32, "model.remat": "linears"}),
-    Stage("profile", "train", 80, {"batch": 16, "model.remat": "linears", "trace": True}),
+    Stage("policy_b8", "policy", 45, {"rows": 8}),
+    Stage("policy_b64", "policy", 50, {"rows": 64}),
+    Stage("train_b16_linears", "train", 90, {"batch": 16, **LINEARS}),
+    Stage("train_b16_dots", "train", 90, {"batch": 16, "model.remat": "dots"}),
+    Stage("train_b16_cudnn", "train", 90, {"batch": 16, **LINEARS, "model.attention": "cudnn"}),
+    Stage("train_b16_xla", "train", 90, {"batch": 16, **LINEARS, "model.attention": "xla"}),
+    Stage("train_b32_linears", "train", 90, {"batch": 32, **LINEARS}),
+    Stage("profile", "train", 95, {"batch": 16, **LINEARS, "trace": True}),
+    Stage("latency", "latency", 50, {"batches": (1, 8), "sizes": ((224, 224), (480, 640))}),
     Stage("policy_b1_cudnn", "policy", 45, {"rows": 1, "model.attention": "cudnn"}),
-    Stage("train_b16_full", "train", 75, {"batch": 16, "model.remat": "full"}),
-)  # fmt: skip
+    Stage("train_b16_full", "train", 90, {"batch": 16, "model.remat": "full"}),
+)
 
 
 def run(stage):
@@ -56,8 +56,7 @@ def run(stage):
     began = time.perf_counter()
     line = {"stage": stage.name, "kind": stage.kind}
     try:
-        numbers = {"policy": policy, "train": train, "reference": reference}[stage.kind]
-        line |= numbers(**stage.options)
+        line |= KINDS[stage.kind](**stage.options)
     except Exception as error:  # whatever it is, the other stages go on
         traceback.print_exc()
         line["failed"] = f"{type(error).__name__}: {str(error)[:400]}"
@@ -83,6 +82,7 @@ def policy(rows, trace=False, **changes):
     from benchmarks import action_pass
     from lightwam_jax.training import memory
 
+    rows = min(rows, 4) if TINY else rows
     config = config_of(changes)
     do, weights = action_pass.of_config(config), action_pass.random(action_pass.shapes(config))
     rng = np.random.default_rng(0)
@@ -157,6 +157,7 @@ def reference(dtype, rows, train):
     checkout = os.environ.get("REF")
     if not checkout:
         return {"skipped": "REF is not set: no checkout of the reference was given"}
+    os.environ["JAX_PLATFORMS"] = "cpu"  # it would take the card's memory
     import torch
 
     from benchmarks import reference as reference_lib
@@ -182,6 +183,22 @@ def reference(dtype, rows, train):
         found["device"] = {"kind": torch.cuda.get_device_name(), "platform": "gpu", "count": 1}
     return found | {"versions": {"torch": torch.__version__}}
 
+
+def latency(batches, sizes):
+    """`benchmarks.latency`: the same policy through `Policy.act`, cameras on the host included."""
+    import jax
+
+    from benchmarks import latency as latency_lib
+    from benchmarks import random_policy, results
+
+    jax.config.update("jax_enable_compilation_cache", False)
+    policy = random_policy.make(config_of({}))
+    batches, sizes = ((1,), ((32, 32),)) if TINY else (batches, sizes)
+    rows = latency_lib.measure(policy, batches, sizes)
+    return {"rows": rows, "memory_gib": results.memory_gib(), **_about(policy.config)}
+
+
+KINDS = {"policy": policy, "train": train, "reference": reference, "latency": latency}
 
 # ---- what they share ---------------------------------------------------------------------------
 

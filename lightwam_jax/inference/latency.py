@@ -14,9 +14,11 @@ def line(policy, rows, seconds=5.0):
     """Returns "latency p50 12.3 ms, p95 13.1 ms at batch 8 on DEVICE", measured here and now.
 
     Args:
-      policy: `Policy`, warmed up for batches of `rows`. seconds: to spend on it, about.
+      policy: `Policy`. seconds: to spend on it, about, after a first call that is not counted.
     """
-    found = percentiles(measure(policy, observation(policy.config, rows), seconds=seconds))
+    observed = observation(policy.config, rows)
+    measure(policy, observed, calls=1)  # may compile
+    found = percentiles(measure(policy, observed, seconds=seconds))
     device = jax.devices()[0].device_kind
     return (
         f"latency p50 {found['p50_ms']:.1f} ms, p95 {found['p95_ms']:.1f} ms at batch {rows} "
