@@ -15,7 +15,7 @@ from lightwam_jax.training import step as step_lib
 
 
 class Product(NamedTuple):
-    """A matrix product or convolution: how often it runs, and of one run FLOPs and bytes.
+    """A matrix product, convolution or fused attention: how often it runs, and of one run FLOPs and bytes.
 
     The bytes are those of its operands and its result, each moved once.
     """
@@ -64,6 +64,10 @@ def products(jaxpr):
             kernel = eqn.invars[1].aval
             features = kernel.shape[eqn.params["dimension_numbers"].rhs_spec[0]]
             yield Product(times, 2 * result.size * kernel.size // features, _bytes(eqn))
+        elif name.startswith("dot_product_attention"):  # cuDNN's: two products, five backwards
+            query, key = (x.aval for x in eqn.invars[:2])
+            work = 2 * query.size * key.shape[1] * (5 if "bwd" in name else 2)
+            yield Product(times, work, _bytes(eqn))
 
 
 def equations(jaxpr, times=1):

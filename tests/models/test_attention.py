@@ -9,6 +9,7 @@ from jax._src.cudnn import fused_attention_stablehlo as cudnn
 from lightwam_jax import build
 from lightwam_jax import config as config_lib
 from lightwam_jax.models import layers
+from lightwam_jax.training import flops
 
 TEXT = 128  # rows in the release; the state's is the 129th
 
@@ -87,6 +88,15 @@ def test_a_step_of_the_model_with_cudnn_traces(masked, any_device_has_cudnn):
 
     lengths = key_lengths(jax.make_jaxpr(jax.grad(loss))(tree, args, mask).jaxpr)
     assert TEXT + 2 in lengths and not any(length % 2 for length in lengths)
+
+
+def test_fused_attention_counts_like_its_products(any_device_has_cudnn):
+    *qkv, _ = draw(6, 8, jnp.bfloat16)
+    attend = lambda implementation: lambda *qkv: layers.attention(*qkv, None, implementation)
+    fused, plain = (flops.count(jax.make_jaxpr(attend(i))(*qkv)) for i in ("cudnn", "xla"))
+    assert fused == plain == 2 * (2 * 2 * 2 * 6 * 8 * 8)
+    both = jax.make_jaxpr(lambda *qkv: value_and_grad(layers.attention, *qkv, None, "cudnn"))(*qkv)
+    assert flops.count(both) == plain * 7 // 2  # it computes the scores again
 
 
 def key_lengths(jaxpr):
