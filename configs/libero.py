@@ -33,6 +33,7 @@ def get_config(suite="all"):
     c.data.canvas = (224, 448)
     c.data.normalization = "min_max"
     c.data.delta_mask = (True,) * 6 + (False,)  # the gripper is absolute
+    c.data.action_kinds = ("delta",) * 6 + ("gripper",)
 
     # Only the first 8 of 32 steps get loss; the released evaluation executes 10.
     c.loss.prefix_steps = 8

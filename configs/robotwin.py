@@ -19,6 +19,7 @@ def get_config():
     c.data.camera_size = (240, 320)
     c.data.layout = "robotwin"
     c.data.canvas = (384, 320)
+    c.data.action_kinds = (("absolute",) * 6 + ("gripper",)) * 2
     c.data.normalization = "z_score_reference"
     c.data.val_fraction = 0.01
 
