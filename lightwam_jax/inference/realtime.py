@@ -50,9 +50,8 @@ class Latency:
     @property
     def p95(self):
         """The measured value that 95 % do not exceed; 0 before there is any."""
-        if not self._seconds:
-            return 0.0
-        return float(np.quantile(self._seconds, 0.95, method="higher"))
+        ordered = sorted(self._seconds)
+        return ordered[math.ceil(0.95 * len(ordered)) - 1] if ordered else 0.0
 
 
 class _Request(typing.NamedTuple):
@@ -191,7 +190,7 @@ class Realtime:
         if left > (0 if self.splice == "sync" else self.delay):
             return None
         live = [number for number in self._flight if number > self._floor]
-        if live and now - self._flight[live[-1]].time < self._patience():
+        if live and now - self._flight[live[-1]].time < self._patience() * (1 - _ROUNDING):
             return None
         if len(live) > 1:
             self._floor = live[0]
@@ -249,10 +248,12 @@ class Realtime:
         self._waiting = now if self._waiting is None else self._waiting
         if now - self._waiting >= self.hold_s * (1 - _ROUNDING):
             self._on_stall(now - self._waiting)
-        if self._last is None:
-            return None
-        self.counts["holds"] += 1
-        return np.where(self._delta, np.float32(0), self._last)
+        self.counts["holds"] += self._last is not None
+        return self.hold()
+
+    def hold(self):
+        """Returns the action f32 [A] that holds still; None before an episode's first action."""
+        return None if self._last is None else np.where(self._delta, np.float32(0), self._last)
 
     # ---- splices -------------------------------------------------------------------------------
 
@@ -282,9 +283,12 @@ class Realtime:
         owed = np.where(self._delta, skipped.sum(axis=0) - executed.sum(axis=0), 0)
         for step, row in enumerate(plan):
             lowest, highest = np.minimum(self._limits[0], row), np.maximum(self._limits[1], row)
-            given = np.clip(row + owed / max(1, self._spread - step), lowest, highest)
-            given = np.where(self._delta, given, row)
-            owed, plan[step] = owed - (given - row), given
+            share = owed / max(1, self._spread - step)
+            given = np.where(self._delta, np.clip(row + share, lowest, highest), row)
+            owed = owed - share + np.where(self._delta, row + share - given, 0)
+            plan[step] = given
+            if not owed.any():
+                return
 
     def _fade(self, plan):
         """Moves absolute targets from what is still queued to the new ones."""
