@@ -178,7 +178,7 @@ def cell_of(latency, setting, results):
     solved = [result.steps for result in ran if result.success]
     per_episode = lambda name: float(np.mean([r.counts.get(name, 0) for r in ran] or [0]))
     moving = [dim for dim, kind in enumerate(setting.kinds) if kind != "gripper"]
-    extent = np.subtract(*setting.limits[::-1])[moving]
+    extent = np.subtract(*np.array(setting.limits, float)[::-1])[moving]
     extent[extent <= 0] = np.inf  # a dimension that never moves has no range to compare with
     jumps = [np.abs(np.diff(r.actions[:, moving], axis=0) / extent).ravel() for r in ran]
     jumps = np.concatenate(jumps) if any(map(len, jumps)) else np.zeros(1)

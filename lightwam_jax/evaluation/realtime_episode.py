@@ -60,19 +60,22 @@ def play(env, episode, replan_steps, max_steps, expert=False, *, setting):
     for _ in range(realtime.PROBES):
         state.latency.add(rng.choice(setting.latency))
     while not done and (now := len(executed)) < max_steps:
+        coming = _deliver(state, coming, now)
         if (number := state.request(now)) is not None:
             seen, asked = env.observe() if executed else observation, time.monotonic()
             chunk = yield seen
             waited += time.monotonic() - asked
-            coming.append((now + (rng.choice(setting.latency) if executed else 0), number, chunk))
-        for due, number, chunk in sorted(coming, key=lambda each: each[:2]):
-            if due <= now:
-                state.receive(number, chunk, now)
-        coming = [each for each in coming if each[0] > now]
+            late = rng.choice(setting.latency) if executed else 0
+            coming = _deliver(state, [*coming, (now + late, number, chunk)], now)
         executed.append(state.action(now))
         _, success, done = env.step(executed[-1])
-    seconds, counts = (
-        time.monotonic() - began - waited,
-        {k: int(n) for k, n in state.counts.items()},
-    )
-    return worker.played(episode, success, prompt, executed, seconds, counts)
+    seconds = time.monotonic() - began - waited
+    return worker.played(episode, success, prompt, executed, seconds, state.counts)
+
+
+def _deliver(state, coming, now):
+    """Gives `Realtime` the chunks (due, number, chunk) that are due; returns the others."""
+    for due, number, chunk in sorted(coming, key=lambda each: each[:2]):
+        if due <= now:
+            state.receive(number, chunk, now)
+    return [each for each in coming if each[0] > now]

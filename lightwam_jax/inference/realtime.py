@@ -12,6 +12,7 @@ import numpy as np
 
 _LOG = logging.getLogger(__name__)
 SPLICES = ("conserve", "index", "append", "sync")
+COUNTS = ("requests", "holds", "skipped", "late", "failed", "discarded", "shortened", "deepest")
 PROBES = 5  # round trips to measure before the robot moves
 _REMEMBERED = 50  # round trips that the latency is taken from
 _FADE = 3  # steps at most from the old targets to the new ones
@@ -161,7 +162,7 @@ class Realtime:
         self._limits = open_ended if limits is None else np.asarray(limits, float)
         self._band = gripper_band
         self._on_stall, self._warn, self._warned = on_stall or _stalled, warn, set()
-        self.latency, self.counts = Latency(), collections.Counter()
+        self.latency, self.counts = Latency(), dict.fromkeys(COUNTS, 0)
         self._flight, self._next, self._epoch = {}, 0, 0
         self.reset()
 
