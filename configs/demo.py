@@ -58,7 +58,8 @@ def get_config():
 
     c.loss.downsample = 2
     c.loss.lambda_video = 0.25  # from scratch, the actions must not wait for the video
-    c.loss.prefix_steps = 4  # what is executed before the policy plans anew
+    # What is executed before the policy plans anew. For plans that come d steps late: 4 + d or more.
+    c.loss.prefix_steps = 4
     c.loss.tail_weight = 0.1
     c.optimizer.update(lr=1e-3, warmup_steps=200, clip_norm=1.0, ema_decay=0.995)
 

@@ -23,7 +23,7 @@ def get_config():
     c.data.normalization = "z_score_reference"
     c.data.val_fraction = 0.01
 
-    c.loss.prefix_steps = 24
+    c.loss.prefix_steps = 24  # for plans that come d steps late: replan_steps + d or more
     c.loss.tail_weight = 0.0
 
     c.train.steps = 500_000
