@@ -58,7 +58,7 @@ def get_config():
 
     c.loss.downsample = 2
     c.loss.lambda_video = 0.25  # from scratch, the actions must not wait for the video
-    # What is executed before the policy plans anew. For plans that come d steps late: 4 + d or more.
+    # What is executed before the policy plans anew; for plans d steps late: at least 4 + d.
     c.loss.prefix_steps = 4
     c.loss.tail_weight = 0.1
     c.optimizer.update(lr=1e-3, warmup_steps=200, clip_norm=1.0, ema_decay=0.995)
