@@ -284,10 +284,9 @@ class Realtime:
         owed = np.where(self._delta, skipped.sum(axis=0) - executed.sum(axis=0), 0)
         for step, row in enumerate(plan):
             lowest, highest = np.minimum(self._limits[0], row), np.maximum(self._limits[1], row)
-            share = owed / max(1, self._spread - step)
-            given = np.where(self._delta, np.clip(row + share, lowest, highest), row)
-            owed = owed - share + np.where(self._delta, row + share - given, 0)
-            plan[step] = given
+            wanted = row + (share := owed / max(1, self._spread - step))
+            plan[step] = np.clip(wanted, lowest, highest)
+            owed = owed - share + (wanted - plan[step])
             if not owed.any():
                 return
 
