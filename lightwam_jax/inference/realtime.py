@@ -85,7 +85,8 @@ class Realtime:
       delta     what the skipped rows would have moved the robot, less what it was moved meanwhile,
                 is added to the rows that follow
       absolute  from the old targets to the new ones over up to three steps, where both have rows
-      gripper   the new command; one near the middle does not count as a change
+      gripper   the new command; one near the middle does not count as a change. Where the skipped
+                rows would have opened or closed it, the chunk is executed from that row on
     Others, to compare with: "index" only skips the rows; "append" executes the chunk from its first
     row, late; "sync" asks when nothing is left and lets the robot wait. The last two execute
     `replan` steps of each chunk, however many were trained. A chunk that arrives before the next
@@ -128,7 +129,8 @@ class Realtime:
         full_steps: rows that training weighed fully; going beyond is worth a warning.
         limits: (lowest, highest) [A] each: what "conserve" adds keeps delta actions within. What
           does not fit is left to the next steps.
-        gripper_band: (low, high) [A] each: a gripper's command between them keeps the last one.
+        gripper_band: (low, high) [A] each: a gripper's command between them keeps the last one;
+          None: grippers are not told open from closed.
         hold_s: seconds without a plan until `on_stall(seconds)` is called, at each step; default:
           raises `Stalled`.
         warn: called with a text; for each cause once.
@@ -260,27 +262,44 @@ class Realtime:
 
     def _put(self, number, chunk, elapsed):
         """Makes the rows of a chunk from `elapsed` on what is executed next."""
-        plan = chunk[elapsed : self._trained].copy()
+        conserve = self.splice == "conserve" and elapsed > 0
+        first = self._missed_change(chunk, elapsed) if conserve else elapsed
+        plan = chunk[first : self._trained].copy()
         if self.splice in ("append", "sync"):
             plan = plan[: self._replan]
-        if self.splice == "conserve" and elapsed:
-            self._conserve(plan, chunk[:elapsed])
+        if conserve:
+            self._conserve(plan, chunk[:first], elapsed)
             self._fade(plan)
             self._keep_grippers(plan)
         if self.splice != "append":
             self._queue.clear()
-        for index, action in enumerate(plan.astype(np.float32), elapsed):
+        for index, action in enumerate(plan.astype(np.float32), first):
             self._queue.append(_Row((number, index), action))
         # What lies behind `replan` is executed only while the next chunk is late.
         self._spare = max(0, len(plan) - self._replan)
 
-    def _conserve(self, plan, skipped):
+    def _missed_change(self, chunk, elapsed):
+        """Returns the row to go on with: `elapsed`, or that of a gripper's change before it.
+
+        A gripper takes its time, and the arm of the plan waits for it: a robot that went on where
+        the plan is by now would lift what it has only begun to grasp.
+        """
+        first = elapsed
+        for dim in self._grippers if self._band is not None else ():
+            middle = (self._band[0][dim] + self._band[1][dim]) / 2
+            above = chunk[: elapsed + 1, dim] > middle
+            if above[-1] != (self._last[dim] > middle):
+                other = np.flatnonzero(above != above[-1])
+                first = min(first, other[-1] + 1 if len(other) else 0)
+        return first
+
+    def _conserve(self, plan, skipped, elapsed):
         """Adds to the deltas what the skipped rows would have moved and the executed ones did not.
 
-        The state in which the chunk was planned is that before `skipped`, so this ends where the
-        chunk would have ended.
+        The state in which the chunk was planned is that before `skipped` and before the last
+        `elapsed` actions, so this ends where the chunk would have ended.
         """
-        executed = np.array(list(self._executed)[-len(skipped) :], float)
+        executed = np.array(list(self._executed)[-elapsed:], float)
         owed = np.where(self._delta, skipped.sum(axis=0) - executed.sum(axis=0), 0)
         for step, row in enumerate(plan):
             lowest, highest = np.minimum(self._limits[0], row), np.maximum(self._limits[1], row)

@@ -130,6 +130,27 @@ def test_a_gripper_is_not_moved_by_a_command_near_the_middle():
     np.testing.assert_allclose(rest[3:, 0], new[5:, 0])
 
 
+@pytest.mark.parametrize(
+    "closing, row",
+    [((0, 0, 1, 1, 1, 1, 1, 1), 2), ((0, 1, 0, 1, 1, 1, 1, 1), 3), ((1, 1, 1, 1, 1, 1, 0, 0), 0)],
+)
+def test_a_gripper_that_should_have_closed_closes_where_the_plan_did(closing, row):
+    state = make(probes=0.3, gripper_band=((0.4,) * 3, (0.6,) * 3))
+    old, new = chunk(0), chunk(10)
+    old[:, 2], new[:, 2] = 0, closing
+    done = late(state, new, steps=3, plan=old)
+    rest = np.array(actions(state, [0.5] * (8 - row)))
+    assert rest[:, 2].tolist() == list(closing)[row:] and state.source == (1, 7)
+    owed = new[:row, 0].sum() - done[1:, 0].sum()
+    assert rest[0, 0] == pytest.approx(new[row, 0] + owed), "from where the robot is, to there"
+    np.testing.assert_allclose(rest[1:, 0], new[row + 1 :, 0])
+    again = make(probes=0.3, gripper_band=((0.4,) * 3, (0.6,) * 3))
+    old[:, 2] = 1  # it is closed already: nothing was missed
+    late(again, new, steps=3, plan=old)
+    again.action(0.5)
+    assert again.source == (1, 3)
+
+
 def test_other_splices():
     state = make(splice="index")
     late(state, chunk(10))
