@@ -5,6 +5,7 @@ python evaluate.py --workdir runs/x --mode metaworld   the same in Meta-World (m
 python evaluate.py --workdir runs/x --mode libero      or in LIBERO (docs/libero.md)
 python evaluate.py --workdir runs/x --mode open_loop   action errors on held-out recordings
 python evaluate.py --workdir runs/x --mode visualize   attention and imagined video on them
+python evaluate.py --workdir runs/x --mode realtime    plans that come late (docs/realtime.md)
 python evaluate.py --compare runs/x runs/y             two closed-loop results with intervals
 
 Closed-loop modes append every episode to report/*.jsonl; run again, they continue there.
@@ -20,7 +21,7 @@ from absl import app, flags, logging
 # Simulator processes import this file again, so jax is imported inside the functions only.
 
 CLOSED_LOOP = ("demo", "libero", "metaworld")
-MODES = (*CLOSED_LOOP, "open_loop", "visualize")
+MODES = (*CLOSED_LOOP, "open_loop", "realtime", "visualize")
 ELSEWHERE = {"robotwin": "RoboTwin runs policies itself: docs/robotwin.md"}
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Run directory of train.py.")
@@ -45,6 +46,26 @@ _EMBODIMENT = flags.DEFINE_string(
 )
 _STARTED = flags.DEFINE_float(
     "started", None, "Unix time at which the pipeline began; default: now."
+)
+_LATENCY = flags.DEFINE_list(
+    "latency",
+    ["0", "1", "2", "3", "4"],
+    "Of realtime: control steps that a plan takes, ranges of them (1-3: drawn for each plan) or "
+    "JSON files with measured milliseconds.",
+)
+_EXECUTION = flags.DEFINE_list(
+    "execution",
+    ["sync", "index", "conserve"],
+    "Of realtime: how late plans are executed; also append.",
+)
+_SPREAD = flags.DEFINE_integer(
+    "spread", 1, "Of realtime: steps over which conserve makes up.", lower_bound=1
+)
+_ACTION_KINDS = flags.DEFINE_list(
+    "action_kinds", [], "Of realtime: per action dimension, in place of config.data.action_kinds."
+)
+_SUITE = flags.DEFINE_string(
+    "suite", None, "Of realtime; default: config.evaluation.suite, the only one it can be."
 )
 _COMPARE = flags.DEFINE_string(
     "compare", None, "Compare this result (summary.json, or its directory) with the one after it."
@@ -74,7 +95,8 @@ def main(argv):
     try:
         policy = Policy.load(_WORKDIR.value, _STEP.value, embodiment=_EMBODIMENT.value)
         policy.config = _with_flags(policy.config)
-        run = {"open_loop": open_loop, "visualize": visualize}.get(_MODE.value, closed_loop)
+        others = {"open_loop": open_loop, "visualize": visualize, "realtime": realtime}
+        run = others.get(_MODE.value, closed_loop)
         run(policy, pathlib.Path(_WORKDIR.value), pathlib.Path(_OUT.value or _WORKDIR.value), began)
     except (ValueError, FileNotFoundError, ImportError) as error:
         logging.debug("Where it was found:", exc_info=True)  # shown by --verbosity=1
@@ -92,6 +114,22 @@ def closed_loop(policy, workdir, out, began):
             print(f"{name:<12}{f'{task:<30}  ' if len(by_task) > 1 else ''}{rate}")
     print(latency.line(policy.deployed(), policy.config.evaluation.batch))
     print(f"summary     {out / 'summary.json'}\nreport      {out / 'report.html'}")
+
+
+def realtime(policy, workdir, out, began):
+    """The trained policy with plans that come late, executed in several ways."""
+    del workdir
+    from lightwam_jax.evaluation import realtime as realtime_lib
+
+    suite = _SUITE.value or policy.config.evaluation.suite
+    if not suite:
+        raise ValueError("--mode realtime needs a simulator; config.evaluation.suite names none")
+    how = dict(kinds=_ACTION_KINDS.value, spread=_SPREAD.value)
+    cells = realtime_lib.evaluate(
+        policy, suite, out, _LATENCY.value, _EXECUTION.value, began, **how
+    )
+    print(realtime_lib.text_table(cells))
+    print(f"numbers     {out / 'realtime.json'}\nreport      {out / 'realtime.html'}")
 
 
 def compare(others):

@@ -54,10 +54,12 @@ def get_config():
     c.data.update(cameras=("scene", "wrist"), canvas=(64, 128), codec="pca")
     c.data.update(text_encoder="hashed", prompt_template="{task}", text_len=8)
     c.data.update(num_frames=9, frame_stride=1, action_horizon=8, val_fraction=0.05)
+    c.data.action_kinds = ("delta",) * 3 + ("gripper",)  # velocities; docs/realtime.md
 
     c.loss.downsample = 2
     c.loss.lambda_video = 0.25  # from scratch, the actions must not wait for the video
-    c.loss.prefix_steps = 4  # what is executed before the policy plans anew
+    # What is executed before the policy plans anew; for plans d steps late: at least 4 + d.
+    c.loss.prefix_steps = 4
     c.loss.tail_weight = 0.1
     c.optimizer.update(lr=1e-3, warmup_steps=200, clip_norm=1.0, ema_decay=0.995)
 

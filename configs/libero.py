@@ -33,8 +33,10 @@ def get_config(suite="all"):
     c.data.canvas = (224, 448)
     c.data.normalization = "min_max"
     c.data.delta_mask = (True,) * 6 + (False,)  # the gripper is absolute
+    c.data.action_kinds = ("delta",) * 6 + ("gripper",)
 
-    # Only the first 8 of 32 steps get loss; the released evaluation executes 10.
+    # Only the first 8 of 32 steps get loss; the released evaluation executes 10. For plans that
+    # come d steps late: replan_steps + d or more (docs/realtime.md).
     c.loss.prefix_steps = 8
     c.loss.tail_weight = 0.0
 

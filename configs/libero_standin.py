@@ -34,6 +34,7 @@ def get_config(suite="object"):
     c.data.frame_stride = 2
     c.data.action_horizon = 16
     c.data.delta_mask = (True,) * 6 + (False,)  # the gripper is absolute
+    c.data.action_kinds = ("delta",) * 6 + ("gripper",)
 
     c.loss.prefix_steps = 10
     c.evaluation.suite = "libero"

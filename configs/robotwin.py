@@ -19,10 +19,11 @@ def get_config():
     c.data.camera_size = (240, 320)
     c.data.layout = "robotwin"
     c.data.canvas = (384, 320)
+    c.data.action_kinds = (("absolute",) * 6 + ("gripper",)) * 2
     c.data.normalization = "z_score_reference"
     c.data.val_fraction = 0.01
 
-    c.loss.prefix_steps = 24
+    c.loss.prefix_steps = 24  # for plans that come d steps late: replan_steps + d or more
     c.loss.tail_weight = 0.0
 
     c.train.steps = 500_000

@@ -141,6 +141,8 @@ class DataConfig:
     gripper_dims: tuple[int, ...] = ()  # action dimensions that are grippers
     gripper_closed_open: tuple[float, float] = (0.0, 1.0)  # their values in the data, made 0 and 1
     gripper_snap: bool = False  # the policy gives fully closed or fully open, nothing between
+    # Per dimension, what the robot is sent (a velocity is a delta); (): from the keys above.
+    action_kinds: tuple[Literal["delta", "absolute", "gripper"], ...] = ()
 
     codec: Literal["wan21", "wan22", "pca"] = "wan21"  # "pca": fitted on the data; for the demo
     codec_weights: str = ""  # directory of converted VAE weights (python -m converters vae)
@@ -292,6 +294,7 @@ def from_config_dict(tree, made_in=None):
     tree = tree.to_dict() if hasattr(tree, "to_dict") else tree
     if made_in:
         config_read.refuse_old(tree, made_in)
+        tree = config_read.with_added(tree)
     config = config_read.section(Config, tree, "config")
     config_checks.check(config, FRAMES_PER_LATENT)
     datasets(config)

@@ -50,6 +50,7 @@ def _check_data(d, model, frames_per_latent):
     for key, width in (
         ("delta_mask", action_width),
         ("action_as", action_width),
+        ("action_kinds", action_width),
         ("action_state_dims", action_width),
         ("orientation", len(d.cameras)),
     ):
@@ -59,6 +60,7 @@ def _check_data(d, model, frames_per_latent):
                 f"config.data.{key} has {count} entries; expected {width}, one per "
                 f"{'camera' if key == 'orientation' else 'action dimension'}, or ()"
             )
+    _check_kinds(d)
     for key, width, most in (
         ("state_dim", d.state_dim, model.proprio_dim),
         ("action_dim", d.action_dim, model.action_dim),
@@ -67,3 +69,19 @@ def _check_data(d, model, frames_per_latent):
             raise ValueError(
                 f"config.data.{key}={width} is not between 0 and the {most} of the model"
             )
+
+
+def _check_kinds(d):
+    """What config.data.action_kinds says of a dimension has to fit what the other keys say."""
+    for dim, kind in enumerate(d.action_kinds):
+        said = {
+            "gripper_dims": dim in d.gripper_dims and "gripper",
+            "delta_mask": dim < len(d.delta_mask) and d.delta_mask[dim] and "delta",
+            "action_as": d.action_as[dim : dim + 1] not in ((), ("absolute",)) and "absolute",
+        }
+        for key, expected in said.items():
+            if expected and kind != expected:
+                raise ValueError(
+                    f"config.data.action_kinds says that action {dim} is {kind!r}, "
+                    f"config.data.{key} makes it {expected!r}: change one of them"
+                )

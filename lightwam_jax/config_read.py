@@ -18,6 +18,9 @@ RENAMED = {
     "demo": "the flags of lightwam_jax.envs.record",
 }
 
+# Keys that came later, with the value that keeps the meaning of a config saved without them.
+ADDED = {"data.action_kinds": ()}
+
 
 def section(cls, tree, path):
     """Returns the dataclass `cls` of a nested dict, checked key by key; `path` is for errors.
@@ -86,6 +89,15 @@ def refuse_old(tree, made_in, redo="train it again"):
             f"{made_in} was made before version 0.2.0, when config keys had other names "
             f"({'; '.join(old)}): {redo}, or use the version it was made with"
         )
+
+
+def with_added(tree):
+    """Returns a nested dict, a config that was saved, with the keys of `ADDED` that it lacks."""
+    for key, value in ADDED.items():
+        part, name = key.split(".")
+        if part in tree:
+            tree = tree | {part: {name: value} | tree[part]}
+    return tree
 
 
 def _has(tree, keys):

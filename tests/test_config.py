@@ -134,6 +134,8 @@ def _broken(section, key, value):
         ("data", "codec", "wan23", "expected one of 'wan21', 'wan22', 'pca'"),
         ("data", "action_horizon", 30, "multiple of the 8 future video frames"),
         ("data", "delta_mask", [True], "delta_mask has 1 entries"),
+        ("data", "action_kinds", ["delta"], "action_kinds has 1 entries; expected 7"),
+        ("data", "action_kinds", ["speed"] * 7, "expected one of 'delta', 'absolute', 'gripper'"),
         ("optimizer", "accum_steps", 3, "must be a multiple"),
         ("evaluation", "replan_steps", 99, "executes more steps than the chunk"),
         ("loss", "downsample", 3, "expected one of 1, 2, 4"),

@@ -83,6 +83,18 @@ def test_old_checkpoints_are_refused(tmp_path):
         checkpoint.load_params(tmp_path / "7")
 
 
+def test_keys_that_came_later_have_their_defaults_in_saved_configs(tmp_path):
+    without = tree()
+    del without["data"]["action_kinds"]
+    checkpoint.save_params(tmp_path / "7", {"w": np.zeros(2, np.float32)}, {"config": without})
+    assert checkpoint.load_params(tmp_path / "7").config == config_lib.from_config_dict(tree())
+    with pytest.raises(ValueError, match=r"config\.data lacks action_kinds"):
+        config_lib.from_config_dict(without)  # a config that is written now has to have it
+    (tmp_path / "checkpoints" / "7").mkdir(parents=True)
+    (tmp_path / "config.json").write_text(json.dumps(without))
+    workdir.check_same_run(config_lib.from_config_dict(tree()), tmp_path)
+
+
 def test_old_runs_are_not_continued(tmp_path):
     (tmp_path / "checkpoints" / "7").mkdir(parents=True)
     (tmp_path / "config.json").write_text(json.dumps(OLD))
@@ -116,7 +128,7 @@ def run(*command):
 
 def test_flags_name_what_they_need(tmp_path):
     given = ("evaluate.py", "--workdir", str(tmp_path))
-    modes = "the modes are demo, libero, metaworld, open_loop, visualize\n"
+    modes = "the modes are demo, libero, metaworld, open_loop, realtime, visualize\n"
     assert run(*given) == (2, f"error: --mode is needed; {modes}")
     assert run(*given, "--mode=video") == (2, f"error: --mode video: unknown; {modes}")
     given = ("train.py", "--config=configs/demo.py", "--workdir", str(tmp_path))

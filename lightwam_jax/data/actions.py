@@ -159,6 +159,20 @@ def from_config(config):
     return made
 
 
+def kinds(config):
+    """Returns what each action dimension is to the robot: "delta", "absolute" or "gripper".
+
+    That is config.data.action_kinds. Where it is empty: grippers are gripper_dims, deltas those of
+    delta_mask. What `action_as` makes a difference is absolute: the policy undoes it.
+    """
+    data, width = config.data, config_lib.action_width(config)
+    masked = data.delta_mask or (False,) * width
+    derived = ["delta" if is_delta else "absolute" for is_delta in masked]
+    for dim in data.gripper_dims:
+        derived[dim] = "gripper"
+    return data.action_kinds or tuple(derived)
+
+
 def zero_padded_deltas(actions, is_pad, delta_mask):
     """Sets the delta dimensions of padded steps to 0, in physical units, before normalisation.
 

@@ -31,7 +31,17 @@ START_TIMEOUT = 600.0  # seconds a process may take to start: imports, on an ove
 _CONTEXT = multiprocessing.get_context("spawn")  # forking once jax has threads can deadlock
 
 
-def run(act, env, episodes, config, log_path=None, manifest=None, label="policy", timeout=120.0):
+def run(
+    act,
+    env,
+    episodes,
+    config,
+    log_path=None,
+    manifest=None,
+    label="policy",
+    timeout=120.0,
+    player=None,
+):
     """Runs every episode once and returns the `worker.EpisodeResult`s in the order of `episodes`.
 
     Args:
@@ -44,6 +54,7 @@ def run(act, env, episodes, config, log_path=None, manifest=None, label="policy"
       manifest: what decides the results, JSON-able; a log with another one is refused.
       label: shown by the progress bar.
       timeout: seconds a worker may be silent before it counts as hung.
+      player: what runs an episode in place of `worker.play`, with its arguments; picklable.
 
     Raises:
       ValueError: an episode is given twice, or the log is of another manifest, damaged or in use.
@@ -63,7 +74,9 @@ def run(act, env, episodes, config, log_path=None, manifest=None, label="policy"
             progress.add(result)
         todo = [episode for episode in episodes if episode not in results]
         if todo:
-            engine = contexts.enter_context(_Engine(env, todo, config, act is None, timeout))
+            engine = contexts.enter_context(
+                _Engine(env, todo, config, act is None, timeout, player)
+            )
         while len(results) < len(episodes):
             for result in engine.collect():
                 results[result.episode] = result
@@ -144,11 +157,11 @@ class _Worker:
 class _Engine:
     """The queue of episodes and the environments they run in."""
 
-    def __init__(self, env, episodes, config, expert, timeout):
+    def __init__(self, env, episodes, config, expert, timeout, player):
         self._queue = collections.deque((episode, 1) for episode in episodes)
         self._timeout = timeout
         slots = min(config.batch, len(episodes))
-        arguments = (env, config.replan_steps, config.max_steps, expert)
+        arguments = (env, config.replan_steps, config.max_steps, expert, player)
         self._workers = [_Worker(arguments) for _ in range(max(1, min(config.workers, slots)))]
         self._slots = [_Slot(self._workers[i % len(self._workers)], i) for i in range(slots)]
 

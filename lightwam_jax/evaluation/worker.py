@@ -25,6 +25,7 @@ class EpisodeResult:
       seconds: spent in the simulator, without waiting for plans.
       checksum: CRC-32 of the executed actions: equal checksums, equal episodes.
       actions: f32 [steps, A], for `replay`.
+      counts: what else was counted (`realtime_episode.py`); plain numbers.
     """
 
     episode: envs_base.EpisodeSpec
@@ -35,18 +36,20 @@ class EpisodeResult:
     seconds: float
     checksum: int
     actions: np.ndarray = dataclasses.field(repr=False, compare=False)
+    counts: dict = dataclasses.field(default_factory=dict, hash=False)
 
     def to_json(self):
         """Returns it as a plain dict; the actions are base64 of little-endian float32."""
         names = ("success", "steps", "prompt", "error", "seconds", "checksum")
         values = self.episode.to_json() | {name: getattr(self, name) for name in names}
         actions = base64.b64encode(self.actions.astype("<f4").tobytes()).decode()
-        return values | {"actions": actions}
+        return values | {"actions": actions} | ({"counts": self.counts} if self.counts else {})
 
     @classmethod
     def from_json(cls, content):
         """Returns the result that `to_json` wrote; ValueError if it was damaged since."""
         try:
+            content = {"counts": {}} | content
             values = {f.name: content[f.name] for f in dataclasses.fields(cls)[1:]}
             raw = base64.b64decode(values["actions"])
             episode, steps = envs_base.EpisodeSpec.from_json(content), values["steps"]
@@ -63,14 +66,14 @@ def failed_to_run(episode, error):
     return EpisodeResult(episode, None, 0, "", error, 0.0, 0, np.zeros((0, 0), np.float32))
 
 
-def serve(pipe, spec, replan_steps, max_steps, expert):
-    """Serves environments until the main process hangs up.
+def serve(pipe, spec, replan_steps, max_steps, expert, player=None):
+    """Serves environments until the main process hangs up; `player` is as `play`, the default.
 
     Says ("ready", None, None) first. Messages in: ("start", slot, `EpisodeSpec`) and ("plan", slot,
     chunk [T,A]). Each is answered with ("observation", slot, observation) when the episode needs a
     plan, ("result", slot, `EpisodeResult`) when it is over, or ("error", slot, traceback).
     """
-    envs, episodes = {}, {}
+    envs, episodes, player = {}, {}, player or play
     pipe.send(("ready", None, None))
     while True:
         try:
@@ -81,7 +84,7 @@ def serve(pipe, spec, replan_steps, max_steps, expert):
             if kind == "start":
                 if slot not in envs:
                     envs[slot] = spec.make()
-                episodes[slot] = play(envs[slot], payload, replan_steps, max_steps, expert)
+                episodes[slot] = player(envs[slot], payload, replan_steps, max_steps, expert)
                 payload = None
             reply = ("observation", slot, episodes[slot].send(payload))
         except StopIteration as end:
@@ -110,10 +113,14 @@ def play(env, episode, replan_steps, max_steps, expert=False):
             action = queue.pop()
         executed.append(np.asarray(action, np.float32))
         _, success, done = env.step(executed[-1])
-    actions, seconds = np.stack(executed), time.monotonic() - began - waited
-    checksum = zlib.crc32(actions.tobytes())
-    success, steps = bool(success), len(executed)
-    return EpisodeResult(episode, success, steps, prompt, None, seconds, checksum, actions)
+    return played(episode, success, prompt, executed, time.monotonic() - began - waited)
+
+
+def played(episode, success, prompt, executed, seconds, counts=None):
+    """Returns the `EpisodeResult` of the actions [A] that an episode executed."""
+    actions = np.stack(executed)
+    values = bool(success), len(executed), prompt, None, seconds, zlib.crc32(actions.tobytes())
+    return EpisodeResult(episode, *values, actions, counts or {})
 
 
 def describe(spec, episode):

@@ -1,5 +1,7 @@
 """Receding-horizon execution: predict a chunk of actions, execute its head, predict again.
 
+This waits for each chunk; `realtime.py` goes on while the next one is computed.
+
 Plain numpy and no jax, because simulator workers and robots run this next to their own loop.
 """
 

@@ -28,7 +28,7 @@ from lightwam_jax.checkpoint import storage
 # rounding. (`train.steps` also stretches the learning-rate schedule; the loop says so.)
 MAY_CHANGE = re.compile(
     r"^(name|evaluation\..*|mesh\..*|optimizer\.accum_steps|"
-    r"data\.(workers|threads|prefetch|codec_weights|text_weights)|"
+    r"data\.(workers|threads|prefetch|codec_weights|text_weights|action_kinds)|"
     r"model\.(remat|scan_unroll|attention)|"
     r"train\.(steps|log_every|eval_every|eval_batches|checkpoint_every|keep_last|keep_every|"
     r"stuck_after_s))$"

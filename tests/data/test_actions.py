@@ -140,6 +140,26 @@ def test_contradictions_name_the_key(keys, message):
         transform(**keys)
 
 
+def test_kinds_are_of_what_the_robot_is_sent():
+    """What the model sees as a difference is a target again when the robot gets it."""
+    assert actions.kinds(config(**EVERYTHING)) == ("delta", "absolute", "absolute", "gripper")
+    assert actions.kinds(config()) == ("absolute",) * 4
+    told = ("delta", "delta", "absolute", "gripper")
+    assert actions.kinds(config(action_kinds=told)) == told
+
+
+@pytest.mark.parametrize(
+    "dim, kind, key",
+    [(0, "absolute", "delta_mask"), (1, "delta", "action_as"), (3, "absolute", "gripper_dims")],
+)
+def test_kinds_that_other_keys_contradict_are_refused(dim, kind, key):
+    kinds = ["delta", "absolute", "absolute", "gripper"]
+    assert actions.kinds(config(**EVERYTHING, action_kinds=tuple(kinds))) == tuple(kinds)
+    kinds[dim] = kind
+    with pytest.raises(ValueError, match=f"action {dim} is '{kind}', config.data.{key} makes it"):
+        config(**EVERYTHING, action_kinds=tuple(kinds))
+
+
 def test_statistics_are_of_what_the_model_sees():
     """Windows written out by hand; padded deltas count as they are in the data."""
     pair = transform(**EVERYTHING)

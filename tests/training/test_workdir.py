@@ -14,7 +14,8 @@ from tests import synthetic
 
 MAY = """name evaluation.episodes evaluation.env mesh.data mesh.fsdp mesh.frozen
     optimizer.accum_steps data.workers data.threads data.prefetch data.codec_weights
-    data.text_weights model.remat model.scan_unroll model.attention train.steps train.log_every
+    data.text_weights data.action_kinds model.remat model.scan_unroll model.attention train.steps
+    train.log_every
     train.eval_every train.eval_batches train.checkpoint_every train.keep_last train.keep_every
     train.stuck_after_s"""
 MAY_NOT = """seed optimizer.lr optimizer.ema_decay optimizer.warmup_steps data.path data.cache
