@@ -15,7 +15,7 @@ from lightwam_jax.training import step as step_lib
 
 
 class Product(NamedTuple):
-    """A matrix product, convolution or fused attention: how often it runs, and of one run FLOPs and bytes.
+    """A product, convolution or fused attention: how often it runs, and of one run FLOPs and bytes.
 
     The bytes are those of its operands and its result, each moved once.
     """
