@@ -41,8 +41,8 @@ def run(tmp_path_factory):
         patch.setattr(sharding, "MIN_SPLIT_BYTES", 0)
         places = sharding.tree_shardings(mesh, shapes)
         params = random_params(model, CONFIG.model, seed=0)
-        before = step_lib.init_state(jax.tree.map(jnp.asarray, params), CONFIG, optimizer)
-        before = jax.device_get(before)
+        start = jax.jit(lambda params: step_lib.init_state(params, CONFIG, optimizer))
+        before = jax.device_get(start(params))
         rng = np.random.default_rng(1)
         batch = {
             name: rng.normal(0, 0.3, x.shape).astype(x.dtype)
@@ -118,10 +118,11 @@ def test_a_run_starts_from_the_kernels_of_another(run):
 
 def _started_from(given):
     model, optimizer, _ = step_lib.state_shapes(CONFIG)
-    random = jax.tree.map(jnp.asarray, random_params(model, CONFIG.model, seed=5))
+    random = random_params(model, CONFIG.model, seed=5)
+    start = lambda given: step_lib.start_state(model, CONFIG, optimizer, given).frozen
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(step_lib.build, "init_params", lambda *_: random)
-        return params_lib.flatten(step_lib.start_state(model, CONFIG, optimizer, given).frozen)
+        return params_lib.flatten(jax.jit(start)(given))
 
 
 def test_exported_weights_are_what_the_integers_stand_for(run, tmp_path, monkeypatch):
