@@ -14,6 +14,7 @@ from lightwam_jax import params
 from lightwam_jax.checkpoint import run as checkpoint
 from lightwam_jax.checkpoint import storage, streamed
 from lightwam_jax.data import normalize
+from lightwam_jax.models import quantized
 
 FLOATS = ("float32", "bfloat16", "float16")  # what weights may be stored in
 _HALF = ml_dtypes.bfloat16
@@ -136,7 +137,8 @@ def export(place, out, layout=None, say=print):
     stored = checkpoint.load_params(place)
     origin = stored.meta.get("source", {"kind": "lightwam", "version": "", "layout": "official"})
     layout = layouts.find(origin["kind"], origin["version"], layout or origin["layout"])
-    flat = {path: np.asarray(x) for path, x in params.flatten(stored.params).items()}
+    whole = quantized.dequantized(stored.params)
+    flat = {path: np.asarray(x) for path, x in params.flatten(whole).items()}
     tensors = rules.from_params(layout.table, flat, layouts.stacking(stored.meta["config"]))
     if layout.name == origin["layout"] and origin.get("prefix"):
         tensors = {origin["prefix"] + key: x for key, x in tensors.items()}

@@ -63,7 +63,9 @@ class ModelConfig:
     action_dim: int = 7  # width of an action
     proprio_dim: int = 8  # width of the robot's state
     dtype: DType = "bfloat16"  # compute
-    frozen_dtype: DType = "bfloat16"  # storage of parameters that do not learn
+    # Storage of parameters that do not learn. "int8": kernels of the blocks' linears, with a scale
+    # per output channel, in half the memory of bfloat16; the rest is bfloat16 then.
+    frozen_dtype: Literal["bfloat16", "float32", "int8"] = "bfloat16"
     # "cudnn": NVIDIA, bfloat16 only; "auto": that where it can be, else "xla".
     attention: Literal["auto", "xla", "cudnn"] = "auto"
     # What the backward pass computes again: nothing; all but what linears and attention give

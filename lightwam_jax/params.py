@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lightwam_jax.models import dit
+from lightwam_jax.models import dit, quantized
 
 _RUN = re.compile(r"^(.*\bdit/)blocks_(\d+)/(.*)$")
 _STACK = re.compile(r"^(.*\bdit/)blocks/(.*)$")
@@ -155,21 +155,29 @@ def segmented(params, config):
 
 
 def count(tree):
-    """Number of values in a tree of arrays or shapes."""
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+    """Number of values in a tree of arrays or shapes, without scales of int8 kernels."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return sum(math.prod(leaf.shape) for path, leaf in leaves if not _is_scale(path[-1:]))
 
 
 def count_table(params, trainable):
     """Rows (group, total, trainable) in the order of `GROUPS`, then ("total", ...).
 
     Args:
-      params: tree of arrays or shapes. trainable: patterns of `partition`.
+      params: tree of arrays or shapes; scales of int8 kernels are not counted.
+      trainable: patterns of `partition`.
     """
     rows = {name: [0, 0] for name, _ in GROUPS}
     for path, leaf in flatten(params).items():
+        if path.endswith("/" + quantized.SCALE):
+            continue
         group = next(name for name, pattern in GROUPS if pattern.search(path))
         size = math.prod(leaf.shape)
         rows[group][0] += size
         rows[group][1] += size * any(re.search(p, path) for p in trainable)
     table = [(name, *counts) for name, counts in rows.items() if counts[0]]
     return [*table, ("total", *(sum(row[i] for row in table) for i in (1, 2)))]
+
+
+def _is_scale(path):
+    return jax.tree_util.keystr(path, simple=True) == quantized.SCALE

@@ -29,7 +29,7 @@ from lightwam_jax.data import device_canvas
 from lightwam_jax.encoders import text as text_lib
 from lightwam_jax.inference import contexts as contexts_lib
 from lightwam_jax.inference import deploy as deploy_lib
-from lightwam_jax.models import lightwam
+from lightwam_jax.models import lightwam, quantized
 
 PADDED_SIZES = (1, 2, 4, 8, 16, 32, 64)  # batch sizes that are ever compiled
 # Arrays of a context, and which axis is the batch: of the whole model, of the deployed form.
@@ -120,6 +120,8 @@ class Policy:
         fresh = self._initialise(jax.random.key(seed))
         if self.is_deployed:
             fresh = self._deployed_weights(fresh)
+        else:
+            fresh = quantized.quantized_like(fresh, self.params)
         like = lambda new, old: jax.device_put(new.astype(old.dtype), old.sharding)
         other = copy.copy(self)  # shares what is compiled already
         other.step, other.params = None, jax.tree.map(like, fresh, self.params)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lightwam_jax.models import norms
+from lightwam_jax.models import norms, quantized
 
 
 def torch_uniform(fan_in):
@@ -25,7 +25,11 @@ def torch_uniform(fan_in):
 
 
 class Linear(nn.Module):
-    """`x @ kernel + bias` over the last axis: [..., in] -> [..., features] in `dtype`."""
+    """`x @ kernel + bias` over the last axis: [..., in] -> [..., features] in `dtype`.
+
+    Where the parameters hold an int8 kernel and its scale (`quantized.py`), the product is that of
+    the integers, which bfloat16 holds exactly, and what comes out is scaled in float32.
+    """
 
     features: int
     dtype: jnp.dtype = jnp.float32
@@ -36,7 +40,11 @@ class Linear(nn.Module):
         init = nn.initializers.zeros if self.zero_init else torch_uniform(x.shape[-1])
         kernel = self.param("kernel", init, (x.shape[-1], self.features))
         bias = self.param("bias", init, (self.features,))
-        return dot(x.astype(self.dtype), kernel.astype(self.dtype)) + bias.astype(self.dtype)
+        y = dot(x.astype(self.dtype), kernel.astype(self.dtype))
+        if self.has_variable("params", quantized.SCALE):
+            scale = self.param(quantized.SCALE, nn.initializers.ones, (self.features,))
+            return (y.astype(jnp.float32) * scale + bias).astype(self.dtype)
+        return y + bias.astype(self.dtype)
 
 
 def dot(x, kernel):

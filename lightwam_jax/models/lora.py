@@ -4,6 +4,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from lightwam_jax.models import quantized
 from lightwam_jax.models.layers import Linear, dot, torch_uniform
 
 
@@ -41,11 +42,14 @@ def merge_lora(params, alpha):
     """Folds every lora_a, lora_b into its kernel and drops them: exact up to rounding.
 
     Args:
-      params: nested dict; leaves may be stacked over blocks, [n, ...].
+      params: nested dict; leaves may be stacked over blocks, [n, ...]. Kernels of int8 with a
+        scale become float32, with LoRA or without.
       alpha: of the LoRA; the rank is read from the shapes.
     """
     if not isinstance(params, dict):
         return params
+    if quantized.SCALE in params:
+        params = quantized.dequantized(params)
     if "lora_a" not in params:
         return {name: merge_lora(child, alpha) for name, child in params.items()}
     a, b = params["lora_a"], params["lora_b"]

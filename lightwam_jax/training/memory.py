@@ -18,8 +18,9 @@ from lightwam_jax.training import losses
 GIB = 2**30
 ADVICE = (
     "Parameters, optimizer and frozen weights: raise config.mesh.fsdp, keep config.mesh.frozen="
-    "'sharded' and config.model.frozen_dtype='bfloat16'. Activations: config.model.remat='full', "
-    "raise config.optimizer.accum_steps. Both: lower config.train.batch_size, or more devices"
+    "'sharded' and config.model.frozen_dtype='bfloat16', or 'int8'. Activations: "
+    "config.model.remat='full', raise config.optimizer.accum_steps. Both: lower "
+    "config.train.batch_size, or more devices"
 )
 
 

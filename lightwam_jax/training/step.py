@@ -11,6 +11,7 @@ import optax
 from lightwam_jax import build, sharding
 from lightwam_jax import params as params_lib
 from lightwam_jax.data import spec
+from lightwam_jax.models import quantized
 from lightwam_jax.training import losses
 from lightwam_jax.training import optimizer as optimizer_lib
 
@@ -25,7 +26,7 @@ class TrainState:
       step: int32 [], optimizer steps applied.
       halted: bool [], a step was not finite; since then nothing is applied any more.
       trainable: float32 parameters that learn.
-      frozen: the other parameters, stored in `config.model.frozen_dtype`.
+      frozen: the other parameters, stored as `config.model.frozen_dtype` says.
       opt_state: optax state of `trainable`.
       ema: moving average of `trainable`, or None.
     """
@@ -55,11 +56,12 @@ def start_state(model, config, optimizer, given=None):
     """Returns the `TrainState` at step 0: random from `config.seed`, then `start_params`.
 
     Args:
-      given: base weights, canonical layout, or None.
+      given: base weights, canonical layout, or None. Kernels of a run with int8 kernels are
+        made whole first.
     """
     params = build.init_params(model, jax.random.key(config.seed), config.model)
     if given:
-        given = params_lib.segmented(given, config.model)
+        given = params_lib.segmented(quantized.dequantized(given), config.model)
         params = start_params(params, given, config.train.trainable)
     return init_state(params, config, optimizer)
 
@@ -72,7 +74,7 @@ def init_state(params, config, optimizer):
         step=jnp.zeros((), jnp.int32),
         halted=jnp.zeros((), bool),
         trainable=trainable,
-        frozen=jax.tree.map(lambda x: x.astype(config.model.frozen_dtype), frozen),
+        frozen=quantized.stored(frozen, config.model.frozen_dtype),
         opt_state=optimizer.init(trainable),
         ema=jax.tree.map(jnp.copy, trainable) if config.optimizer.ema_decay > 0 else None,
     )
