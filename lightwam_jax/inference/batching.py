@@ -16,6 +16,24 @@ import typing
 import numpy as np
 
 
+class Observation(typing.NamedTuple):
+    """One robot's moment.
+
+    Attributes:
+      images: {camera: uint8 [h,w,3]}, as config.data expects them. state: f32 [P].
+      prompt: str, its spaces single.
+    """
+
+    images: dict
+    state: np.ndarray
+    prompt: str
+
+    @property
+    def sizes(self):
+        """((height, width) of each camera): observations of the same sizes go into one batch."""
+        return tuple(image.shape[:2] for image in self.images.values())
+
+
 class Planned(typing.NamedTuple):
     """What the policy planned for one observation.
 
@@ -54,7 +72,7 @@ class Batcher:
     Images of one batch have one size: others wait for the next.
 
     Attributes:
-      policy: with `act(images, state, prompts, return_taps=..., rows=...)`.
+      policy: with `act(images, state, prompts)`, and what `Policy.act` takes besides, if asked for.
     """
 
     def __init__(
@@ -71,7 +89,7 @@ class Batcher:
           taps: ask the policy for what its queries look at, too.
         """
         self.policy, self._max_batch, self._taps = policy, max_batch, taps
-        self._rows = max_batch if exact else None
+        self._how = ({"return_taps": True} if taps else {}) | ({"rows": max_batch} if exact else {})
         self._max_wait = max_wait_s
         self._most = 4 * max_batch if most_queued is None else most_queued
         self._queue, self._changed = collections.deque(), threading.Condition()
@@ -186,7 +204,7 @@ class Batcher:
         }
         state = np.stack([each.state for each in observations])
         prompts = [each.prompt for each in observations]
-        asked = self.policy.act(images, state, prompts, return_taps=self._taps, rows=self._rows)
+        asked = self.policy.act(images, state, prompts, **self._how)
         actions, taps = asked if self._taps else (asked, {})
         if len(actions) != len(observations):
             raise ValueError(
@@ -222,9 +240,13 @@ class Worker:
         self._jobs.put((loop, future, function, arguments))
         return await future
 
+    def close(self):
+        """Lets the thread end after its jobs."""
+        self._jobs.put(None)
+
     def _work(self):
-        while True:
-            loop, future, function, arguments = self._jobs.get()
+        while (job := self._jobs.get()) is not None:
+            loop, future, function, arguments = job
             try:
                 result, error = function(*arguments), None
             except Exception as raised:

@@ -14,7 +14,7 @@ import json
 
 import numpy as np
 
-from lightwam_jax.inference import wire
+from lightwam_jax.inference.arrays import WireError
 
 KINDS = ("clamped", "limited", "snapped")  # what `Guard.check` counts
 _WIDENED = 0.1  # share of the training range that the default clamp leaves on either side
@@ -110,7 +110,7 @@ class Guard:
         chunk = np.asarray(chunk)
         wanted = self._horizon, len(self.limits.low)
         if chunk.shape != wanted:
-            raise wire.WireError(
+            raise WireError(
                 "limits", f"the plan has shape {list(chunk.shape)}; expected {list(wanted)}"
             )
         with np.errstate(over="ignore"):
@@ -118,9 +118,9 @@ class Guard:
         finite = np.isfinite(plan)
         if not finite.all():
             rows, dims = (np.flatnonzero(~finite.all(axis)).tolist() for axis in (1, 0))
-            raise wire.WireError(
+            raise WireError(
                 "not_finite",
-                f"the plan is not finite in dimensions {dims}, steps {rows[:10]}; "
+                f"the plan has NaN or infinite actions in dimensions {dims}, steps {rows[:10]}; "
                 "nothing of it was sent",
             )
         changed = {}
@@ -132,7 +132,7 @@ class Guard:
             plan = new
         if self._refuse and any(count.any() for count in changed.values()):
             what = {k: np.flatnonzero(n).tolist() for k, n in changed.items() if n.any()}
-            raise wire.WireError("limits", f"the plan breaks its limits in dimensions: {what}")
+            raise WireError("limits", f"the plan breaks its limits in dimensions: {what}")
         return plan, changed
 
     def _snap(self, plan, state):
@@ -162,7 +162,7 @@ class Guard:
             before[first] = np.asarray(state, np.float32)[start[first]]
         rows = []
         for row in plan:  # a difference within rounding of the rate is no change
-            within = np.abs(row - before) <= rate * np.float32(1 + 1e-6)
+            within = np.abs(row - before) <= rate + np.float32(1e-6) * (np.abs(before) + rate)
             before = np.where(within, row, row.clip(before - rate, before + rate))
             rows.append(before)
         return np.stack(rows)
@@ -269,3 +269,77 @@ def touched(chunks, states, guard):
         for chunk, state in zip(chunks, states)
     ]
     return float(np.any(hit, axis=1).mean()), np.mean(hit, axis=0)
+
+
+def recorded_plans(config, split):
+    """Returns (chunks f32 [N,T,A], states f32 [N,P]) of recorded episodes, physical units.
+
+    Args:
+      config: `Config`. split: 0 for the episodes of the training, 1 for those held out.
+
+    Raises:
+      ValueError: none are held out.
+    """
+    from lightwam_jax.data import episodes as episodes_lib
+
+    data = config.data
+    both = episodes_lib.split(episodes_lib.load_episodes(config), data.val_fraction)
+    if not both[split]:
+        raise ValueError("no episodes are held out: limits cannot be tried; set data.val_fraction")
+    chunks, states = [], []
+    for episode in both[split]:
+        # Past the end the last action is repeated, as in training: deltas become "do not move".
+        ends = np.minimum(np.arange(episode.length)[:, None] + np.arange(data.action_horizon),
+                          episode.length - 1)  # fmt: skip
+        chunks.append(np.asarray(episode.action, np.float32)[ends])
+        states.append(np.asarray(episode.state, np.float32))
+    return np.concatenate(chunks), np.concatenate(states)
+
+
+def calibrate(config, statistics):
+    """Returns (`Limits`, share of held-out plans they touch, that share by dimension).
+
+    Rates come from the training's episodes, and are tried on those that were held out.
+
+    Args:
+      config: `Config`. statistics: of its assets.
+    """
+    from lightwam_jax.data import normalize
+
+    tables = (normalize.table_of(statistics, name) for name in ("action", "state"))
+    limits = propose(recorded_plans(config, 0)[0], from_statistics(*tables, config.data))
+    limits.rate[list(config.data.gripper_dims)] = np.inf  # they jump
+    guard = Guard(limits, config.data.action_horizon)
+    return limits, *touched(*recorded_plans(config, 1), guard)
+
+
+def main(argv):
+    """Proposes limits for a run's policy, tries them, and writes them if they hold."""
+    from lightwam_jax import atomic
+    from lightwam_jax import config as config_lib
+    from lightwam_jax.checkpoint import run
+    from lightwam_jax.data import assets
+
+    given = flags.FLAGS
+    stored = run.load_params(given.workdir)
+    config = config_lib.of_embodiment(stored.config, given.embodiment)
+    statistics = assets.load_normalizers(stored.assets, config)[0]
+    limits, share, by_dimension = calibrate(config, statistics)
+    print(f"{'dimension':<12}{'low':>10}{'high':>10}{'rate':>10}{'touched':>10}")
+    for dim, row in enumerate(zip(limits.low, limits.high, limits.rate)):
+        print(f"{dim:<12}" + "".join(f"{x:>10.4g}" for x in row) + f"{by_dimension[dim]:>10.3%}")
+    print(f"{share:.3%} of the held-out plans would be changed")
+    if share > _TOUCHED:
+        raise app.UsageError(f"more than {_TOUCHED:.1%}: these limits are not written")
+    atomic.write_json(given.out, limits.as_dict())
+    print(f"wrote {given.out}; serve with --limits={given.out}")
+
+
+if __name__ == "__main__":
+    from absl import app, flags
+
+    flags.DEFINE_string("workdir", None, "Run directory of train.py.")
+    flags.DEFINE_string("embodiment", "", "Whose units, where a mixture had several.")
+    flags.DEFINE_string("out", "limits.json", "File to write.")
+    flags.mark_flag_as_required("workdir")
+    app.run(main)
