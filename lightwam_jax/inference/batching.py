@@ -15,6 +15,8 @@ import typing
 
 import numpy as np
 
+_LATELY_S = 1.0  # a session that asked within it may ask again; only with max_wait_s
+
 
 class Observation(typing.NamedTuple):
     """One robot's moment.
@@ -128,10 +130,10 @@ class Batcher:
                 raise RuntimeError("the batcher is closed")
             if len(self._queue) >= self._most:
                 raise Overloaded(f"{len(self._queue)} requests wait already")
+            if self._max_wait and session is not None:
+                self._asked[session] = now
             session = future if session is None else session
             self._queue.append(_Request(observation, session, expires, now, future))
-            if self._max_wait:
-                self._asked[session] = now
             self._changed.notify()
         return future
 
@@ -161,11 +163,11 @@ class Batcher:
         end = time.monotonic() + self._max_wait
         while self._max_wait:
             now = time.monotonic()
-            self._asked = {s: at for s, at in self._asked.items() if at > now - 1}
+            self._asked = {s: at for s, at in self._asked.items() if at > now - _LATELY_S}
             expected = min(len(self._asked), self._max_batch)
             if now >= end or len(self._queue) >= expected or self._closing:
                 return
-            self._changed.wait(end - now)
+            self._changed.wait(min(end - now, _LATELY_S / 10))
 
     def _take(self):
         """The oldest request, and what can go with it; the rest stays in its order."""

@@ -271,46 +271,40 @@ def touched(chunks, states, guard):
     return float(np.any(hit, axis=1).mean()), np.mean(hit, axis=0)
 
 
-def recorded_plans(config, split):
+def recorded_plans(episodes, horizon):
     """Returns (chunks f32 [N,T,A], states f32 [N,P]) of recorded episodes, physical units.
 
-    Args:
-      config: `Config`. split: 0 for the episodes of the training, 1 for those held out.
-
-    Raises:
-      ValueError: none are held out.
+    Past the end of an episode its last action is repeated.
     """
-    from lightwam_jax.data import episodes as episodes_lib
-
-    data = config.data
-    both = episodes_lib.split(episodes_lib.load_episodes(config), data.val_fraction)
-    if not both[split]:
-        raise ValueError("no episodes are held out: limits cannot be tried; set data.val_fraction")
     chunks, states = [], []
-    for episode in both[split]:
-        # Past the end the last action is repeated, as in training: deltas become "do not move".
-        ends = np.minimum(np.arange(episode.length)[:, None] + np.arange(data.action_horizon),
-                          episode.length - 1)  # fmt: skip
-        chunks.append(np.asarray(episode.action, np.float32)[ends])
+    for episode in episodes:
+        steps = np.arange(episode.length)[:, None] + np.arange(horizon)
+        chunks.append(np.asarray(episode.action, np.float32)[steps.clip(max=episode.length - 1)])
         states.append(np.asarray(episode.state, np.float32))
     return np.concatenate(chunks), np.concatenate(states)
 
 
-def calibrate(config, statistics):
+def calibrate(config, statistics, training, held_out):
     """Returns (`Limits`, share of held-out plans they touch, that share by dimension).
 
     Rates come from the training's episodes, and are tried on those that were held out.
 
     Args:
-      config: `Config`. statistics: of its assets.
+      config: `Config`. statistics: of its assets. training, held_out: `Episode`s.
+
+    Raises:
+      ValueError: none are held out.
     """
     from lightwam_jax.data import normalize
 
+    if not held_out:
+        raise ValueError("no episodes are held out to try limits on: set config.data.val_fraction")
+    horizon = config.data.action_horizon
     tables = (normalize.table_of(statistics, name) for name in ("action", "state"))
-    limits = propose(recorded_plans(config, 0)[0], from_statistics(*tables, config.data))
+    limits = from_statistics(*tables, config.data)
+    limits = propose(recorded_plans(training, horizon)[0], limits)
     limits.rate[list(config.data.gripper_dims)] = np.inf  # they jump
-    guard = Guard(limits, config.data.action_horizon)
-    return limits, *touched(*recorded_plans(config, 1), guard)
+    return limits, *touched(*recorded_plans(held_out, horizon), Guard(limits, horizon))
 
 
 def main(argv):
@@ -319,12 +313,14 @@ def main(argv):
     from lightwam_jax import config as config_lib
     from lightwam_jax.checkpoint import run
     from lightwam_jax.data import assets
+    from lightwam_jax.data import episodes as episodes_lib
 
     given = flags.FLAGS
     stored = run.load_params(given.workdir)
     config = config_lib.of_embodiment(stored.config, given.embodiment)
     statistics = assets.load_normalizers(stored.assets, config)[0]
-    limits, share, by_dimension = calibrate(config, statistics)
+    split = episodes_lib.split(episodes_lib.load_episodes(config), config.data.val_fraction)
+    limits, share, by_dimension = calibrate(config, statistics, *split)
     print(f"{'dimension':<12}{'low':>10}{'high':>10}{'rate':>10}{'touched':>10}")
     for dim, row in enumerate(zip(limits.low, limits.high, limits.rate)):
         print(f"{dim:<12}" + "".join(f"{x:>10.4g}" for x in row) + f"{by_dimension[dim]:>10.3%}")

@@ -118,17 +118,16 @@ def test_a_full_queue_says_so():
     held.go()
 
 
-def test_it_waits_for_sessions_that_asked_lately_only_when_told():
-    batcher = batching.Batcher(StandIn(), max_wait_s=5.0)
-    began = time.monotonic()
-    both = [batcher.submit(observation(n), session=n) for n in range(2)]
-    [future.result(10) for future in both]
-    later = batcher.submit(observation(2), session=0)
-    time.sleep(0.2)
-    assert not later.done(), "session 1 asked within the last second"
-    batcher.submit(observation(3), session=1)
-    assert later.result(10).batch == 2 and time.monotonic() - began < 4
-    alone = batching.Batcher(StandIn(), max_wait_s=5.0)
-    began = time.monotonic()
-    alone.submit(observation(1), session=0).result(10)
-    assert time.monotonic() - began < 4, "nobody else is expected"
+def test_it_waits_for_sessions_that_asked_lately_only_when_told(monkeypatch):
+    monkeypatch.setattr(batching, "_LATELY_S", 30.0)
+    held = Held(max_wait_s=20.0)
+    both = [held.batcher.submit(observation(n), session=n) for n in range(2)]
+    held.go()
+    assert [future.result(10).batch for future in both] == [2, 2]
+    later = held.batcher.submit(observation(2), session=0)
+    time.sleep(0.1)
+    assert not later.done(), "session 1 asked lately"
+    held.batcher.submit(observation(3), session=1)
+    assert later.result(10).batch == 2
+    monkeypatch.setattr(batching, "_LATELY_S", 0.0)
+    assert held.batcher.submit(observation(4), session=0).result(10).batch == 1

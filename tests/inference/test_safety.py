@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import types
 
 import numpy as np
 import pytest
@@ -143,3 +144,25 @@ def test_proposed_rates_are_taken_from_recorded_plans_and_tried_on_others():
     wild[:50, 4, 1] += 100
     share, by_dimension = safety.touched(wild, np.zeros((200, 5)), guard)
     assert share == 0.25 and by_dimension.tolist() == [0, 0.25, 0]
+
+
+def test_limits_from_recorded_episodes():
+    """From the training's episodes; grippers jump; tried on the episodes that were held out."""
+    rng = np.random.default_rng(0)
+    config = served.config(gripper_dims=(3,))
+
+    def episode(scale=1.0):
+        actions = np.cumsum(rng.uniform(-0.1, 0.1, (40, 4)), axis=0).clip(-1, 1)
+        actions[:, 3] = np.arange(40) > 20
+        return types.SimpleNamespace(length=40, action=actions * scale, state=np.zeros((40, 5)))
+
+    training = [episode() for _ in range(30)]
+    chunks, states = safety.recorded_plans(training[:1], 8)
+    assert chunks.shape == (40, 8, 4) and states.shape == (40, 5)
+    np.testing.assert_allclose(chunks[38], training[0].action[[38] + [39] * 7], rtol=1e-6)
+    made, share, _ = safety.calibrate(config, served.STATISTICS, training, [episode()])
+    np.testing.assert_allclose(made.rate[:3], 0.15, rtol=0.01)
+    assert np.isinf(made.rate[3]) and share == 0
+    assert safety.calibrate(config, served.STATISTICS, training, [episode(2.0)])[1] > 0.1
+    with pytest.raises(ValueError, match=r"set config\.data\.val_fraction"):
+        safety.calibrate(config, served.STATISTICS, training, [])
