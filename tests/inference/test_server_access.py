@@ -2,6 +2,8 @@
 
 import contextlib
 import socket as sockets
+import ssl
+import subprocess
 
 import numpy as np
 import pytest
@@ -9,6 +11,8 @@ from websockets.exceptions import InvalidStatus
 from websockets.sync import client as websockets_client
 
 from lightwam_jax.inference import access as access_lib
+from lightwam_jax.inference import server as server_lib
+from lightwam_jax.inference.client import Client, ServerGone
 from tests.served import observe, serving, wanted
 
 
@@ -59,3 +63,38 @@ def check_garbage(served):
     [raw.close() for raw in half_open]
     with pytest.raises(InvalidStatus, match="404"):
         contextlib.ExitStack().enter_context(websockets_client.connect(f"{served.url}/elsewhere"))
+
+
+def test_tls(tmp_path):
+    made = subprocess.run(
+        [
+            "openssl",
+            "req",
+            "-x509",
+            "-newkey",
+            "rsa:2048",
+            "-nodes",
+            "-keyout",
+            "key.pem",
+            "-out",
+            "cert.pem",
+            "-days",
+            "2",
+            "-subj",
+            "/CN=localhost",
+            "-addext",
+            "subjectAltName=DNS:localhost,IP:127.0.0.1",
+        ],
+        cwd=tmp_path,
+        capture_output=True,
+    )
+    if made.returncode:
+        pytest.skip("openssl is not here")
+    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    trusting = ssl.create_default_context(cafile=cert)
+    with serving(tls=server_lib._tls(cert, key)) as running:
+        url = running.url.replace("ws://", "wss://")
+        with Client(url, tls=trusting, connect_s=10) as client:
+            np.testing.assert_array_equal(client.infer(observe())["actions"], wanted(observe()))
+        with pytest.raises(ServerGone, match="certificate"):
+            Client(url, connect_s=0.5)
