@@ -30,6 +30,9 @@ def test_handshakes_that_are_refused():
                     pass
             assert running.get("/metrics")[0] == 401 and running.get("/metadata")[0] == 401
             assert running.get("/healthz")[0] == 200 and running.get("/livez")[0] == 200
+            near = ("Api-Key secre", "Api-Key secrets", "Api-Key ", "secret", "Basic c2VjcmV0Og==")
+            for header in near:
+                assert running.get("/metrics", {"Authorization": header}.items())[0] == 401
             for header in ("Api-Key secret", "Bearer secret", "Basic OnNlY3JldA=="):
                 assert running.get("/metrics", {"Authorization": header}.items())[0] == 200
         running.server._draining = True

@@ -341,13 +341,15 @@ def test_an_idle_connection_is_closed():
 def test_new_image_sizes_are_compiled_beside_the_requests_and_bounded():
     policy = StandIn()
     hold = threading.Event()
-    slow = lambda sizes, batch_sizes: (policy.sizes.append(sizes), hold.wait(5))
+    compiled = []
+    slow = lambda sizes, batch_sizes: (policy.sizes.append(sizes), compiled.append(hold.wait(5)))
     with serving(policy, max_new_sizes=2) as running, contextlib.ExitStack() as stack:
         one, two = (stack.enter_context(running.connect()) for _ in range(2))
         policy.warm_up_images = slow
         large = observe(1, size=(48, 64))
         one.send(wire.encode(large))
         np.testing.assert_array_equal(running.ask(two, observe(2))["actions"], wanted(observe(2)))
+        assert not compiled, "nobody waits for another's compilation"
         hold.set()
         np.testing.assert_array_equal(wire.decode(one.recv(timeout=5))["actions"], wanted(large))
         assert policy.sizes == [{"scene": (48, 64), "wrist": (48, 64)}]
