@@ -112,7 +112,11 @@ class AbsentTextEncoder:
 
 
 class CachedTextEncoder:
-    """A `TextEncoder` that looks into a `TextCache` and asks `encoder` only for new prompts."""
+    """A `TextEncoder` that looks into a `TextCache` and asks `encoder` only for new prompts.
+
+    Attributes:
+      prompts: texts of the cache.
+    """
 
     def __init__(self, encoder, cache):
         if cache.encoder_id != encoder.id:
@@ -121,7 +125,7 @@ class CachedTextEncoder:
                 f"{ENCODE}"
             )
         self.dim, self.id = encoder.dim, encoder.id
-        self._encoder, self._cache = encoder, cache
+        self._encoder, self._cache, self.prompts = encoder, cache, cache.prompts
 
     def encode(self, prompts, text_len):
         """As `TextEncoder.encode`, rounded to bfloat16 for known and new prompts alike."""

@@ -135,7 +135,7 @@ class Policy:
         """How often the action pass was compiled: once per padded batch size that was used."""
         return len(self._traced)
 
-    def act(self, images, state, prompts, return_taps=False):
+    def act(self, images, state, prompts, return_taps=False, rows=None):
         """Plans one action chunk per row.
 
         Args:
@@ -143,6 +143,7 @@ class Policy:
             They are turned, resized and laid out as the images of the training were.
           state: float [B,P], physical units. prompts: B instructions.
           return_taps: also return the attention of the learned queries.
+          rows: padded batch size to use, so that bits do not depend on B; default: the smallest.
 
         Returns:
           actions float32 [B,T,A], physical units; with return_taps also
@@ -155,9 +156,9 @@ class Policy:
         images, state = self._check(images, state, prompts)
         parts = []
         for start in range(0, len(state), PADDED_SIZES[-1]):
-            rows = slice(start, start + PADDED_SIZES[-1])
-            some = {camera: image[rows] for camera, image in images.items()}
-            parts.append(self._act_padded(some, state[rows], prompts[rows], return_taps))
+            part = slice(start, start + PADDED_SIZES[-1])
+            some = {camera: image[part] for camera, image in images.items()}
+            parts.append(self._act_padded(some, state[part], prompts[part], return_taps, rows))
         actions, taps = zip(*parts)
         if not return_taps:
             return np.concatenate(actions)
@@ -188,20 +189,54 @@ class Policy:
         latents = self._imagine(*inputs, key, steps=steps, full=resolution == "full")
         return self.assets.codec.decode(np.asarray(latents)[: len(state)])
 
-    def warm_up(self, batch_sizes=(1,), sizes=None):
+    def warm_up(self, batch_sizes=(1,), sizes=None, prompt="warm up", taps=False):
         """Compiles the action pass for the padded batch sizes of `batch_sizes`.
 
         Args:
           sizes: {camera: (height, width)} of the images to come. Default: as they lie on the
             canvas. Images of another size cost about a second at their first call, for the small
-            program that lays them out; what is large begins with the canvas.
+            program that lays them out (`warm_up_images`); what is large begins with the canvas.
+          prompt: an instruction that can be encoded. taps: also what `return_taps` needs.
         """
         data = self.config.data
         sizes = sizes or {name: box.size for name, box in cameras_lib.layout(data)[0].items()}
         for n in sorted({_padded_size(size) for size in batch_sizes}):
             images = {camera: np.zeros((n, *size, 3), np.uint8) for camera, size in sizes.items()}
             state = np.zeros((n, config_lib.state_width(self.config)), np.float32)
-            self._act_padded(images, state, ["warm up"] * n)
+            for asked in (False, True)[: 1 + taps]:
+                self._act_padded(images, state, [prompt] * n, asked)
+
+    def warm_up_images(self, sizes, batch_sizes=(1,)):
+        """Compiles what lays images of other sizes out, as `warm_up` did for its own.
+
+        May run in another thread than `act`.
+        """
+        for n in sorted({_padded_size(size) for size in batch_sizes}):
+            self._canvas({name: np.zeros((n, *size, 3), np.uint8) for name, size in sizes.items()})
+
+    @property
+    def known_prompts(self):
+        """Instructions of the text cache, which cost nothing; a tuple."""
+        before, _, after = self.config.data.prompt_template.partition("{task}")
+        end = -len(after) or None
+        return tuple(text[len(before) : end] for text in self._cached_texts)
+
+    def known_prompt(self, task):
+        """Returns whether `act` needs no text encoder for an instruction."""
+        filled = text_lib.prompt(task, self.config.data.prompt_template)
+        return filled in self._cached_texts or task in self._contexts
+
+    def add_prompt(self, task):
+        """Encodes an instruction before `act` needs it; may run in another thread than `act`.
+
+        Raises:
+          FileNotFoundError: the encoder's weights are not here. ValueError: nothing to encode.
+        """
+        self._contexts.add([task])
+
+    @property
+    def _cached_texts(self):
+        return getattr(self.assets.text_encoder, "prompts", ())
 
     def canvas(self, images):
         """Returns `cameras.canvas` [...,H,W,3] of {camera: uint8 [...,h,w,3]}."""
@@ -254,13 +289,15 @@ class Policy:
 
     # ---- around them ---------------------------------------------------------------------------
 
-    def _act_padded(self, images, state, prompts, taps=False):
-        actions, seen = self._act(*self._padded(images, state, prompts), taps=taps)
+    def _act_padded(self, images, state, prompts, taps=False, rows=None):
+        actions, seen = self._act(*self._padded(images, state, prompts, rows), taps=taps)
         return np.asarray(actions, np.float32)[: len(state)], seen
 
-    def _padded(self, images, state, prompts):
+    def _padded(self, images, state, prompts, rows=None):
         """What the jitted functions read first, with as many rows as a padded batch has."""
-        rows = _padded_size(len(state))
+        if rows is not None and (rows not in PADDED_SIZES or rows < len(state)):
+            raise ValueError(f"rows={rows} for {len(state)}; expected one of {PADDED_SIZES}")
+        rows = rows or _padded_size(len(state))
         canvas = self._canvas({camera: _pad(image, rows) for camera, image in images.items()})
         context = self._contexts(list(prompts), rows)
         return self.params, self._codec, canvas, context, _pad(state, rows)

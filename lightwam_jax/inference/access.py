@@ -1,0 +1,55 @@
+"""Who may ask a policy server: its key, and how often a wrong one may be tried."""
+
+import asyncio
+import base64
+import binascii
+import collections
+import hmac
+import time
+
+_DELAY_S = 0.2  # before a wrong key is answered
+_TRIES, _WINDOW_S = 20, 60.0  # wrong keys of an address, then it waits
+_ADDRESSES = 1024  # that are remembered
+
+
+class Access:
+    """Checks the key of HTTP requests, before anything else of them is read."""
+
+    def __init__(self, key=""):
+        """Args: key: text; "": everyone may."""
+        self._key = key.encode()
+        self._wrong = collections.OrderedDict()  # address -> times of wrong keys
+
+    async def refusal(self, address, authorizations):
+        """Returns None, or (HTTP status, text).
+
+        Args:
+          address: of the client. authorizations: values of its Authorization headers: "Api-Key KEY"
+            as openpi's clients send it, "Bearer KEY", or a browser's "Basic" with the key as
+            password.
+        """
+        if not self._key:
+            return None
+        now = time.monotonic()
+        wrong = self._wrong.get(address, ())
+        if sum(at > now - _WINDOW_S for at in wrong) >= _TRIES:
+            return 429, "too many wrong keys from this address; wait a minute\n"
+        if len(authorizations) == 1 and hmac.compare_digest(_sent(authorizations[0]), self._key):
+            return None
+        self._wrong[address] = [*wrong, now][-_TRIES:]
+        self._wrong.move_to_end(address)
+        while len(self._wrong) > _ADDRESSES:
+            self._wrong.popitem(last=False)
+        await asyncio.sleep(_DELAY_S)
+        return 401, "this server needs a key: Authorization: Api-Key KEY\n"
+
+
+def _sent(authorization):
+    scheme, _, value = authorization.partition(" ")
+    if scheme.lower() == "basic":
+        try:
+            return base64.b64decode(value.strip(), validate=True).partition(b":")[2]
+        except (binascii.Error, ValueError):
+            return b""
+    known = scheme.lower() in ("api-key", "bearer")
+    return value.strip().encode("utf-8", "surrogateescape") if known else b""

@@ -1,0 +1,66 @@
+"""What a policy server says about itself before the first request: plain values, fixed order."""
+
+import numpy as np
+
+from lightwam_jax import config as config_lib
+from lightwam_jax.inference import keys as keys_lib
+from lightwam_jax.inference import latency, safety
+
+VERSION = 1  # of the server's side of the protocol: of metadata, optional keys, error codes
+_PROMPTS = 256  # that are listed
+
+
+def describe(policy, options, rules, guard, seconds):
+    """Returns the metadata: numbers, text, lists and maps, no arrays.
+
+    Args:
+      policy: `Policy`. options: `service.Options`. rules: `observations.Rules`.
+      guard: `safety.Guard`. seconds: of calls of the policy, measured at the start.
+    """
+    config, data = policy.config, policy.config.data
+    width = config_lib.action_width(config)
+    cameras = list(data.cameras)
+    orientation = list(data.orientation) or [""] * len(cameras)
+    known = list(policy.known_prompts)
+    made = {"protocol": "openpi", "server_version": VERSION}
+    if options.metadata == "full":  # what names the checkpoint, or was measured
+        made |= {
+            "config": options.name or config.name,
+            "step": policy.step,
+            "weights_hash": options.weights_hash,
+            "latency": {k: round(v, 3) for k, v in latency.percentiles(seconds).items()},
+        }
+    return made | {
+        "embodiment": data.embodiment,
+        "cameras": cameras,
+        "images": "uint8, RGB, of any size: send pictures as the camera gives them",
+        "orientation": dict(zip(cameras, orientation)),
+        "state_dim": rules.state_width,
+        "state_names": list(data.fields.state),
+        "action_dim": width,
+        "action_names": list(data.fields.action),
+        "action_kinds": safety.dimension_kinds(data, width),
+        "action_horizon": data.action_horizon,
+        "trained_steps": trained_steps(config),
+        "replan_steps": min(config.evaluation.replan_steps, data.action_horizon),
+        "fps": options.fps,
+        "keys": keys_lib.describe(rules.tables[0], data.cameras),
+        "optional_keys": list(keys_lib.OPTIONAL),
+        "default_prompt": options.default_prompt,
+        "new_prompts": options.new_prompts,
+        "prompts": known[:_PROMPTS],
+        "prompt_count": len(known),
+        "max_frame": options.max_frame,
+        "batching": {"max": options.max_batch, "exact": options.exact},
+        "max_age_ms": options.max_age_ms,
+        "limits": guard.limits.as_dict(),
+        "gripper": guard.gripper.mode,
+        "guard": options.guard,
+    }
+
+
+def trained_steps(config):
+    """Returns how many steps of a plan had a share in the loss."""
+    loss, horizon = config.loss, config.data.action_horizon
+    cut = loss.temporal_weighting and not np.any(loss.tail_weight)
+    return min(loss.prefix_steps, horizon) if cut else horizon
