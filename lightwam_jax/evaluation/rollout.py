@@ -74,9 +74,8 @@ def run(
             progress.add(result)
         todo = [episode for episode in episodes if episode not in results]
         if todo:
-            engine = contexts.enter_context(
-                _Engine(env, todo, config, act is None, timeout, player)
-            )
+            engine = _Engine(env, todo, config, act is None, timeout, player)
+            contexts.enter_context(engine)
         while len(results) < len(episodes):
             for result in engine.collect():
                 results[result.episode] = result
