@@ -74,9 +74,8 @@ def run(
             progress.add(result)
         todo = [episode for episode in episodes if episode not in results]
         if todo:
-            engine = contexts.enter_context(
-                _Engine(env, todo, config, act is None, timeout, player)
-            )
+            engine = _Engine(env, todo, config, act is None, timeout, player)
+            contexts.enter_context(engine)
         while len(results) < len(episodes):
             for result in engine.collect():
                 results[result.episode] = result
@@ -87,9 +86,9 @@ def run(
                 batch = stack([slot.observation for slot in slots], config.batch)
                 engine.plan(slots, act(*batch))
     if all(result.error for result in results.values()):
-        first = results[episodes[0]].error
         raise RuntimeError(
-            f"none of the {len(episodes)} episodes could be run; the first error:\n{first}"
+            f"none of the {len(episodes)} episodes could be run; the first error:\n"
+            f"{results[episodes[0]].error}"
         )
     return [results[episode] for episode in episodes]
 
@@ -157,7 +156,7 @@ class _Worker:
 class _Engine:
     """The queue of episodes and the environments they run in."""
 
-    def __init__(self, env, episodes, config, expert, timeout, player):
+    def __init__(self, env, episodes, config, expert, timeout, player=None):
         self._queue = collections.deque((episode, 1) for episode in episodes)
         self._timeout = timeout
         slots = min(config.batch, len(episodes))

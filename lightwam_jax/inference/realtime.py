@@ -138,21 +138,7 @@ class Realtime:
         trained_steps = horizon if trained_steps is None else min(trained_steps, horizon)
         replan = trained_steps if replan is None else replan
         kinds = np.array(kinds)
-        unknown = sorted({*kinds.tolist()} - {"delta", "absolute", "gripper"})
-        if unknown or kinds.ndim != 1 or not len(kinds):
-            raise ValueError(
-                f"kinds is {kinds.tolist()}; expected 'delta', 'absolute' or 'gripper' for each "
-                "action dimension"
-            )
-        if splice not in SPLICES:
-            raise ValueError(f"splice is {splice!r}; expected one of {', '.join(SPLICES)}")
-        if not (dt > 0 and hold_s > 0):
-            raise ValueError(f"dt={dt} and hold_s={hold_s} are seconds; expected more than 0")
-        if not (1 <= replan <= horizon and trained_steps >= 1 and spread >= 1):
-            raise ValueError(
-                f"replan={replan}, trained_steps={trained_steps}, spread={spread}: expected at "
-                f"least 1, and replan at most the chunk's {horizon}"
-            )
+        _check(horizon, dt, kinds, trained_steps, replan, splice, spread, hold_s)
         self.horizon, self.dt, self.hold_s, self.splice = horizon, dt, hold_s, splice
         if splice in ("append", "sync"):  # which execute `replan` steps, whatever was trained
             trained_steps = full_steps = horizon
@@ -367,6 +353,24 @@ class Realtime:
         if cause not in self._warned:
             self._warned.add(cause)
             self._warn(text)
+
+
+def _check(horizon, dt, kinds, trained_steps, replan, splice, spread, hold_s):
+    unknown = sorted({*kinds.tolist()} - {"delta", "absolute", "gripper"})
+    if unknown or kinds.ndim != 1 or not len(kinds):
+        raise ValueError(
+            f"kinds is {kinds.tolist()}; expected 'delta', 'absolute' or 'gripper' for each "
+            "action dimension"
+        )
+    if splice not in SPLICES:
+        raise ValueError(f"splice is {splice!r}; expected one of {', '.join(SPLICES)}")
+    if not (dt > 0 and hold_s > 0):
+        raise ValueError(f"dt={dt} and hold_s={hold_s} are seconds; expected more than 0")
+    if not (1 <= replan <= horizon and trained_steps >= 1 and spread >= 1):
+        raise ValueError(
+            f"replan={replan}, trained_steps={trained_steps}, spread={spread}: expected at "
+            f"least 1, and replan at most the chunk's {horizon}"
+        )
 
 
 def _stalled(seconds):

@@ -91,7 +91,7 @@ def test_no_more_environments_than_episodes_or_rows(make, episodes, workers, bat
     assert [slot.index for slot in engine._slots] == list(range(slots))
     for slot in engine._slots:
         assert slot.worker is engine._workers[slot.index % used]
-    assert engine._workers[0].arguments == ("env", 4, 9, False)
+    assert engine._workers[0].arguments == ("env", 4, 9, False, None)
 
 
 def test_a_plan_is_due_when_all_wait_and_each_gets_its_row(make):
