@@ -19,6 +19,7 @@ import urllib.parse
 from websockets.asyncio import server as websockets_server
 
 from lightwam_jax.inference import access as access_lib
+from lightwam_jax.inference import page as page_lib
 from lightwam_jax.inference import service as service_lib
 from lightwam_jax.inference import serving_options as options_lib
 from lightwam_jax.inference import session as session_lib
@@ -58,6 +59,11 @@ class Server:
     def is_ready(self):
         """Whether requests are answered."""
         return self._ready.is_set() and not self._draining
+
+    @property
+    def sessions(self):
+        """Numbers of the sessions that are open."""
+        return sorted(connection.number for connection in self._connections)
 
     async def listen(self, host, port):
         """Begins to listen; clients wait for metadata until `ready`."""
@@ -128,9 +134,11 @@ class Server:
         """Answers plain HTTP requests; returns None where a WebSocket may open."""
         path, headers = urllib.parse.urlsplit(request.path).path, request.headers
         if path in ("/healthz", "/livez"):
-            return connection.respond(*(self._health() if path == "/healthz" else self._life()))
+            return connection.respond(*(self.health() if path == "/healthz" else self._life()))
         address = str((connection.remote_address or ("?",))[0])
-        refusal = await self._access.refusal(address, headers.get_all("Authorization"))
+        refusal = None
+        if path not in self.streams or not self._access.has_ticket(headers.get_all("Cookie")):
+            refusal = await self._access.refusal(address, headers.get_all("Authorization"))
         if refusal:
             response = connection.respond(*refusal)
             response.headers["WWW-Authenticate"] = 'Basic realm="policy server", charset="UTF-8"'
@@ -173,6 +181,11 @@ class Server:
         del response.headers["Content-Type"]
         response.headers["Content-Type"] = kind
         response.headers["Cache-Control"] = "no-store"
+        if path == "/" and (ticket := self._access.ticket):
+            # Not every browser sends the key of a page with the WebSocket that the page opens.
+            secure = "; Secure" if self._tls else ""
+            cookie = f"{ticket}; HttpOnly; SameSite=Strict{secure}"
+            response.headers["Set-Cookie"] = cookie
         return response
 
     def _metrics(self):
@@ -307,7 +320,7 @@ def main(argv):
         where = {"text_weights": given.text_weights, "embodiment": given.embodiment}
         return Policy.load(given.workdir, given.step, deploy=True, dtype=given.dtype, **where)
 
-    sys.exit(serve(load, options, given.host, given.port, key, tls))
+    sys.exit(serve(load, options, given.host, given.port, key, tls, page_lib.prepare))
 
 
 def _key(path):
