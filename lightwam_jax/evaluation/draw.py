@@ -15,8 +15,8 @@ from lightwam_jax.data import windows as windows_lib
 from lightwam_jax.data.formats import video as video_lib
 from lightwam_jax.encoders import base as encoders_base
 from lightwam_jax.encoders import quality
-from lightwam_jax.inference import attention as attention_lib
 from lightwam_jax.evaluation import rollout
+from lightwam_jax.inference import attention as attention_lib
 from lightwam_jax.models import lightwam
 
 # ---- attention -----------------------------------------------------------------------------------

@@ -5,7 +5,6 @@ import base64
 import binascii
 import collections
 import hmac
-import secrets
 import time
 
 _DELAY_S = 0.2  # before a wrong key is answered
@@ -17,15 +16,16 @@ class Access:
     """Checks the key of HTTP requests, before anything else of them is read.
 
     Attributes:
-      ticket: "NAME=VALUE" of a cookie that stands for the key at the streams of pages, as long as
-        this process lives; "" where there is no key.
+      ticket: "NAME=VALUE" of a cookie that stands for the key at the streams of pages; made of the
+        key, so that a page goes on after a restart of the server. "" where there is no key.
     """
 
     def __init__(self, key=""):
         """Args: key: text; "": everyone may."""
         self._key = key.encode()
-        random = secrets.token_urlsafe(32)  # also in the name: cookies do not tell ports apart
-        self.ticket = f"live_{random[:8]}={random[8:]}" if key else ""
+        digest = hmac.digest(self._key, b"streams of pages", "sha256").hex()
+        # Also in the name: a browser sends the cookies of all ports of a host.
+        self.ticket = f"live_{digest[:8]}={digest[8:]}" if key else ""
         self._wrong = collections.OrderedDict()  # address -> times of wrong keys
 
     async def refusal(self, address, authorizations):
@@ -54,7 +54,11 @@ class Access:
     def has_ticket(self, cookies):
         """Returns whether the values of Cookie headers hold the ticket."""
         ticket = self.ticket.encode()
-        sent = [part.strip().encode("utf-8", "surrogateescape") for line in cookies for part in line.split(";")]
+        sent = [
+            part.strip().encode("utf-8", "surrogateescape")
+            for line in cookies
+            for part in line.split(";")
+        ]
         return bool(ticket) and any([hmac.compare_digest(each, ticket) for each in sent])
 
 

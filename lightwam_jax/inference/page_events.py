@@ -88,7 +88,9 @@ def plan(seen, policy):
         "state": _rounded(event.observation.state),
         "times": {name: round(value, 3) for name, value in event.times.items()},
         "picture": picture(canvas),
-        "attention": {name: _looks(grid) for name, grid in attention.maps(event.taps, data).items()},
+        "attention": {
+            name: _looks(grid) for name, grid in attention.maps(event.taps, data).items()
+        },
         "actions": None if event.actions is None else _rounded(event.actions),
         "before": before(seen),
     }

@@ -7,6 +7,7 @@ do about it. It listens at this machine only, unless --host says otherwise and a
 """
 
 import asyncio
+import atexit
 import json
 import logging
 import os
@@ -20,6 +21,7 @@ from websockets.asyncio import server as websockets_server
 
 from lightwam_jax.inference import access as access_lib
 from lightwam_jax.inference import page as page_lib
+from lightwam_jax.inference import rerun_log
 from lightwam_jax.inference import service as service_lib
 from lightwam_jax.inference import serving_options as options_lib
 from lightwam_jax.inference import session as session_lib
@@ -320,7 +322,13 @@ def main(argv):
         where = {"text_weights": given.text_weights, "embodiment": given.embodiment}
         return Policy.load(given.workdir, given.step, deploy=True, dtype=given.dtype, **where)
 
-    sys.exit(serve(load, options, given.host, given.port, key, tls, page_lib.prepare))
+    def prepare(server):
+        page_lib.prepare(server)
+        recorder = rerun_log.prepare(server)
+        if recorder is not None:
+            atexit.register(recorder.close)
+
+    sys.exit(serve(load, options, given.host, given.port, key, tls, prepare))
 
 
 def _key(path):

@@ -51,6 +51,7 @@ class Options:
     debug: bool = _option(False, "Tracebacks in replies.")
     taps: bool = _option(False, "Ask the policy where it looks, for the live page.")
     no_page: bool = _option(False, "No live page at GET /.")
+    rerun: str = _option("", "FILE.rrd: record every request for the Rerun viewer.")
 
     def __post_init__(self):
         if self.max_batch not in _BATCHES:

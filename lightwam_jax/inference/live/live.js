@@ -7,7 +7,7 @@ const TIMES = 120; // plans of the latency curve
 const PALETTE = [[22, 11, 57], [87, 16, 110], [165, 44, 96], [226, 89, 51], [252, 165, 10], [246, 245, 146]];
 const ranges = []; // [low, high] of each chart, which only grows
 const times = [];
-let policy = null, plan = null, layer = "", follow = null, socket = null, wait = 1000, done = null;
+let policy = null, plan = null, layer = "", follow = null, socket = null, wait = 1000, timer = 0, done = null;
 
 function make(tag, text, name) {
   const node = document.createElement(tag);
@@ -247,7 +247,11 @@ function row(first, middle, last) {
 // ---- the stream -------------------------------------------------------------------------------
 
 function connect() {
-  if (socket) socket.onclose = null, socket.close();
+  clearTimeout(timer);
+  if (socket) {
+    socket.onclose = null;
+    socket.close();
+  }
   const scheme = location.protocol === "https:" ? "wss:" : "ws:";
   socket = new WebSocket(`${scheme}//${location.host}/live${follow === null ? "" : `?session=${follow}`}`);
   socket.onmessage = ({ data }) => {
@@ -260,7 +264,7 @@ function connect() {
   socket.onclose = ({ reason }) => {
     $("health").textContent = reason || "no connection";
     $("health").className = "pill off";
-    if (!document.hidden) setTimeout(connect, wait);
+    if (!document.hidden) timer = setTimeout(connect, wait);
     wait = Math.min(2 * wait, 10000);
     done = null;
   };
