@@ -52,7 +52,7 @@ class Page:
         self._seen = {}  # session -> `Seen`, the latest
         self._notes = collections.deque(maxlen=_NOTES)  # (time, session, text)
         self._changed = set()  # an event of each viewer
-        self._drawn = {}  # session -> (`Seen`, future of its JSON)
+        self._drawn = {}  # session -> (`Seen`, future of its JSON, when it was begun)
         self._painter = concurrent.futures.ThreadPoolExecutor(1, "page")
         for file in sorted(_FILES.iterdir()):
             path = "/" if file.name == "live.html" else f"/{file.name}"
@@ -152,13 +152,13 @@ class Page:
 
     async def _draw(self, seen):
         """(The `Seen` that is shown, its JSON): what was drawn a moment ago serves all viewers."""
-        session = seen.event.session
-        drawn = self._drawn.get(session)
-        if drawn is None or drawn[0].at < seen.at - _TICK_S:
+        session, now = seen.event.session, time.monotonic()
+        drawn, future, began = self._drawn.get(session, (None, None, 0.0))
+        if drawn is not seen and (drawn is None or now - began >= _TICK_S):
             loop = asyncio.get_running_loop()
-            future = loop.run_in_executor(self._painter, self._paint, seen)
-            drawn = self._drawn[session] = seen, future
-        return drawn[0], await asyncio.shield(drawn[1])
+            drawn, future = seen, loop.run_in_executor(self._painter, self._paint, seen)
+            self._drawn[session] = drawn, future, now
+        return drawn, await asyncio.shield(future)
 
     def _paint(self, seen):
         return json.dumps(page_events.plan(seen, self._service.policy))

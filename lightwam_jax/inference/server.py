@@ -198,7 +198,8 @@ class Server:
     def _metadata(self):
         return "application/json", json.dumps(self.service.described, indent=1) + "\n"
 
-    def _health(self):
+    def health(self):
+        """Returns (HTTP status, text) of /healthz."""
         if self._draining:
             return 503, "draining\n"
         if not self._ready.is_set():

@@ -215,6 +215,8 @@ def test_a_viewer_that_does_not_read_holds_up_nobody():
                 np.testing.assert_array_equal(
                     running.ask(robot, request)["actions"], wanted(request)
                 )
+                with contextlib.suppress(TimeoutError):
+                    viewer.recv(timeout=0)
             until(viewer, "plan", lambda plan: plan["number"] == seed)  # another one is served
         raw.close()
 
