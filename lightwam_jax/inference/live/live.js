@@ -5,6 +5,10 @@ const $ = (id) => document.getElementById(id);
 const SVG = "http://www.w3.org/2000/svg";
 const TIMES = 120; // plans of the latency curve
 const PALETTE = [[22, 11, 57], [87, 16, 110], [165, 44, 96], [226, 89, 51], [252, 165, 10], [246, 245, 146]];
+const GLOW = Array.from({ length: 256 }, (_, i) => { // [strength, colour] of each level
+  const at = i / 255 * (PALETTE.length - 1), k = Math.min(Math.floor(at), PALETTE.length - 2);
+  return [i / 255, PALETTE[k].map((c, j) => c + (PALETTE[k + 1][j] - c) * (at - k))];
+});
 const ranges = []; // [low, high] of each chart, which only grows
 const times = [];
 let policy = null, plan = null, layer = "", follow = null, socket = null, wait = 1000, timer = 0, done = null;
@@ -75,11 +79,13 @@ function showPlan() {
   $("refused").hidden = plan.code === "ok";
   $("refused").textContent = `No plan was sent. ${plan.code}: ${plan.message}`;
   const t = plan.times;
-  $("times").textContent = `queue ${ms(t.queue_ms)} · policy ${ms(t.infer_ms)} · all ${ms(t.total_ms)} ms`;
+  $("times").textContent = `queue ${ms(t.queue_ms)} · policy ${ms(t.infer_ms)} · all ${ms(t.total_ms)}`;
   $("times").title = $("times").textContent;
   times.push(t.total_ms);
   if (times.length > TIMES) times.shift();
-  const top = Math.max(...times), at = (v, i) => `${i * 120 / (TIMES - 1)} ${27 - 25 * v / top}`;
+  const top = [...times].sort((a, b) => a - b)[Math.floor(0.97 * (times.length - 1))]; // but for the worst
+  const width = 120 / Math.max(times.length - 1, 20);
+  const at = (v, i) => `${i * width} ${27 - 25 * Math.min(v / top, 1)}`;
   $("spark").firstChild.setAttribute("d", `M${times.map(at).join("L")}`);
   showLegend();
   policy.dims.forEach(showChart);
@@ -101,7 +107,7 @@ function showLegend() {
     entries.push(entry("old", shift === null ? "plan before, not aligned: requests have no step"
       : `plan before, made ${shift} step${shift === 1 ? "" : "s"} earlier`));
   }
-  entries.push(entry("next", `recommended: ask again after ${policy.replan}`));
+  entries.push(entry("next", `recommended next request, step ${policy.replan}`));
   $("legend").replaceChildren(...entries);
 }
 
@@ -137,7 +143,7 @@ function showChart(dim, index) {
 function fill(canvas, width, height) {
   canvas.width = width;
   canvas.height = height;
-  return canvas.getContext("2d");
+  return canvas.getContext("2d", { willReadFrequently: true });
 }
 
 function showSees(image) {
@@ -151,24 +157,34 @@ function showLooks(image) {
   if (!names.length) return;
   const used = names.includes(layer) ? [layer] : names;
   const [rows, columns] = plan.attention[used[0]].size;
-  const cells = plan.attention[used[0]].cells.map((_, i) => sum(used.map((n) => plan.attention[n].cells[i])) / used.length);
+  const mean = (i) => sum(used.map((name) => plan.attention[name].cells[i])) / used.length;
+  const cells = plan.attention[used[0]].cells.map((_, i) => mean(i));
   const top = Math.max(3, ...cells); // indifferent attention looks indifferent
-  const heat = fill(document.createElement("canvas"), columns, rows);
-  const pixels = heat.createImageData(columns, rows);
+  const small = document.createElement("canvas"), heat = fill(small, columns, rows);
+  const shares = heat.createImageData(columns, rows);
   cells.forEach((cell, i) => {
     const strength = Math.min(Math.max((cell - 0.5) / (top - 0.5), 0), 1);
-    const at = strength * (PALETTE.length - 1), k = Math.min(Math.floor(at), PALETTE.length - 2);
-    PALETTE[k].forEach((c, j) => { pixels.data[4 * i + j] = c + (PALETTE[k + 1][j] - c) * (at - k); });
-    pixels.data[4 * i + 3] = 255 * (0.72 - 0.27 * strength);
+    shares.data.set([255 * strength, 0, 0, 255], 4 * i);
   });
-  heat.putImageData(pixels, 0, 0);
-  const scale = Math.max(1, Math.round(900 / image.width));
+  heat.putImageData(shares, 0, 0);
+  const scale = Math.max(1, Math.round(480 / image.width));
   const out = fill($("looks"), scale * image.width, scale * image.height);
-  out.imageSmoothingEnabled = false;
-  out.drawImage(image, 0, 0, out.canvas.width, out.canvas.height);
-  out.imageSmoothingEnabled = true;
+  const read = () => out.getImageData(0, 0, out.canvas.width, out.canvas.height);
   out.imageSmoothingQuality = "high";
-  out.drawImage(heat.canvas, 0, 0, out.canvas.width, out.canvas.height);
+  out.drawImage(small, 0, 0, out.canvas.width, out.canvas.height);
+  const smooth = read().data;
+  out.imageSmoothingEnabled = scale === 1;
+  out.drawImage(image, 0, 0, out.canvas.width, out.canvas.height);
+  const pixels = read(), rgb = pixels.data;
+  for (let i = 0; i < rgb.length; i += 4) {
+    const [strength, glow] = GLOW[smooth[i]], grey = 0.2 * (rgb[i] + rgb[i + 1] + rgb[i + 2]);
+    const alpha = 0.6 * Math.sqrt(strength);
+    for (let j = 0; j < 3; j++) {
+      const colour = grey + (rgb[i + j] - grey) * strength;
+      rgb[i + j] = colour + (glow[j] - colour) * alpha;
+    }
+  }
+  out.putImageData(pixels, 0, 0);
 }
 
 function showLayers(names) {
