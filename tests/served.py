@@ -174,7 +174,7 @@ def serving(policy=None, key="", ready=True, **options):
         finally:
             started.set()
 
-    running = threading.Thread(target=thread)
+    running = threading.Thread(target=thread, daemon=True)
     running.start()
     started.wait(30)
     if failed:

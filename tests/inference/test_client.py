@@ -184,7 +184,7 @@ def test_killed_and_restarted_in_mid_episode():
         def ask():
             answers.append((client.infer(observe(1)), time.monotonic()))
 
-        asking = threading.Thread(target=ask)
+        asking = threading.Thread(target=ask, daemon=True)
         asking.start()
         time.sleep(0.1)  # the request is being planned
         first.send_signal(signal.SIGKILL)
@@ -223,7 +223,7 @@ def test_stopped_under_load_no_accepted_request_is_lost():
                 turn += 1
 
     with process(seconds=0.05) as (running, port):
-        robots = [threading.Thread(target=robot, args=(n, port)) for n in range(6)]
+        robots = [threading.Thread(target=robot, args=(n, port), daemon=True) for n in range(6)]
         [thread.start() for thread in robots]
         time.sleep(0.6)
         running.send_signal(signal.SIGTERM)

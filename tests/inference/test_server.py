@@ -119,7 +119,7 @@ def test_clients_share_batches_and_each_gets_its_own_plan():
             errors.append(error)
 
     with serving(policy) as running:
-        robots = [threading.Thread(target=robot, args=(running, n)) for n in range(8)]
+        robots = [threading.Thread(target=robot, args=(running, n), daemon=True) for n in range(8)]
         [thread.start() for thread in robots]
         [thread.join() for thread in robots]
     assert not errors and len(plans) == 48
@@ -137,8 +137,9 @@ def test_exact_pads_every_batch_to_the_largest():
 
 
 def test_replies_come_in_order_and_a_third_request_is_refused():
-    policy = StandIn(seconds=0.15)
+    policy = StandIn()
     with serving(policy) as running, running.connect() as socket:
+        policy.seconds = 0.15
         for number in range(4):
             socket.send(wire.encode(observe(number, request_id=number)))
         replies = [socket.recv(timeout=10) for _ in range(4)]
