@@ -51,7 +51,7 @@ function showPolicy() {
   }
   for (const id of ["sees", "looks"]) $(id).style.aspectRatio = `${policy.canvas[1]} / ${policy.canvas[0]}`;
   $("untapped").hidden = policy.taps;
-  $("untapped").replaceChildren("Start the server with ", make("code", "--taps"), " to see it.");
+  $("untapped").firstElementChild.replaceChildren("Start the server with ", make("code", "--taps"), " to see it.");
   $("charts").replaceChildren(...policy.dims.map(chart));
 }
 
@@ -224,6 +224,10 @@ function showStatus(status) {
   $("errors").textContent = `${errors}, ${status.warnings}`;
   $("errors").title = Object.entries(status.codes).map(([code, n]) => `${code} ${n}`).join(", ");
   showRobots(status.sessions);
+  if (follow !== null && !status.sessions.some((each) => each.number === follow)) {
+    follow = null; // it hung up
+    connect();
+  }
   const notes = status.notes.map((note) => row(`#${note.session}`, make("span", note.text), ago(note.age_s)));
   $("notes").replaceChildren(...(notes.length ? notes : [make("li", "none", "none")]));
 }
