@@ -59,7 +59,7 @@ class Recorder:
     def _work(self):
         while (item := self._queue.get()) is not None:
             self._log(*item)
-        self._stream.flush()
+        self._stream.disconnect()  # with the end of the file, which its index is part of
 
     def _log(self, at, event):
         rerun, log = self._rerun, self._stream.log
