@@ -123,9 +123,11 @@ def test_the_plan_before_is_of_the_same_episode_and_session(served):
             plan = until(viewer, "plan", lambda plan: plan["number"] == 2)
             assert plan["before"]["shift"] is None  # requests without a step
         served.ask(one, observe(4, step=0))
+        served.ask(other, observe(5))
         with look(served, f"/live?session={newest['session'] - 1}") as viewer:
             plan = until(viewer, "plan")
             assert (plan["number"], plan["before"]) == (2, None)  # the steps began anew
+            assert plan["session"] == newest["session"] - 1
 
 
 def test_errors_warnings_and_the_guard_are_shown(served):
