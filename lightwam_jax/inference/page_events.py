@@ -8,7 +8,7 @@ from PIL import Image
 
 from lightwam_jax.data import cameras as cameras_lib
 from lightwam_jax.encoders import base as encoders_base
-from lightwam_jax.inference import attention, safety, wire
+from lightwam_jax.inference import arrays, attention, safety, wire
 
 _SMALL = 2**15  # pixels of a canvas that is sent without loss
 _QUALITY = 85  # of the JPEG of a larger one
@@ -61,7 +61,9 @@ def counts(service):
         dims = range(len(service.described["action_kinds"]))
         for kind in safety.KINDS:
             guard[kind] = [int(metrics.value("guard_total", kind=kind, dim=dim)) for dim in dims]
-    codes = {code: int(metrics.value("requests_total", code=code)) for code in ("ok", *wire.CODES)}
+    codes = {
+        code: int(metrics.value("requests_total", code=code)) for code in ("ok", *arrays.CODES)
+    }
     return {
         "latency": metrics.percentiles(),
         "codes": {code: count for code, count in codes.items() if count},

@@ -21,7 +21,7 @@ from websockets.asyncio import server as websockets_server
 
 from lightwam_jax.inference import access as access_lib
 from lightwam_jax.inference import page as page_lib
-from lightwam_jax.inference import rerun_log
+from lightwam_jax.inference import recorder, rerun_log
 from lightwam_jax.inference import service as service_lib
 from lightwam_jax.inference import serving_options as options_lib
 from lightwam_jax.inference import session as session_lib
@@ -325,9 +325,12 @@ def main(argv):
 
     def prepare(server):
         page_lib.prepare(server)
-        recorder = rerun_log.prepare(server)
-        if recorder is not None:
-            atexit.register(recorder.close)
+        shown = rerun_log.prepare(server)
+        if shown is not None:
+            atexit.register(shown.close)
+        if given.record:
+            kept = recorder.Recorder(given.record, int(given.record_gib * 2**30))
+            server.service.listeners.append(kept)
 
     sys.exit(serve(load, options, given.host, given.port, key, tls, prepare))
 
@@ -365,6 +368,8 @@ if __name__ == "__main__":
     flags.DEFINE_bool("insecure", False, "Let other machines in without a key.")
     flags.DEFINE_string("certfile", "", "TLS certificate chain, PEM.")
     flags.DEFINE_string("keyfile", "", "Its private key, PEM, if not in --certfile.")
+    flags.DEFINE_string("record", "", "Directory for all requests and replies; default: none kept.")
+    flags.DEFINE_float("record_gib", 4.0, "Size of --record; the oldest requests are deleted.")
     options_lib.define_flags(flags)
     flags.mark_flag_as_required("workdir")
     app.run(main)

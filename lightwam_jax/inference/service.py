@@ -102,11 +102,11 @@ class Service:
             options.frozen,
         )
         self._compile()
+        self._worker = batching.Worker()
         self.batcher = batching.Batcher(
             policy, options.max_batch, options.exact, options.max_wait_ms / 1e3, taps=options.taps
         )
         measured = self._measure()
-        self._worker = batching.Worker()
         self._traces = policy.traces
         described = metadata_lib.describe(policy, options, self.rules, self.guard, measured)
         self.described = described
@@ -139,7 +139,7 @@ class Service:
             camera: np.zeros((*size, 3), np.uint8)
             for camera, size in zip(config.data.cameras, height_width)
         }
-        observation = observations.Observation(images, state, self._prompt)
+        observation = batching.Observation(images, state, self._prompt)
         while len(taken) < _MEASURED and sum(taken) < _MEASURED_S:
             taken.append(self.batcher.submit(observation).result().infer_s)
         return taken
@@ -148,6 +148,7 @@ class Service:
         """Ends the threads; what is being computed is waited for a second."""
         if self.batcher is not None:
             self.batcher.close(timeout=1)
+            self._worker.close()
 
     # ---- a request -----------------------------------------------------------------------------
 

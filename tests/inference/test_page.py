@@ -209,6 +209,7 @@ def test_a_viewer_that_does_not_read_holds_up_nobody():
         with look(running, max_size=None) as viewer:
             end, seed = time.monotonic() + 20, 0
             while len(looking) < 2:
+                assert time.monotonic() < end
                 time.sleep(0.01)
             while len(looking) == 2:  # until the one that sleeps is let go
                 assert time.monotonic() < end
