@@ -17,7 +17,7 @@ from packaging.version import Version
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "lightwam_jax"
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-EXTRAS = {"cuda", "tpu", "torch", "sim", "dev"}
+EXTRAS = {"cuda", "tpu", "torch", "rerun", "sim", "dev"}
 # Modules whose distribution has another name.
 DISTRIBUTIONS = {
     "absl": "absl-py",
@@ -25,6 +25,7 @@ DISTRIBUTIONS = {
     "OpenGL": "PyOpenGL",
     "orbax": "orbax-checkpoint",
     "PIL": "pillow",
+    "rerun": "rerun-sdk",
 }
 # `make setup-sim` installs these without their dependencies: see requirements-libero.txt.
 SIMULATORS = {"libero", "metaworld", "robosuite"}
@@ -101,10 +102,21 @@ def test_every_directory_of_the_package_is_found():
     )
 
 
-def test_the_package_has_no_data_files():
-    """The wheel would lack them: nothing in pyproject.toml names any."""
-    other = [path for path in PACKAGE.rglob("*") if path.is_file() and path.suffix != ".py"]
-    assert not [path for path in other if "__pycache__" not in path.parts]
+def data_files():
+    """The files that pyproject.toml declares beside the modules."""
+    declared = PYPROJECT["tool"]["setuptools"]["package-data"]
+    return {
+        path
+        for package, patterns in declared.items()
+        for pattern in patterns
+        for path in (ROOT / package.replace(".", "/")).glob(pattern)
+    }
+
+
+def test_every_data_file_of_the_package_is_declared():
+    """The wheel would lack the others."""
+    other = {path for path in PACKAGE.rglob("*") if path.is_file() and path.suffix != ".py"}
+    assert {path for path in other if "__pycache__" not in path.parts} == data_files() != set()
 
 
 @pytest.mark.slow
@@ -132,8 +144,9 @@ def test_a_wheel_holds_the_package_alone(tmp_path):
         names = wheel.namelist()
         about = next(name for name in names if name.endswith(".dist-info/METADATA"))
         metadata = wheel.read(about).decode().partition("\n\n")[0].splitlines()
-    modules = [name for name in names if ".dist-info/" not in name]
-    assert sorted(modules) == sorted(str(path.relative_to(ROOT)) for path in PACKAGE.rglob("*.py"))
+    files = [name for name in names if ".dist-info/" not in name]
+    wanted = {*PACKAGE.rglob("*.py"), *data_files()}
+    assert sorted(files) == sorted(str(path.relative_to(ROOT)) for path in wanted)
 
     assert f"Version: {PYPROJECT['project']['version']}" in metadata
     assert {line for line in metadata if line.startswith("Provides-Extra: ")} == {

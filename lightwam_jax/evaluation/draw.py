@@ -16,6 +16,7 @@ from lightwam_jax.data.formats import video as video_lib
 from lightwam_jax.encoders import base as encoders_base
 from lightwam_jax.encoders import quality
 from lightwam_jax.evaluation import rollout
+from lightwam_jax.inference import attention as attention_lib
 from lightwam_jax.models import lightwam
 
 # ---- attention -----------------------------------------------------------------------------------
@@ -34,20 +35,15 @@ def attention_maps(taps, config):
     Raises:
       ValueError: no attention in the taps (pooling without learned queries).
     """
-    names = [name.removeprefix("attention_") for name in taps if name.startswith("attention_")]
-    if not names:
+    found = attention_lib.maps(taps, config)
+    if not found:
         raise ValueError(
             "the taps hold no attention: there are no learned queries to draw "
             "without config.model.pooling='learned_query'"
         )
-    cell = 2 * encoders_base.STRIDES[config.codec]  # the backbone reads patches of 2x2 latent cells
-    height, width = (side // cell for side in config.canvas)
     maps = {}
-    for name in names:
-        weights, importance = taps[f"attention_{name}"], taps[f"query_importance_{name}"]
-        summary = np.einsum("q,bqs->bs", importance, weights)
-        grid = summary.reshape(-1, height, width, 1).astype(np.float32)
-        parts = cameras_lib.split(grid, config)
+    for name, grid in found.items():
+        parts = cameras_lib.split(grid[..., None], config)
         maps[name] = {camera: part[..., 0] for camera, part in parts.items()}
     return maps
 

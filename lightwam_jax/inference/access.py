@@ -13,11 +13,19 @@ _ADDRESSES = 1024  # that are remembered
 
 
 class Access:
-    """Checks the key of HTTP requests, before anything else of them is read."""
+    """Checks the key of HTTP requests, before anything else of them is read.
+
+    Attributes:
+      ticket: "NAME=VALUE" of a cookie that stands for the key at the streams of pages; made of the
+        key, so that a page goes on after a restart of the server. "" where there is no key.
+    """
 
     def __init__(self, key=""):
         """Args: key: text; "": everyone may."""
         self._key = key.encode()
+        digest = hmac.digest(self._key, b"streams of pages", "sha256").hex()
+        # Also in the name: a browser sends the cookies of all ports of a host.
+        self.ticket = f"live_{digest[:8]}={digest[8:]}" if key else ""
         self._wrong = collections.OrderedDict()  # address -> times of wrong keys
 
     async def refusal(self, address, authorizations):
@@ -42,6 +50,16 @@ class Access:
             self._wrong.popitem(last=False)
         await asyncio.sleep(_DELAY_S)
         return 401, "this server needs a key: Authorization: Api-Key KEY\n"
+
+    def has_ticket(self, cookies):
+        """Returns whether the values of Cookie headers hold the ticket."""
+        ticket = self.ticket.encode()
+        sent = [
+            part.strip().encode("utf-8", "surrogateescape")
+            for line in cookies
+            for part in line.split(";")
+        ]
+        return bool(ticket) and any([hmac.compare_digest(each, ticket) for each in sent])
 
 
 def _sent(authorization):

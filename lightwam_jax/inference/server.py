@@ -7,6 +7,7 @@ do about it. It listens at this machine only, unless --host says otherwise and a
 """
 
 import asyncio
+import atexit
 import contextlib
 import json
 import logging
@@ -20,7 +21,8 @@ import urllib.parse
 from websockets.asyncio import server as websockets_server
 
 from lightwam_jax.inference import access as access_lib
-from lightwam_jax.inference import recorder
+from lightwam_jax.inference import page as page_lib
+from lightwam_jax.inference import recorder, rerun_log
 from lightwam_jax.inference import service as service_lib
 from lightwam_jax.inference import serving_options as options_lib
 from lightwam_jax.inference import session as session_lib
@@ -60,6 +62,11 @@ class Server:
     def is_ready(self):
         """Whether requests are answered."""
         return self._ready.is_set() and not self._draining
+
+    @property
+    def sessions(self):
+        """Numbers of the sessions that are open."""
+        return sorted(connection.number for connection in self._connections)
 
     async def listen(self, host, port):
         """Begins to listen; clients wait for metadata until `ready`."""
@@ -132,9 +139,11 @@ class Server:
         """Answers plain HTTP requests; returns None where a WebSocket may open."""
         path, headers = urllib.parse.urlsplit(request.path).path, request.headers
         if path in ("/healthz", "/livez"):
-            return connection.respond(*(self._health() if path == "/healthz" else self._life()))
+            return connection.respond(*(self.health() if path == "/healthz" else self._life()))
         address = str((connection.remote_address or ("?",))[0])
-        refusal = await self._access.refusal(address, headers.get_all("Authorization"))
+        refusal = None
+        if path not in self.streams or not self._access.has_ticket(headers.get_all("Cookie")):
+            refusal = await self._access.refusal(address, headers.get_all("Authorization"))
         if refusal:
             response = connection.respond(*refusal)
             response.headers["WWW-Authenticate"] = 'Basic realm="policy server", charset="UTF-8"'
@@ -177,6 +186,11 @@ class Server:
         del response.headers["Content-Type"]
         response.headers["Content-Type"] = kind
         response.headers["Cache-Control"] = "no-store"
+        if path == "/" and (ticket := self._access.ticket):
+            # Not every browser sends the key of a page with the WebSocket that the page opens.
+            secure = "; Secure" if self._tls else ""
+            cookie = f"{ticket}; HttpOnly; SameSite=Strict{secure}"
+            response.headers["Set-Cookie"] = cookie
         return response
 
     def _metrics(self):
@@ -187,7 +201,8 @@ class Server:
     def _metadata(self):
         return "application/json", json.dumps(self.service.described, indent=1) + "\n"
 
-    def _health(self):
+    def health(self):
+        """Returns (HTTP status, text) of /healthz."""
         if self._draining:
             return 503, "draining\n"
         if not self._ready.is_set():
@@ -311,10 +326,15 @@ def main(argv):
         where = {"text_weights": given.text_weights, "embodiment": given.embodiment}
         return Policy.load(given.workdir, given.step, deploy=True, dtype=given.dtype, **where)
 
-    prepare = None
-    if given.record:
-        kept = recorder.Recorder(given.record, int(given.record_gib * 2**30))
-        prepare = lambda server: server.service.listeners.append(kept)
+    def prepare(server):
+        page_lib.prepare(server)
+        shown = rerun_log.prepare(server)
+        if shown is not None:
+            atexit.register(shown.close)
+        if given.record:
+            kept = recorder.Recorder(given.record, int(given.record_gib * 2**30))
+            server.service.listeners.append(kept)
+
     sys.exit(serve(load, options, given.host, given.port, key, tls, prepare))
 
 

@@ -6,7 +6,7 @@ from lightwam_jax import config as config_lib
 from lightwam_jax.data import normalize
 from lightwam_jax.inference import safety, wire
 
-_NOT_FLAGS = ("weights_hash", "taps")
+_NOT_FLAGS = ("weights_hash",)
 _BATCHES = (1, 2, 4, 8, 16, 32, 64)  # `policy.PADDED_SIZES`
 
 
@@ -49,7 +49,9 @@ class Options:
     most_errors: int = _option(20, "Errors in a row, then a connection is closed.")
     metadata: str = _option("full", "full, or short: nothing that names the checkpoint.")
     debug: bool = _option(False, "Tracebacks in replies.")
-    taps: bool = _option(False, "Ask the policy what it looks at, for listeners.")
+    taps: bool = _option(False, "Ask the policy where it looks, for the live page.")
+    no_page: bool = _option(False, "No live page at GET /.")
+    rerun: str = _option("", "FILE.rrd: record every request for the Rerun viewer.")
 
     def __post_init__(self):
         if self.max_batch not in _BATCHES:

@@ -26,7 +26,7 @@ class Connection:
     """The server's side of a client, from handshake to close.
 
     Attributes:
-      pending: requests that were accepted and have no reply yet.
+      number: of the session. pending: requests that were accepted and have no reply yet.
     """
 
     def __init__(self, socket_, service, is_draining):
@@ -37,6 +37,7 @@ class Connection:
         """
         self._socket, self._service, self._is_draining = socket_, service, is_draining
         self._session = service_lib.Session(service.rules)
+        self.number = self._session.number
         self._queue, self._changed = collections.deque(), asyncio.Condition()
         self._errors = self.pending = 0
 
