@@ -177,17 +177,6 @@ def _sides(share):
     return np.array(sides)
 
 
-def dimension_kinds(data, width):
-    """Returns "delta", "absolute" or "gripper" for each action dimension, as the robot gets it.
-
-    Args:
-      data: `DataConfig`. width: A.
-    """
-    masked = data.delta_mask or (False,) * width
-    kinds = ["delta" if is_delta else "absolute" for is_delta in masked]
-    return ["gripper" if i in data.gripper_dims else kind for i, kind in enumerate(kinds)]
-
-
 def from_statistics(action, state, data, widened=_WIDENED):
     """Returns the `Limits` of the training: its range, widened on either side; no rates.
 

@@ -3,8 +3,9 @@
 import numpy as np
 
 from lightwam_jax import config as config_lib
+from lightwam_jax.data import actions
 from lightwam_jax.inference import keys as keys_lib
-from lightwam_jax.inference import latency, safety
+from lightwam_jax.inference import latency
 
 VERSION = 1  # of the server's side of the protocol: of metadata, optional keys, error codes
 _PROMPTS = 256  # that are listed
@@ -39,7 +40,7 @@ def describe(policy, options, rules, guard, seconds):
         "state_names": list(data.fields.state),
         "action_dim": width,
         "action_names": list(data.fields.action),
-        "action_kinds": safety.dimension_kinds(data, width),
+        "action_kinds": list(actions.kinds(config)),
         "action_horizon": data.action_horizon,
         "trained_steps": trained_steps(config),
         "replan_steps": min(config.evaluation.replan_steps, data.action_horizon),

@@ -1,6 +1,5 @@
 """The guard lets nothing through that is not finite, of the right shape and within its limits."""
 
-import dataclasses
 import json
 import types
 
@@ -113,9 +112,6 @@ def test_the_trainings_range_becomes_the_robots_again():
     np.testing.assert_allclose(made.low, [-1.2, 1.5 - 0.275, -1, -0.008], rtol=1e-6)
     np.testing.assert_allclose(made.high, [1.2, 4.25 + 0.275, 11, 0.088], rtol=1e-6)
     assert np.isinf(made.rate).all() and made.start.tolist() == [-1, 4, -1, -1]
-    assert safety.dimension_kinds(data, 4) == ["absolute"] * 3 + ["gripper"]
-    masked = dataclasses.replace(data, delta_mask=(True, False, True, False), gripper_dims=())
-    assert safety.dimension_kinds(masked, 4) == ["delta", "absolute", "delta", "absolute"]
 
 
 def test_a_file_of_limits(tmp_path):
