@@ -13,7 +13,7 @@ import numpy as np
 
 from lightwam_jax.inference import wire
 
-OPTIONAL = ("request_id", "step", "age_ms", "deadline_ms")  # keys that any request may have
+OPTIONAL = ("request_id", "step", "age_ms", "deadline_ms", "stages")  # keys that any request may have
 LAYOUTS = ("hwc", "chw", "auto")
 TURNS = ("", "rotate_90", "rotate_180", "rotate_270", "flip_vertical", "flip_horizontal")
 

@@ -17,7 +17,7 @@ import numpy as np
 from lightwam_jax import config as config_lib
 from lightwam_jax.data import cameras as cameras_lib
 from lightwam_jax.data import normalize
-from lightwam_jax.inference import batching, latency, observations, wire
+from lightwam_jax.inference import batching, latency, observations, recording, wire
 from lightwam_jax.inference import keys as keys_lib
 from lightwam_jax.inference import serving_metadata as metadata_lib
 from lightwam_jax.inference import serving_metrics as metrics_lib
@@ -72,7 +72,7 @@ class Service:
 
     def __init__(self, options):
         self.options, self.metrics, self.listeners = options, metrics_lib.Metrics(), []
-        self.policy = self.metadata = self.batcher = None
+        self.policy = self.metadata = self.batcher = self._recorder = None
         self.on_warning = lambda session, text: None
 
     # ---- start ---------------------------------------------------------------------------------
@@ -107,10 +107,15 @@ class Service:
         )
         measured = self._measure()
         self._worker = batching.Worker()
+        if options.record:
+            self._recorder = recording.Recorder(options.record, options.record_gib * 2**30)
+            self.listeners.append(self._recorder.add)
         self._traces = policy.traces
         described = metadata_lib.describe(policy, options, self.rules, self.guard, measured)
         self.described = described
         self.metadata = wire.encode(described)
+        if self._recorder is not None:
+            self._recorder.describe(self.metadata)
         names = ("config", "step", "weights_hash")
         info = {name: described.get(name, "") for name in names}
         self.metrics.put("info", 1, **info)
@@ -148,6 +153,8 @@ class Service:
         """Ends the threads; what is being computed is waited for a second."""
         if self.batcher is not None:
             self.batcher.close(timeout=1)
+        if self._recorder is not None:
+            self._recorder.close()
 
     # ---- a request -----------------------------------------------------------------------------
 
@@ -222,7 +229,17 @@ class Service:
         reply = {"actions": actions, "server_timing": timing}
         reply |= {key: optional[key] for key in ("step", "request_id") if key in optional}
         reply["guard"] = {kind: int(counts.sum()) for kind, counts in changed.items()}
+        if self.options.debug and optional.get("stages"):
+            reply["stages"] = await self._worker.run(self._stages, observation, planned.actions)
         return wire.encode(reply)
+
+    def _stages(self, observation, planned):
+        """What came through the wire, and what it became on its way to the model; rows of one."""
+        images = {camera: image[None] for camera, image in observation.images.items()}
+        made = self.policy.stages(images, observation.state[None], [observation.prompt])
+        came = {"images": observation.images, "state": observation.state}
+        came |= {"prompt": observation.prompt, "planned": planned}
+        return came | {name: value[0] for name, value in made.items()}
 
     async def _read(self, frame, session):
         limits = wire.Limits(frame=self.options.max_frame)
@@ -347,12 +364,15 @@ def _optional(request):
         if value is None:
             continue
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if key == "request_id":
+        if key == "stages":
+            fits = isinstance(value, bool)
+        elif key == "request_id":
             fits = number or (isinstance(value, str) and len(value) <= 200)
         else:
             fits = number and (key == "step" or (math.isfinite(value) and value >= 0))
         if not fits:
-            wanted = "text or a number" if key == "request_id" else "a number of at least 0"
+            wanted = {"request_id": "text or a number", "stages": "true or false"}
+            wanted = wanted.get(key, "a number of at least 0")
             raise wire.WireError("bad_key", f"{key} is {value!r:.40}; send {wanted}")
         found[key] = value
     return found

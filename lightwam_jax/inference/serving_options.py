@@ -48,7 +48,11 @@ class Options:
     max_clients: int = _option(32, "Connections.")
     most_errors: int = _option(20, "Errors in a row, then a connection is closed.")
     metadata: str = _option("full", "full, or short: nothing that names the checkpoint.")
-    debug: bool = _option(False, "Tracebacks in replies.")
+    debug: bool = _option(
+        False, "Tracebacks in replies; and with the key stages, what the model was given."
+    )
+    record: str = _option("", "Directory that keeps the requests and replies; see skew.py.")
+    record_gib: float = _option(4.0, "Of the latest requests that --record keeps.")
     taps: bool = _option(False, "Ask the policy what it looks at, for listeners.")
 
     def __post_init__(self):
