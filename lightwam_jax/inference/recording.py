@@ -72,7 +72,8 @@ class Recorder:
         if self._file is None or self._file.tell() > _FILE_BYTES:
             if self._file is not None:
                 self._file.close()
-            self._file = open(self._directory / f"{self._number:08d}.records", "wb")
+            path = self._directory / f"{self._number:08d}.records"
+            self._file = path.open("wb")
             self._number += 1
             self._make_room()
         self._file.write(_LENGTH.pack(len(content)) + content)
