@@ -9,13 +9,21 @@ is compared with what training computes from the cached row of the same moment. 
 differ. docs/skew.md has the stages, the limits and the mistakes that are told apart.
 """
 
+import contextlib
 import importlib.util
 import os
 import pathlib
 import sys
 
 from lightwam_jax import config as config_lib
-from lightwam_jax.inference import skew_check, skew_recorded, skew_report, skew_stages
+from lightwam_jax.inference import (
+    skew_check,
+    skew_recorded,
+    skew_report,
+    skew_sizes,
+    skew_stages,
+    skew_windows,
+)
 
 _KEY_VARIABLE = "LIGHTWAM_API_KEY"
 
@@ -32,7 +40,7 @@ def main(argv):
     logging.set_verbosity(logging.WARNING)  # Orbax reports every file it reads
     sharding.enable_compilation_cache()
     try:
-        result = _run(given)
+        result, table = _run(given)
     except (ValueError, FileNotFoundError, ConnectionError, PermissionError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -40,6 +48,7 @@ def main(argv):
     skew_report.write(out, result, result.canvases)
     if not given.brief:
         print(skew_report.text(result))
+        print("\n".join(table))
     print(f"{skew_report.line(result)}; {out / 'skew.html'}")
     sys.exit(int(result.verdict == skew_stages.FAIL))
 
@@ -57,25 +66,22 @@ def _run(given):
     policy = Policy.load(given.workdir, given.step, dtype=given.dtype, **where)
     run_config = config_lib.from_config_dict(meta["config"], made_in=directory)
     if given.record:
-        return skew_recorded.check(policy, run_config, given.record, given.samples, checksum)
-    adapter = _adapter(given.adapter)
+        found = skew_recorded.check(policy, run_config, given.record, given.samples, checksum)
+        return found, ()
+    windows = skew_windows.draw(run_config, policy, given.samples)
     if given.url:
         from lightwam_jax.inference.client import Client
 
-        key = os.environ.get(_KEY_VARIABLE, "")
-        with Client(given.url, key, timeout_s=600, connect_s=60) as server:
-            where = f"over {given.url}"
-            return skew_check.check(
-                policy, run_config, server, given.samples, where, adapter, checksum
-            )
-    options = {"keys": given.keys, "weights_hash": checksum}
-    server = skew_check.InProcess(policy.deployed(), **options)
-    try:
-        return skew_check.check(
-            policy, run_config, server, given.samples, "in process", adapter, checksum
-        )
-    finally:
-        server.close()
+        key, where = os.environ.get(_KEY_VARIABLE, ""), f"over {given.url}"
+        server = Client(given.url, key, timeout_s=600, connect_s=60)
+    else:
+        deployed, where = skew_windows.deployed_form(policy), "in process"
+        server = skew_check.InProcess(deployed, given.keys, weights_hash=checksum)
+    with contextlib.closing(server):
+        adapter = _adapter(given.adapter)
+        found = skew_check.check_windows(policy, windows, server, where, adapter, checksum)
+        table = skew_sizes.table(policy, windows, server) if given.mistakes else ()
+        return found, table
 
 
 def _adapter(place):
@@ -106,6 +112,7 @@ if __name__ == "__main__":
         "adapter", "", "FILE.py:NAME, a robot's function (images, state, prompt) -> request."
     )
     flags.DEFINE_string("out", "", "Directory of the report; default: WORKDIR/skew.")
+    flags.DEFINE_bool("mistakes", False, "Make the usual mistakes, too: how large, are they named?")
     flags.DEFINE_bool("brief", False, "Print one line.")
     flags.mark_flag_as_required("workdir")
     app.run(main)

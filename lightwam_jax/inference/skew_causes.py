@@ -244,11 +244,11 @@ def lines(wanted, got, what):
     """
     found = []
     for dim, (x, y) in enumerate(zip(wanted.T.astype(np.float64), got.T.astype(np.float64))):
-        size = np.abs(y).max() + 1e-12
-        if np.abs(x - y).max() <= _EXACT * size or np.ptp(x) < 1e-9:
+        apart = np.abs(x - y).max()
+        if apart <= _EXACT * np.abs(y).max() or np.ptp(x) < 1e-9:
             continue
         factor, offset = np.polyfit(x, y, 1)
-        if np.abs(factor * x + offset - y).max() > 10 * _EXACT * size:
+        if np.abs(factor * x + offset - y).max() > (1 - _FOUND) * apart:
             return ""
         near = [w for f, w in skew_mistakes.UNITS.items() if abs(factor / f - 1) < 0.02]
         unit = f" (units: {near[0]})" if near and what == "state" else ""

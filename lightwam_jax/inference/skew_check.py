@@ -88,6 +88,11 @@ def check(policy, run_config, server, count=64, where="in process", adapter=None
       ValueError: nothing is held out. WireError: the server refuses an observation.
     """
     windows = skew_windows.draw(run_config, policy, count)
+    return check_windows(policy, windows, server, where, adapter, checksum)
+
+
+def check_windows(policy, windows, server, where="in process", adapter=None, checksum=""):
+    """Returns the `Result` of sending these `Window`s to a server; see `check`."""
     orientation = dict(zip(policy.config.data.cameras, policy.config.data.orientation))
     served, requests = [], []
     for window in windows:
@@ -111,7 +116,7 @@ def compare(policy, windows, requests, served, metadata, where, checksum="", wha
     Args:
       requests: that were sent, one per window. served: `Served`s. The others: see `check`.
     """
-    deployed, recomputed = policy.deployed(), ""
+    deployed, recomputed = skew_windows.deployed_form(policy), ""
     if not all(each.stages for each in served):
         recomputed = (
             "The server did not tell its stages (start it with --debug): those before the actions "

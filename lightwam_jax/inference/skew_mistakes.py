@@ -156,7 +156,9 @@ def _templates(windows):
     own = windows[0].config.data.prompt_template
     default = config_lib.DataConfig().prompt_template
     found = []
-    for template in dict.fromkeys(("{task}", default, "Task: {task}", own.replace("{task}", own))):
+    usual = "{task}", default, "Task: {task}", own
+    within = [own.replace("{task}", one) for one in usual]  # the robot's, and then the server's
+    for template in dict.fromkeys((*usual, *within)):
         if template != own:
             found.append(_template(f"another prompt template: {template!r}", template))
     return [*found, _prompt("instruction in lower case", str.lower)]

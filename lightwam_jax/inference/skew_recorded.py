@@ -36,7 +36,7 @@ def check(policy, run_config, directory, count, checksum=""):
     total = sum(record["code"] == "ok" for record in records)
     if not total:
         raise ValueError(f"{directory} holds no request that was answered with actions")
-    chosen, deployed = set(windows_lib.spread(total, count)), policy.deployed()
+    chosen, deployed = set(windows_lib.spread(total, count)), skew_windows.deployed_form(policy)
     answered = (r for r in recording.read(directory)[1] if r["code"] == "ok")
     requests, served, seen, warnings = [], [], [], []
     for record in (r for i, r in enumerate(answered) if i in chosen):
@@ -64,7 +64,7 @@ def check(policy, run_config, directory, count, checksum=""):
 
 def _of_others(policy, nearest, requests, seen, served, metadata, where, checksum):
     """The `Result` of requests that replay no window."""
-    deployed = policy.deployed()
+    deployed = skew_windows.deployed_form(policy)
     trained = skew_windows.recomputed(policy, seen)
     made = [skew_check.stages_of(deployed, request, metadata) for request in requests]
     stages = skew_stages.inputs(seen, trained, made)[1:]  # the raw frames are all that is known

@@ -105,5 +105,5 @@ def _pictures(result, names, trained, served):
     for i in order:
         pair = [trained[i], served[i], 0.5 + (served[i] - trained[i]) / 2]
         tiles = [encoders_base.to_uint8(np.float32(x).clip(0, 1)) for x in pair]
-        shown.append(html_report.Row(names[i], tiles))
+        shown.append(html_report.Row(tiles, names[i]))
     return html_report.grid(shown, ("training", "server", "difference"), title="the canvas")

@@ -1,6 +1,7 @@
 """Held-out moments for the skew check: as a robot would show them, and as training reads them."""
 
 import dataclasses
+import functools
 import typing
 
 import jax
@@ -187,16 +188,27 @@ def _canvas(window):
     return encoders.base.to_float(canvas)
 
 
-def _planned(policy, canvas, latents, context, mask, proprio, states):
-    config, model = policy.config, policy.model
-    hides = config.loss.mask_text_padding
+@functools.lru_cache(maxsize=1)
+def deployed_form(policy):
+    """Returns `policy.deployed()`, the same one for the same policy: compiled once."""
+    return policy.deployed()
+
+
+@functools.lru_cache(maxsize=1)
+def _planner(policy):
+    """The whole model on rows of a batch, as validation calls it."""
+    horizon, hides = policy.config.data.action_horizon, policy.config.loss.mask_text_padding
 
     @jax.jit
     def plan(params, latents, context, mask, proprio):
-        first, horizon = latents.astype(jnp.float32), config.data.action_horizon
-        inputs = first, context, proprio, horizon, mask if hides else None
-        return model.apply({"params": params}, *inputs, method="act")[0]
+        inputs = latents.astype(jnp.float32), context, proprio, horizon, mask if hides else None
+        return policy.model.apply({"params": params}, *inputs, method="act")[0]
 
+    return plan
+
+
+def _planned(policy, canvas, latents, context, mask, proprio, states):
+    config, plan = policy.config, _planner(policy)
     rows = min(_BATCH, len(latents))
     parts = []
     for start in range(0, len(latents), rows):
