@@ -20,7 +20,7 @@ VIDEO_FPS = 20  # at most; videos are in real time
 _WHOLE = 60  # tasks; a longer table scrolls
 
 
-def evaluate(policy, suite, workdir, out, began):
+def evaluate(policy, suite, workdir, out, began, remote=None):
     """Evaluates; writes `<out>/summary.json`, `report.html` and, in `report/`, logs and images.
 
     For LIBERO also `summary_libero_*.json`, see `libero_published.py`. An evaluation that was
@@ -30,6 +30,8 @@ def evaluate(policy, suite, workdir, out, began):
       policy: `Policy` trained for the suite. suite: of `envs.SUITES`.
       workdir: pathlib.Path of the run. out: that of the results.
       began: unix time at which the pipeline began.
+      remote: `remote.RemotePolicy` that acts as the trained policy; None: the policy itself. What
+        a server does not give (imagined video, attention, the untrained policy) is still made here.
 
     Returns:
       {"trained", "untrained", "expert": {task: `report.Rate`}}. The expert has only its own tasks,
@@ -44,9 +46,13 @@ def evaluate(policy, suite, workdir, out, began):
     suite_run, directory = suites_lib.of_config(policy.config, suite), out / "report"
     directory.mkdir(parents=True, exist_ok=True)
     manifest = manifest_of(policy, suite_run)
+    if remote is not None:
+        manifest["remote"] = remote.describe()
 
     # ---- episodes and numbers ----------------------------------------------------------------
-    results = _run_all(policy, suite_run, manifest, directory)
+    results = _run_all(policy, suite_run, manifest, directory, remote)
+    if remote is not None:
+        manifest["remote"]["guard_changed"] = dict(remote.guarded)
     rates = {who: report.rate(played) for who, played in results.items()}
     by_task = {who: report.by_task(played) for who, played in results.items()}
     by_group = {who: report.by_group(played, suite_run.groups) for who, played in results.items()}
@@ -71,6 +77,8 @@ def evaluate(policy, suite, workdir, out, began):
         _headline(rates["trained"], suite_run),
     )
     facts = _facts(policy, results, rates, seconds)
+    if remote is not None:
+        facts.append((manifest["remote"]["url"], "where the trained policy ran"))
     html_report.write_html(out / "report.html", title, headline, facts, sections, manifest)
     every = {who: {"all": r} if len(suite_run.tasks) > 1 else {} for who, r in rates.items()}
     return {who: by_task[who] | by_group[who] | every[who] for who in results}
@@ -95,14 +103,17 @@ def _hash(policy):
     return report.weights_hash(sorted(named.items()))
 
 
-def _run_all(policy, suite_run, manifest, directory):
+def _run_all(policy, suite_run, manifest, directory, remote):
     """Returns {"trained", "untrained" and, if there is one, "expert": [`EpisodeResult`]}."""
     e, env, results = policy.config.evaluation, suite_run.env, {}
     trained = policy.deployed()
     trained.warm_up([e.batch])
     for who, actor in (("trained", trained), ("untrained", trained.untrained(policy.config.seed))):
         log, decisive = directory / f"{who}.jsonl", report.log_manifest(manifest, _hash(actor))
-        results[who] = rollout.run(actor.act, env, suite_run.episodes, e, log, decisive, who)
+        act = actor.act
+        if remote is not None and who == "trained":
+            act, decisive = remote.act, decisive | {"remote": remote.decisive()}
+        results[who] = rollout.run(act, env, suite_run.episodes, e, log, decisive, who)
     if suite_run.expert_tasks:
         known = [
             episode for episode in suite_run.episodes if episode.task in suite_run.expert_tasks
