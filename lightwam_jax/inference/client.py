@@ -51,6 +51,7 @@ class Client:
         self._url, self._key, self._tls = url, key, tls
         self._timeout, self._retry = timeout_s, retry_s
         self._ids, self._socket = itertools.count(1), None
+        self._open = contextlib.ExitStack()
         self.latency = 0.0, 0.0
         self._connect(connect_s)
 
@@ -62,9 +63,8 @@ class Client:
 
     def close(self):
         """Hangs up."""
-        connection, self._socket = self._socket, None
-        if connection is not None:
-            connection.close()
+        self._socket = None
+        self._open.close()
 
     def infer(self, observation, timeout_s=None):
         """Returns the reply to an observation: {"actions": f32 [T,A], "server_timing", ...}.
@@ -134,10 +134,10 @@ class Client:
         return reply
 
     def _drop(self):
-        connection, self._socket = self._socket, None
-        if connection is not None:
+        if self._socket is not None:
             with contextlib.suppress(OSError):
-                connection.socket.shutdown(socket.SHUT_RDWR)  # no handshake: nobody may be there
+                self._socket.socket.shutdown(socket.SHUT_RDWR)  # nobody may be there to answer
+            self.close()
 
     def _connect(self, seconds):
         """Opens a connection and reads the metadata, which come when the server is ready."""
@@ -145,7 +145,7 @@ class Client:
         headers = {"Authorization": f"Api-Key {self._key}"} if self._key else None
         while (left := end - time.monotonic()) > 0:
             try:
-                self._socket = websockets_client.connect(
+                connecting = websockets_client.connect(
                     self._url,
                     additional_headers=headers,
                     compression=None,
@@ -156,6 +156,7 @@ class Client:
                     ssl=self._tls,
                     proxy=None,
                 )
+                self._socket = self._open.enter_context(connecting)
                 _give_up_after(self._socket.socket, self._timeout)
                 frame = self._socket.recv(timeout=max(end - time.monotonic(), 0.001))
                 self.metadata = wire.decode(frame, _METADATA_LIMITS)

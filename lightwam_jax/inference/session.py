@@ -19,7 +19,7 @@ _LOG_EVERY = 100  # requests
 def log(event, **values):
     """Writes one line of JSON to stderr."""
     line = {"time": round(time.time(), 3), "event": event, **values}
-    print(json.dumps(line, ensure_ascii=False), file=sys.stderr, flush=True)
+    print(json.dumps(line), file=sys.stderr, flush=True)
 
 
 class Connection:
