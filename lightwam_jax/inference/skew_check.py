@@ -21,6 +21,7 @@ class Result:
       stages: `skew_stages.Stage`s. causes: `skew_causes.Cause`s. notes: further sentences.
       what: is compared: "windows". where: the server is. recomputed: a sentence, which stages are
         not the server's own. about: plain values: server and checkpoint.
+      planned: f32 [N,T,A], normalised, what training's form plans.
       canvases: (names, training's, the server's), for `skew_report.write`.
     """
 
@@ -32,6 +33,7 @@ class Result:
     recomputed: str = ""
     about: dict = dataclasses.field(default_factory=dict)
     canvases: tuple = ()
+    planned: np.ndarray | None = None
 
     @property
     def verdict(self):
@@ -140,7 +142,9 @@ def compare(policy, windows, requests, served, metadata, where, checksum="", wha
     canvases = names, trained.canvas, np.stack([each.stages["canvas"] for each in served])
     about_ = about(policy, metadata, checksum)
     found = search.causes + causes
-    return Result(stages + acted, found, notes, what, where, recomputed, about_, canvases)
+    return Result(
+        stages + acted, found, notes, what, where, recomputed, about_, canvases, trained.normalised
+    )
 
 
 def compare_actions(policy, served, trained, moments, metadata, checksum, search, inputs_pass):

@@ -1,5 +1,6 @@
 """The skew check: clean where nothing is wrong, and every planted mistake found and named."""
 
+import contextlib
 import io
 import json
 
@@ -11,13 +12,10 @@ from PIL import Image
 from lightwam_jax import build, precompute
 from lightwam_jax.data import assets as assets_lib
 from lightwam_jax.data import episodes as episodes_lib
+from lightwam_jax.inference import keys as keys_lib
+from lightwam_jax.inference import observations, skew_check, skew_report, skew_windows, wire
 from lightwam_jax.inference import policy as policy_lib
-from lightwam_jax.inference import (
-    skew_check,
-    skew_report,
-    skew_windows,
-)
-from tests import synthetic
+from tests import served, synthetic
 from tests.inference.test_policy import random_params
 
 COUNT = 4
@@ -157,6 +155,121 @@ def test_a_servers_mistake_is_named_from_its_actions_alone(name, policy, config,
     if name.startswith("another"):  # what the template of the config makes of it, again
         name = "another prompt template"
     result = check(policy, config, silent, silent.see)
-    print(skew_report.line(result), skew_report.text(result))
     assert result.first == "actions normalised"
     assert name in result.causes[0].name and result.causes[0].explained > 0.95
+
+
+def test_a_servers_own_template_is_named(policy, config):
+    other = skew_windows.deployed_form(policy).with_prompt_template("Task: {task}")
+    with contextlib.closing(skew_check.InProcess(other, limits="none")) as server:
+        result = check(policy, config, server)
+    assert (result.verdict, result.first) == ("fail", "context + mask")
+    assert "another prompt template: 'Task: {task}'" in result.causes[0].name
+
+
+class Changed:
+    """A server whose replies and metadata are changed on their way."""
+
+    def __init__(self, server, change, **metadata):
+        self.server, self.change = server, change
+        self.metadata = server.metadata | metadata
+
+    def infer(self, request):
+        return self.change(self.server.infer(request))
+
+
+def test_other_statistics_another_checkpoint_and_nothing_known_are_told_apart(
+    policy, config, server
+):
+    units = Changed(server, lambda reply: reply | {"actions": 0.9 * reply["actions"] + 0.1})
+    result = check(policy, config, units)
+    assert (result.verdict, result.first) == ("fail", "actions normalised")
+    assert "other statistics or units of the actions: action[0] is 0.9 x +0.1" in str(result.causes)
+    same = Changed(server, lambda reply: reply, weights_hash="00000001")
+    result = skew_check.check(policy, config, same, COUNT, checksum="00000002")
+    assert "another checkpoint: the server's is 00000001" in result.causes[0].name
+    rng = np.random.default_rng(0)
+    noise = lambda reply: reply["actions"] + rng.normal(0, 0.1, reply["actions"].shape)
+    odd = Changed(server, lambda reply: reply | {"actions": noise(reply)})
+    result = check(policy, config, odd)
+    assert result.verdict == "fail" and not result.causes
+    assert "no known mistake explains the actions" in result.notes[0]
+
+
+def test_bfloat16_is_judged_by_its_own_limit(policy, config, server):
+    spread = np.ptp(check(policy, config, server).planned)
+
+    def verdict(share, dtype):
+        shift = np.float32(share * spread) / np.abs(policy.assets.action.scale)
+        moved = Changed(server, lambda r: r | {"actions": r["actions"] + shift}, dtype=dtype)
+        stages = {stage.name: stage for stage in check(policy, config, moved).stages}
+        return stages["actions normalised"].verdict
+
+    assert [verdict(share, "float32") for share in (5e-4, 5e-3, 2e-2)] == ["pass", "report", "fail"]
+    assert [verdict(share, "bfloat16") for share in (5e-3, 2e-2)] == ["pass", "fail"]
+
+
+def test_what_the_guard_changes_is_reported_and_is_no_failure(policy, config):
+    deployed = skew_windows.deployed_form(policy)
+    with contextlib.closing(skew_check.InProcess(deployed)) as server:  # training's range
+        result = check(policy, config, server)
+        assert result.verdict == "report" and "the server's guard changed" in str(result.causes)
+        silent = Silent(server)
+        result = check(policy, config, silent)
+        assert result.verdict == "report" and "the server's guard changed" in str(result.causes)
+
+
+def test_order_and_units_of_single_numbers_of_the_state(policy, config, server):
+    def turned(window, request):
+        return request | {"state": np.roll(request["state"], 1)}
+
+    def degrees(window, request):
+        state = request["state"].copy()
+        state[2] = np.degrees(state[2])
+        return request | {"state": state}
+
+    result = check(policy, config, server, turned)
+    assert "order of the state: its places hold dimensions [7, 0, 1" in result.causes[0].name
+    result = check(policy, config, server, degrees)
+    assert "state[2] is 57.3 x" in result.causes[0].name and "degrees" in result.causes[0].name
+
+
+# ---- windows and requests ------------------------------------------------------------------------
+
+
+def test_windows_are_spread_over_episodes_and_tasks(policy, config):
+    windows = skew_windows.draw(config, policy, 6)
+    assert len({window.name for window in windows}) == 6
+    assert len({window.episode.id for window in windows}) == 3  # all that are held out
+    assert {window.moment().prompt for window in windows} == set(synthetic.TASKS)
+    for window in windows:
+        moment = window.moment()
+        np.testing.assert_array_equal(moment.state, window.episode.state[window.start])
+        assert window.moment(100).images["scene"].tobytes() == (
+            window.episode.images["scene"][0].tobytes()
+        )
+
+
+@pytest.mark.parametrize("name", ["openpi_libero", "openpi_droid", "openpi_aloha", "lerobot"])
+def test_a_composed_request_is_read_back(name):
+    rng = np.random.default_rng(0)
+    cameras = {
+        "openpi_libero": ("image", "wrist_image"),
+        "openpi_droid": ("exterior_image_1_left", "wrist_image_left"),
+        "openpi_aloha": ("cam_high", "cam_left_wrist", "cam_right_wrist"),
+        "lerobot": ("top",),
+    }[name]
+    width = {"openpi_aloha": 14}.get(name, 8)
+    turned = ("rotate_180",) * 2 if name == "openpi_libero" else ()
+    data = served.config(cameras=cameras, state=width, orientation=turned).data
+    tables = keys_lib.choose(name, cameras, width, turned)
+    images = {camera: rng.integers(0, 256, (5, 7, 3), np.uint8) for camera in cameras}
+    state = rng.normal(size=width).astype(np.float32)
+    described = wire.decode(wire.encode(keys_lib.describe(tables[0], cameras)))
+    request = keys_lib.compose(described, images, state, "a task", dict(zip(cameras, turned)))
+    reader = observations.Reader(observations.Rules(tables, data, width))
+    seen = reader.read(wire.decode(wire.encode(request)))
+    for camera, image in images.items():
+        np.testing.assert_array_equal(seen.images[camera], image)
+    np.testing.assert_array_equal(seen.state, state)
+    assert seen.prompt == "a task" and not reader.extra
