@@ -48,7 +48,7 @@ def main(argv):
     skew_report.write(out, result, result.canvases)
     if not given.brief:
         print(skew_report.text(result))
-        print("\n".join(table))
+        print("".join(f"{row}\n" for row in table), end="")
     print(f"{skew_report.line(result)}; {out / 'skew.html'}")
     sys.exit(int(result.verdict == skew_stages.FAIL))
 

@@ -141,6 +141,7 @@ def compare(policy, windows, requests, served, metadata, where, checksum="", wha
     names = [window.name for window in windows]
     canvases = names, trained.canvas, np.stack([each.stages["canvas"] for each in served])
     about_ = about(policy, metadata, checksum)
+    about_["range of the actions, normalised"] = round(float(np.ptp(trained.normalised)), 3)
     found = search.causes + causes
     return Result(
         stages + acted, found, notes, what, where, recomputed, about_, canvases, trained.normalised

@@ -3,7 +3,7 @@
 import numpy as np
 
 from lightwam_jax.inference import keys as keys_lib
-from lightwam_jax.inference import skew_check, skew_mistakes, skew_stages
+from lightwam_jax.inference import skew_check, skew_mistakes, skew_stages, skew_windows
 
 _HEAD = "mistake", "median change", "largest", "first stage", "named", "from the actions alone"
 
@@ -28,7 +28,9 @@ def table(policy, windows, server):
     for mistake in _usual(windows):
         rows.append(_measure(policy, windows, server, mistake))
     widths = [max(len(row[i]) for row in rows) + 2 for i in range(len(_HEAD))]
-    return ["".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in rows]
+    spread = float(np.ptp(skew_windows.trained(policy, windows).normalised))
+    lines = ["".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in rows]
+    return [*lines, f"as shares of the range of the actions, which is {spread:.2f}, normalised"]
 
 
 def _usual(windows):

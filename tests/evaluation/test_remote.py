@@ -73,6 +73,12 @@ def test_another_checkpoint_is_refused(server):
         ValueError, match=r"serves the checkpoint 0badcafe, --workdir holds 00000001"
     ):
         connected(server, checksum="00000001")
+    unnamed, refused = (
+        served.serving(Walker(), metadata="short"),
+        pytest.raises(ValueError, match=r"it does not say"),
+    )
+    with unnamed as silent, refused:
+        connected(silent, key="")
     with pytest.raises(PermissionError, match="401"):
         connected(server, key="wrong")
 

@@ -74,3 +74,14 @@ def test_other_traffic_is_compared_by_its_replies_and_looks(policy, config, tmp_
     assert result.verdict == "pass" and result.what == "recorded requests" and not result.causes
     result = recorded(policy, config, tmp_path / "wrong", MISTAKES["BGR"], replay=False)
     assert "red and blue swapped (BGR)" in result.causes[0].name
+
+
+def test_stages_are_told_only_where_the_server_may(policy, config):  # noqa: F811
+    (window,) = skew_windows.draw(config, policy, 1)
+    moment = window.moment()
+    request = {"images": moment.images, "state": moment.state, "prompt": moment.prompt}
+    deployed = skew_windows.deployed_form(policy)
+    with contextlib.closing(skew_check.InProcess(deployed, debug=False)) as server:
+        assert "stages" not in server.infer({**request, "stages": True})
+        with pytest.raises(wire.WireError, match="stages is 'yes'; send true or false"):
+            server.infer({**request, "stages": "yes"})
