@@ -76,9 +76,7 @@ def evaluate(policy, suite, workdir, out, began, remote=None):
         f"Light-WAM JAX · {policy.config.name}",
         _headline(rates["trained"], suite_run),
     )
-    facts = _facts(policy, results, rates, seconds)
-    if remote is not None:
-        facts.append((manifest["remote"]["url"], "where the trained policy ran"))
+    facts = _facts(policy, results, rates, seconds, manifest.get("remote"))
     html_report.write_html(out / "report.html", title, headline, facts, sections, manifest)
     every = {who: {"all": r} if len(suite_run.tasks) > 1 else {} for who, r in rates.items()}
     return {who: by_task[who] | by_group[who] | every[who] for who in results}
@@ -337,7 +335,7 @@ def _headline(rate, suite_run):
     )
 
 
-def _facts(policy, results, rates, seconds):
+def _facts(policy, results, rates, seconds, remote):
     steps = [result.steps for result in results["trained"] if result.success]
     minutes, rest = divmod(round(seconds), 60)
     facts = [(f"{100 * rates['untrained'].value:.0f} %", "untrained policy, same episodes")]
@@ -351,6 +349,7 @@ def _facts(policy, results, rates, seconds):
         (f"{params.count(policy.params) / 1e6:.2f} M", "parameters"),
         (f"{policy.step:,}", "training steps"),
         (f"{minutes} min {rest:02d} s", "from start to this report"),
+        *([(remote["url"], "where the trained policy ran")] if remote else ()),
     ]
 
 

@@ -84,7 +84,7 @@ def write(directory, result, canvases=()):
     if canvases:
         html_report.save_png(directory / "skew.png", _pictures(result, *canvases))
         media = (html_report.Media(directory / "skew.png", wide=True),)
-        sections.append(html_report.Section("The pictures that deviate most", "", media))
+        sections.append(html_report.Section("Windows whose actions deviate most", "", media))
     title, headline = "Light-WAM JAX · skew check", (result.verdict, _HEADLINES[result.verdict])
     by_name = {stage.name: stage for stage in result.stages}
     facts = [
