@@ -145,7 +145,7 @@ class Served:
 
 
 @contextlib.contextmanager
-def serving(policy=None, key="", ready=True, **options):
+def serving(policy=None, key="", ready=True, tls=None, **options):
     """A running `Served`; drained at the end."""
     out, started, stop = Served(), threading.Event(), asyncio.Event()
     out.policy = policy or StandIn()
@@ -153,7 +153,7 @@ def serving(policy=None, key="", ready=True, **options):
     async def run():
         out.loop = asyncio.get_running_loop()
         out.service = service_lib.Service(Options(**options))
-        out.server = server_lib.Server(out.service, key)
+        out.server = server_lib.Server(out.service, key, tls)
         await out.server.listen("127.0.0.1", 0)
         out.http = f"http://127.0.0.1:{out.server.port}"
         out.url = out.http.replace("http", "ws")

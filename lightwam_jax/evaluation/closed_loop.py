@@ -335,7 +335,7 @@ def _headline(rate, suite_run):
     )
 
 
-def _facts(policy, results, rates, seconds, remote):
+def _facts(policy, results, rates, seconds, remote=None):
     steps = [result.steps for result in results["trained"] if result.success]
     minutes, rest = divmod(round(seconds), 60)
     facts = [(f"{100 * rates['untrained'].value:.0f} %", "untrained policy, same episodes")]

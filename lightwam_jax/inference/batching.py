@@ -15,6 +15,26 @@ import typing
 
 import numpy as np
 
+_LATELY_S = 1.0  # a session that asked within it may ask again; only with max_wait_s
+
+
+class Observation(typing.NamedTuple):
+    """One robot's moment.
+
+    Attributes:
+      images: {camera: uint8 [h,w,3]}, as config.data expects them. state: f32 [P].
+      prompt: str, its spaces single.
+    """
+
+    images: dict
+    state: np.ndarray
+    prompt: str
+
+    @property
+    def sizes(self):
+        """((height, width) of each camera): observations of the same sizes go into one batch."""
+        return tuple(image.shape[:2] for image in self.images.values())
+
 
 class Planned(typing.NamedTuple):
     """What the policy planned for one observation.
@@ -54,7 +74,7 @@ class Batcher:
     Images of one batch have one size: others wait for the next.
 
     Attributes:
-      policy: with `act(images, state, prompts, return_taps=..., rows=...)`.
+      policy: with `act(images, state, prompts)`, and what `Policy.act` takes besides, if asked for.
     """
 
     def __init__(
@@ -71,7 +91,7 @@ class Batcher:
           taps: ask the policy for what its queries look at, too.
         """
         self.policy, self._max_batch, self._taps = policy, max_batch, taps
-        self._rows = max_batch if exact else None
+        self._how = ({"return_taps": True} if taps else {}) | ({"rows": max_batch} if exact else {})
         self._max_wait = max_wait_s
         self._most = 4 * max_batch if most_queued is None else most_queued
         self._queue, self._changed = collections.deque(), threading.Condition()
@@ -110,10 +130,10 @@ class Batcher:
                 raise RuntimeError("the batcher is closed")
             if len(self._queue) >= self._most:
                 raise Overloaded(f"{len(self._queue)} requests wait already")
+            if self._max_wait and session is not None:
+                self._asked[session] = now
             session = future if session is None else session
             self._queue.append(_Request(observation, session, expires, now, future))
-            if self._max_wait:
-                self._asked[session] = now
             self._changed.notify()
         return future
 
@@ -143,11 +163,11 @@ class Batcher:
         end = time.monotonic() + self._max_wait
         while self._max_wait:
             now = time.monotonic()
-            self._asked = {s: at for s, at in self._asked.items() if at > now - 1}
+            self._asked = {s: at for s, at in self._asked.items() if at > now - _LATELY_S}
             expected = min(len(self._asked), self._max_batch)
             if now >= end or len(self._queue) >= expected or self._closing:
                 return
-            self._changed.wait(end - now)
+            self._changed.wait(min(end - now, _LATELY_S / 10))
 
     def _take(self):
         """The oldest request, and what can go with it; the rest stays in its order."""
@@ -186,7 +206,7 @@ class Batcher:
         }
         state = np.stack([each.state for each in observations])
         prompts = [each.prompt for each in observations]
-        asked = self.policy.act(images, state, prompts, return_taps=self._taps, rows=self._rows)
+        asked = self.policy.act(images, state, prompts, **self._how)
         actions, taps = asked if self._taps else (asked, {})
         if len(actions) != len(observations):
             raise ValueError(
@@ -222,9 +242,13 @@ class Worker:
         self._jobs.put((loop, future, function, arguments))
         return await future
 
+    def close(self):
+        """Lets the thread end after its jobs."""
+        self._jobs.put(None)
+
     def _work(self):
-        while True:
-            loop, future, function, arguments = self._jobs.get()
+        while (job := self._jobs.get()) is not None:
+            loop, future, function, arguments = job
             try:
                 result, error = function(*arguments), None
             except Exception as raised:

@@ -13,29 +13,12 @@ from PIL import Image
 from lightwam_jax.data import cameras as cameras_lib
 from lightwam_jax.inference import keys as keys_lib
 from lightwam_jax.inference import wire
+from lightwam_jax.inference.batching import Observation
 
 MAX_PIXELS = 16_000_000  # of an image
 MAX_PROMPT = 2000  # characters
 _FROZEN = 30  # equal images in a row, while the state moves, are a frozen camera
 _UNDO = {"rotate_90": "rotate_270", "rotate_270": "rotate_90"}  # the others undo themselves
-
-
-class Observation(typing.NamedTuple):
-    """One robot's moment.
-
-    Attributes:
-      images: {camera: uint8 [h,w,3]}, as config.data expects them. state: f32 [P].
-      prompt: str, its spaces single.
-    """
-
-    images: dict
-    state: np.ndarray
-    prompt: str
-
-    @property
-    def sizes(self):
-        """((height, width) of each camera): observations of the same sizes go into one batch."""
-        return tuple(image.shape[:2] for image in self.images.values())
 
 
 class Rules(typing.NamedTuple):

@@ -22,12 +22,10 @@ import base64
 import json
 import socket
 import socketserver
-import threading
-import traceback
 
 import numpy as np
 
-from lightwam_jax.inference import chunking
+from lightwam_jax.inference import arrays, batching, chunking, safety
 
 # Policies of RoboTwin name their cameras as its datasets do.
 CAMERAS = {
@@ -36,7 +34,6 @@ CAMERAS = {
     "cam_right_wrist": "right_camera",
 }
 JOINTS = 14
-_LONGEST = 2**28  # bytes of a message
 
 
 # ---- what RoboTwin calls -----------------------------------------------------------------------
@@ -47,8 +44,9 @@ def get_model(usr_args):
 
     Args:
       usr_args: dict of that file. `port` (and `host`, by default this machine) of a running
-        server; or `workdir` of a run, and optionally `step`, `embodiment` and `replan_steps`, the
-        actions to execute of each plan (default: config.evaluation.replan_steps).
+        server; or `workdir` of a run, and optionally `step`, `embodiment`, `max_batch` (of
+        simulators that ask at once; default 1) and `replan_steps`, the actions to execute of each
+        plan (default: config.evaluation.replan_steps).
 
     Raises:
       ValueError: neither, or a policy of other cameras or joints than RoboTwin's.
@@ -63,6 +61,7 @@ def get_model(usr_args):
             "deploy_policy.yml gives neither workdir (the run of a trained policy) nor port (of a "
             "policy server): add one of them"
         )
+    from lightwam_jax.inference import serving_options
     from lightwam_jax.inference.policy import Policy  # and with it jax
 
     embodiment = usr_args.get("embodiment") or ""
@@ -70,8 +69,10 @@ def get_model(usr_args):
         usr_args["workdir"], usr_args.get("step"), deploy=True, embodiment=embodiment
     )
     replan_steps = usr_args.get("replan_steps") or policy.config.evaluation.replan_steps
-    model = Model(policy, int(replan_steps))
-    policy.warm_up([1])
+    options = serving_options.Options(max_batch=int(usr_args.get("max_batch") or 1))
+    guard = serving_options.make_guard(policy, options)
+    model = Model(policy, int(replan_steps), guard, options.max_batch)
+    policy.warm_up(serving_options.batch_sizes(options))
     return model
 
 
@@ -139,10 +140,13 @@ def encode_observation(observation, instruction):
 
 
 class Model:
-    """A policy that plans for one robot."""
+    """A policy that plans for one robot, or for several that ask at once."""
 
-    def __init__(self, policy, replan_steps):
-        """Args: policy: see `inference/policy.py`. replan_steps: actions executed of each plan.
+    def __init__(self, policy, replan_steps, guard=None, max_batch=1):
+        """Args:
+
+        policy: see `inference/policy.py`. replan_steps: actions executed of each plan.
+        guard: `safety.Guard`; default: no limits. max_batch: robots planned for together.
 
         Raises:
           ValueError: a policy of other cameras or joints than RoboTwin's, or a replan_steps that is
@@ -158,19 +162,37 @@ class Model:
             raise ValueError(
                 f"replan_steps is {replan_steps}; the policy plans {data.action_horizon} actions"
             )
-        self._policy, self._replan = policy, replan_steps
+        self._cameras, self._replan = data.cameras, replan_steps
+        self._batcher = batching.Batcher(policy, max_batch)
+        no_limits = safety.Limits.none(JOINTS)
+        self._guard = guard or safety.Guard(no_limits, data.action_horizon)
 
     def get_action(self, request):
         """Returns the next actions f32 [replan_steps,14] for a request of `encode_observation`.
 
         Raises:
-          ValueError: what the policy plans is not that.
+          ValueError: what came, or what the policy plans, is not that.
         """
-        images = {camera: image[None] for camera, image in request["images"].items()}
-        plan = self._policy.act(images, request["state"][None], [request["prompt"]])[0]
+        observation = self._checked(request)
+        plan = self._batcher.submit(observation).result().actions
         if plan.shape[1:] != (JOINTS,):
             raise ValueError(f"the policy has {plan.shape[-1]} actions; RoboTwin takes {JOINTS}")
-        return np.asarray(plan[: self._replan], np.float32)
+        plan, _ = self._guard.check(plan, observation.state)
+        return plan[: self._replan]
+
+    def _checked(self, request):
+        """The `Observation` of a request: a bad one must not fail the batch it would be in."""
+        images = {camera: request["images"][camera] for camera in self._cameras}
+        for camera, image in images.items():
+            fits = isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.size
+            if not fits or image.ndim != 3 or image.shape[2] != 3:
+                raise ValueError(f"{camera} is no image; expected uint8 [h,w,3]")
+        state = np.asarray(request["state"], np.float32)
+        if state.shape != (JOINTS,) or not np.isfinite(state).all():
+            raise ValueError(f"the state has shape {list(state.shape)}; expected {JOINTS} numbers")
+        if not isinstance(request["prompt"], str):
+            raise ValueError("the prompt is no text")
+        return batching.Observation(images, state, request["prompt"])
 
     def reset_model(self, request=None):
         """Nothing to forget: each plan depends on its observation only."""
@@ -180,7 +202,7 @@ class Model:
 
 
 class Server(socketserver.ThreadingTCPServer):
-    """Serves a `Model` to any number of simulators, one request at a time.
+    """Serves a `Model` to any number of simulators; those that ask at once share a batch.
 
     `serve_forever()` until `shutdown()`; `server_address` tells the port where 0 was given.
     """
@@ -190,7 +212,7 @@ class Server(socketserver.ThreadingTCPServer):
     def __init__(self, model, host="localhost", port=9999):
         """Listens at once. Anyone who reaches the port may ask for actions."""
         super().__init__((host, port), _Handler)
-        self._model, self._lock = model, threading.Lock()
+        self._model = model
 
     def answer(self, message):
         """Returns the reply to a message."""
@@ -199,17 +221,25 @@ class Server(socketserver.ThreadingTCPServer):
             name = message.get("cmd")
             if name not in commands:
                 raise ValueError(f"cmd is {name!r}; expected one of {', '.join(commands)}")
-            with self._lock:
-                return {"res": commands[name](message.get("obs"))}
-        except Exception:  # of this request; the simulator is told, and others go on
-            return {"error": traceback.format_exc()}
+            return {"res": commands[name](message.get("obs"))}
+        except Exception as error:  # of this request; the simulator is told, and others go on
+            return {"error": f"{type(error).__name__}: {error}"}
 
 
 class _Handler(socketserver.StreamRequestHandler):
     """One connection."""
 
     def handle(self):
-        while (message := receive(self.rfile)) is not None:
+        while True:
+            try:
+                message = receive(self.rfile)
+            except ConnectionError:
+                return
+            except ValueError as error:
+                send(self.wfile, {"error": str(error)})
+                continue
+            if message is None:
+                return
             send(self.wfile, self.server.answer(message))
 
 
@@ -235,7 +265,7 @@ class Client:
         """Returns what the server's method `func_name` returns for `obs`.
 
         Raises:
-          RuntimeError: the server could not do it; with its traceback.
+          RuntimeError: the server could not do it; says why.
           ConnectionError: the server is gone.
         """
         send(self._file, {"cmd": func_name, "obs": obs})
@@ -263,18 +293,22 @@ def receive(file):
     """Returns the next message, or None when the other side has hung up between two.
 
     Raises:
-      ConnectionError: it hung up within one. ValueError: not a message.
+      ConnectionError: it hung up within one, or began one that is too long.
+      ValueError: not a message.
     """
     head = file.read(4)
     if not head:
         return None
     size = int.from_bytes(head, "big")
-    if size > _LONGEST:
-        raise ValueError(f"a message of {size} bytes; expected at most {_LONGEST}")
+    if size > arrays.MAX_FRAME:
+        raise ConnectionError(f"a message of {size} bytes; expected at most {arrays.MAX_FRAME}")
     content = file.read(size)
     if len(head) < 4 or len(content) < size:
         raise ConnectionError("the other side hung up within a message")
-    return json.loads(content, object_hook=_decode)
+    message = json.loads(content, object_hook=_decode)
+    if not isinstance(message, dict):
+        raise ValueError(f"the message is {type(message).__name__}; expected an object")
+    return message
 
 
 def _encode(value):
@@ -293,8 +327,8 @@ def _encode(value):
 def _decode(value):
     if "__numpy_array__" not in value:
         return value
-    dtype = np.dtype(value["dtype"])
-    return np.frombuffer(base64.b64decode(value["data"]), dtype).reshape(value["shape"])
+    data = base64.b64decode(value.get("data", ""), validate=True)
+    return arrays.array(data, value.get("dtype"), value.get("shape"))
 
 
 def main(argv):
@@ -302,7 +336,7 @@ def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}")
     given = flags.FLAGS
-    names = ("workdir", "step", "replan_steps", "embodiment")
+    names = ("workdir", "step", "replan_steps", "embodiment", "max_batch")
     model = get_model({name: given[name].value for name in names})
     with Server(model, given.host, given.port) as server:
         print(f"serving {given.workdir} at {given.host}:{server.server_address[1]}", flush=True)
@@ -318,6 +352,7 @@ if __name__ == "__main__":
         "replan_steps", None, "Actions executed of each plan; default: the config's."
     )
     flags.DEFINE_string("embodiment", "", "Whose cameras and units, where a mixture had several.")
+    flags.DEFINE_integer("max_batch", 1, "Simulators that are planned for together: 1, 2, 4, ...")
     flags.DEFINE_string("host", "localhost", "Address to listen at; 0.0.0.0: anyone may connect.")
     flags.DEFINE_integer("port", 9999, "Port; 0: any that is free.")
     flags.mark_flag_as_required("workdir")

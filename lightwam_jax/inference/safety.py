@@ -14,7 +14,7 @@ import json
 
 import numpy as np
 
-from lightwam_jax.inference import wire
+from lightwam_jax.inference.arrays import WireError
 
 KINDS = ("clamped", "limited", "snapped")  # what `Guard.check` counts
 _WIDENED = 0.1  # share of the training range that the default clamp leaves on either side
@@ -110,7 +110,7 @@ class Guard:
         chunk = np.asarray(chunk)
         wanted = self._horizon, len(self.limits.low)
         if chunk.shape != wanted:
-            raise wire.WireError(
+            raise WireError(
                 "limits", f"the plan has shape {list(chunk.shape)}; expected {list(wanted)}"
             )
         with np.errstate(over="ignore"):
@@ -118,9 +118,9 @@ class Guard:
         finite = np.isfinite(plan)
         if not finite.all():
             rows, dims = (np.flatnonzero(~finite.all(axis)).tolist() for axis in (1, 0))
-            raise wire.WireError(
+            raise WireError(
                 "not_finite",
-                f"the plan is not finite in dimensions {dims}, steps {rows[:10]}; "
+                f"the plan has NaN or infinite actions in dimensions {dims}, steps {rows[:10]}; "
                 "nothing of it was sent",
             )
         changed = {}
@@ -132,7 +132,7 @@ class Guard:
             plan = new
         if self._refuse and any(count.any() for count in changed.values()):
             what = {k: np.flatnonzero(n).tolist() for k, n in changed.items() if n.any()}
-            raise wire.WireError("limits", f"the plan breaks its limits in dimensions: {what}")
+            raise WireError("limits", f"the plan breaks its limits in dimensions: {what}")
         return plan, changed
 
     def _snap(self, plan, state):
@@ -162,7 +162,7 @@ class Guard:
             before[first] = np.asarray(state, np.float32)[start[first]]
         rows = []
         for row in plan:  # a difference within rounding of the rate is no change
-            within = np.abs(row - before) <= rate * np.float32(1 + 1e-6)
+            within = np.abs(row - before) <= rate + np.float32(1e-6) * (np.abs(before) + rate)
             before = np.where(within, row, row.clip(before - rate, before + rate))
             rows.append(before)
         return np.stack(rows)
@@ -269,3 +269,73 @@ def touched(chunks, states, guard):
         for chunk, state in zip(chunks, states)
     ]
     return float(np.any(hit, axis=1).mean()), np.mean(hit, axis=0)
+
+
+def recorded_plans(episodes, horizon):
+    """Returns (chunks f32 [N,T,A], states f32 [N,P]) of recorded episodes, physical units.
+
+    Past the end of an episode its last action is repeated.
+    """
+    chunks, states = [], []
+    for episode in episodes:
+        steps = np.arange(episode.length)[:, None] + np.arange(horizon)
+        chunks.append(np.asarray(episode.action, np.float32)[steps.clip(max=episode.length - 1)])
+        states.append(np.asarray(episode.state, np.float32))
+    return np.concatenate(chunks), np.concatenate(states)
+
+
+def calibrate(config, statistics, training, held_out):
+    """Returns (`Limits`, share of held-out plans they touch, that share by dimension).
+
+    Rates come from the training's episodes, and are tried on those that were held out.
+
+    Args:
+      config: `Config`. statistics: of its assets. training, held_out: `Episode`s.
+
+    Raises:
+      ValueError: none are held out.
+    """
+    from lightwam_jax.data import normalize
+
+    if not held_out:
+        raise ValueError("no episodes are held out to try limits on: set config.data.val_fraction")
+    horizon = config.data.action_horizon
+    tables = (normalize.table_of(statistics, name) for name in ("action", "state"))
+    limits = from_statistics(*tables, config.data)
+    limits = propose(recorded_plans(training, horizon)[0], limits)
+    limits.rate[list(config.data.gripper_dims)] = np.inf  # they jump
+    return limits, *touched(*recorded_plans(held_out, horizon), Guard(limits, horizon))
+
+
+def main(argv):
+    """Proposes limits for a run's policy, tries them, and writes them if they hold."""
+    from lightwam_jax import atomic
+    from lightwam_jax import config as config_lib
+    from lightwam_jax.checkpoint import run
+    from lightwam_jax.data import assets
+    from lightwam_jax.data import episodes as episodes_lib
+
+    given = flags.FLAGS
+    stored = run.load_params(given.workdir)
+    config = config_lib.of_embodiment(stored.config, given.embodiment)
+    statistics = assets.load_normalizers(stored.assets, config)[0]
+    split = episodes_lib.split(episodes_lib.load_episodes(config), config.data.val_fraction)
+    limits, share, by_dimension = calibrate(config, statistics, *split)
+    print(f"{'dimension':<12}{'low':>10}{'high':>10}{'rate':>10}{'touched':>10}")
+    for dim, row in enumerate(zip(limits.low, limits.high, limits.rate)):
+        print(f"{dim:<12}" + "".join(f"{x:>10.4g}" for x in row) + f"{by_dimension[dim]:>10.3%}")
+    print(f"{share:.3%} of the held-out plans would be changed")
+    if share > _TOUCHED:
+        raise app.UsageError(f"more than {_TOUCHED:.1%}: these limits are not written")
+    atomic.write_json(given.out, limits.as_dict())
+    print(f"wrote {given.out}; serve with --limits={given.out}")
+
+
+if __name__ == "__main__":
+    from absl import app, flags
+
+    flags.DEFINE_string("workdir", None, "Run directory of train.py.")
+    flags.DEFINE_string("embodiment", "", "Whose units, where a mixture had several.")
+    flags.DEFINE_string("out", "limits.json", "File to write.")
+    flags.mark_flag_as_required("workdir")
+    app.run(main)

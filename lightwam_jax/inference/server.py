@@ -19,6 +19,7 @@ import urllib.parse
 from websockets.asyncio import server as websockets_server
 
 from lightwam_jax.inference import access as access_lib
+from lightwam_jax.inference import recorder
 from lightwam_jax.inference import service as service_lib
 from lightwam_jax.inference import serving_options as options_lib
 from lightwam_jax.inference import session as session_lib
@@ -307,7 +308,15 @@ def main(argv):
         where = {"text_weights": given.text_weights, "embodiment": given.embodiment}
         return Policy.load(given.workdir, given.step, deploy=True, dtype=given.dtype, **where)
 
-    sys.exit(serve(load, options, given.host, given.port, key, tls))
+    prepare = None
+    if given.record:
+        kept = recorder.Recorder(given.record, int(given.record_gib * 2**30))
+
+        def prepare(server):
+            kept.metadata = lambda: server.service.metadata
+            server.service.listeners.append(kept)
+
+    sys.exit(serve(load, options, given.host, given.port, key, tls, prepare))
 
 
 def _key(path):
@@ -343,6 +352,8 @@ if __name__ == "__main__":
     flags.DEFINE_bool("insecure", False, "Let other machines in without a key.")
     flags.DEFINE_string("certfile", "", "TLS certificate chain, PEM.")
     flags.DEFINE_string("keyfile", "", "Its private key, PEM, if not in --certfile.")
+    flags.DEFINE_string("record", "", "Directory for all requests and replies; default: none kept.")
+    flags.DEFINE_float("record_gib", 4.0, "Size of --record; the oldest requests are deleted.")
     options_lib.define_flags(flags)
     flags.mark_flag_as_required("workdir")
     app.run(main)

@@ -17,7 +17,7 @@ import numpy as np
 from lightwam_jax import config as config_lib
 from lightwam_jax.data import cameras as cameras_lib
 from lightwam_jax.data import normalize
-from lightwam_jax.inference import batching, latency, observations, recording, wire
+from lightwam_jax.inference import batching, latency, observations, wire
 from lightwam_jax.inference import keys as keys_lib
 from lightwam_jax.inference import serving_metadata as metadata_lib
 from lightwam_jax.inference import serving_metrics as metrics_lib
@@ -72,7 +72,7 @@ class Service:
 
     def __init__(self, options):
         self.options, self.metrics, self.listeners = options, metrics_lib.Metrics(), []
-        self.policy = self.metadata = self.batcher = self._recorder = None
+        self.policy = self.metadata = self.batcher = None
         self.on_warning = lambda session, text: None
 
     # ---- start ---------------------------------------------------------------------------------
@@ -102,20 +102,15 @@ class Service:
             options.frozen,
         )
         self._compile()
+        self._worker = batching.Worker()
         self.batcher = batching.Batcher(
             policy, options.max_batch, options.exact, options.max_wait_ms / 1e3, taps=options.taps
         )
         measured = self._measure()
-        self._worker = batching.Worker()
-        if options.record:
-            self._recorder = recording.Recorder(options.record, options.record_gib * 2**30)
-            self.listeners.append(self._recorder.add)
         self._traces = policy.traces
         described = metadata_lib.describe(policy, options, self.rules, self.guard, measured)
         self.described = described
         self.metadata = wire.encode(described)
-        if self._recorder is not None:
-            self._recorder.describe(self.metadata)
         names = ("config", "step", "weights_hash")
         info = {name: described.get(name, "") for name in names}
         self.metrics.put("info", 1, **info)
@@ -144,7 +139,7 @@ class Service:
             camera: np.zeros((*size, 3), np.uint8)
             for camera, size in zip(config.data.cameras, height_width)
         }
-        observation = observations.Observation(images, state, self._prompt)
+        observation = batching.Observation(images, state, self._prompt)
         while len(taken) < _MEASURED and sum(taken) < _MEASURED_S:
             taken.append(self.batcher.submit(observation).result().infer_s)
         return taken
@@ -153,8 +148,7 @@ class Service:
         """Ends the threads; what is being computed is waited for a second."""
         if self.batcher is not None:
             self.batcher.close(timeout=1)
-        if self._recorder is not None:
-            self._recorder.close()
+            self._worker.close()
 
     # ---- a request -----------------------------------------------------------------------------
 

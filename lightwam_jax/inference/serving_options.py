@@ -51,8 +51,6 @@ class Options:
     debug: bool = _option(
         False, "Tracebacks in replies; and with the key stages, what the model was given."
     )
-    record: str = _option("", "Directory that keeps the requests and replies; see skew.py.")
-    record_gib: float = _option(4.0, "Of the latest requests that --record keeps.")
     taps: bool = _option(False, "Ask the policy what it looks at, for listeners.")
 
     def __post_init__(self):

@@ -50,6 +50,8 @@ class Connection:
             if await self._send(self._service.metadata):
                 tasks = [asyncio.create_task(self._receive()), asyncio.create_task(self._reply())]
                 await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        except ConnectionClosed:
+            pass  # while it got the metadata
         finally:
             for task in tasks:
                 task.cancel()

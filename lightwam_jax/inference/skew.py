@@ -66,7 +66,9 @@ def _run(given):
     policy = Policy.load(given.workdir, given.step, dtype=given.dtype, **where)
     run_config = config_lib.from_config_dict(meta["config"], made_in=directory)
     if given.record:
-        found = skew_recorded.check(policy, run_config, given.record, given.samples, checksum)
+        found = skew_recorded.check(
+            policy, run_config, given.record, given.samples, checksum, given.keys
+        )
         return found, ()
     windows = skew_windows.draw(run_config, policy, given.samples)
     if given.url:
@@ -107,7 +109,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("url", "", "ws://HOST:PORT of the server; default: one in this process.")
     flags.DEFINE_integer("samples", 64, "Windows of the validation split.", lower_bound=1)
     flags.DEFINE_string("record", "", "Compare what a server recorded with --record=DIR instead.")
-    flags.DEFINE_string("keys", "auto", "Key table of the server in this process.")
+    flags.DEFINE_string("keys", "auto", "Key table of a server in this process, or that recorded.")
     flags.DEFINE_string(
         "adapter", "", "FILE.py:NAME, a robot's function (images, state, prompt) -> request."
     )

@@ -51,29 +51,29 @@ class InProcess:
     """A server without a socket: the same frames, key table, guard and batcher.
 
     Attributes:
-      metadata: as a client gets it.
+      metadata: as a client gets it. service: `Service`.
     """
 
     def __init__(self, deployed, keys="auto", **options):
         """Args: deployed: `Policy` that acts. keys: of the table. options: of `Options`."""
         given = {"debug": True, "max_batch": 1, "request_timeout_s": 600.0} | options
-        self._service = service_lib.Service(options_lib.Options(keys=keys, **given))
-        self._service.start(deployed)
-        self._session = service_lib.Session(self._service.rules)
+        self.service = service_lib.Service(options_lib.Options(keys=keys, **given))
+        self.service.start(deployed)
+        self._session = service_lib.Session(self.service.rules)
         self._loop = asyncio.new_event_loop()
-        self.metadata = self._service.described
+        self.metadata = self.service.described
 
     def infer(self, request):
         """Returns the reply to a request; raises `WireError` where it is refused."""
         frame = wire.encode(request)
-        reply, _ = self._loop.run_until_complete(self._service.answer(frame, self._session))
+        reply, _ = self._loop.run_until_complete(self.service.answer(frame, self._session))
         if isinstance(reply, str):
             raise wire.WireError.from_text(reply)
         return wire.decode(reply)
 
     def close(self):
         """Ends its threads."""
-        self._service.close()
+        self.service.close()
         self._loop.close()
 
 

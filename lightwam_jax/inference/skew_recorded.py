@@ -10,7 +10,7 @@ import numpy as np
 from lightwam_jax.data import loader
 from lightwam_jax.data import windows as windows_lib
 from lightwam_jax.inference import (
-    recording,
+    recorder,
     skew_causes,
     skew_check,
     skew_stages,
@@ -22,22 +22,23 @@ _REPLAYED = 1e-4  # largest difference of a normalised state to that of the wind
 _LONGEST = 2**30  # bytes of a recorded reply
 
 
-def check(policy, run_config, directory, count, checksum=""):
+def check(policy, run_config, directory, count, checksum="", keys="auto"):
     """Returns the `skew_check.Result` of recorded traffic.
 
     Args:
       policy, run_config, checksum: see `skew_check.check`. directory: of the records.
-      count: requests, spread evenly over those that were answered.
+      count: requests, spread evenly over those that were answered. keys: table of the server,
+        where it kept no metadata.
 
     Raises:
-      FileNotFoundError: no records. ValueError: none of them was answered.
+      ValueError: no request there that was answered.
     """
-    metadata, records = recording.read(directory)
-    total = sum(record["code"] == "ok" for record in records)
+    metadata = recorder.read_metadata(directory) or {"keys": {"name": keys}}
+    total = sum(record["code"] == "ok" for record in recorder.read(directory))
     if not total:
         raise ValueError(f"{directory} holds no request that was answered with actions")
     chosen, deployed = set(windows_lib.spread(total, count)), skew_windows.deployed_form(policy)
-    answered = (r for r in recording.read(directory)[1] if r["code"] == "ok")
+    answered = (r for r in recorder.read(directory) if r["code"] == "ok")
     requests, served, seen, warnings = [], [], [], []
     for record in (r for i, r in enumerate(answered) if i in chosen):
         request = wire.decode(record["frame"])

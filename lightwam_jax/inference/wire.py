@@ -8,47 +8,19 @@ megabytes of empty maps would otherwise become gigabytes. Server, client and ske
 file; it needs numpy and msgpack only, no jax.
 """
 
-import math
-import re
 import typing
 
 import msgpack
 import numpy as np
 
-MAX_FRAME = 32 * 2**20  # bytes of a message
-CODES = (
-    *("bad_frame", "bad_key", "bad_image", "bad_state", "bad_prompt", "stale", "overloaded"),
-    *("timeout", "not_finite", "limits", "draining", "internal"),
-)
+from lightwam_jax.inference import arrays
+from lightwam_jax.inference.arrays import MAX_FRAME, WireError, refused
+
 # The stack of msgpack holds 1,024 open containers, and a list is allocated when its length is read:
 # 1,024 * _LIST * 8 bytes is what a small message can claim.
 _LIST, _MAP, _STRING = 1024, 256, 2**16
 _CONTAINERS, _ITEMS = 1000, 2**14  # of a message
-_DTYPE = re.compile(r"[<>|=]?(b1|[iu][1248]|f[248])")
-_NAMES = {np.dtype(code).name for code in ("?", *"bhilqBHILQefd")}
-_DIMENSIONS = 4
 _PLAIN = (type(None), bool, int, float, str, bytes, list, dict, np.ndarray, np.generic)
-
-
-class WireError(ValueError):
-    """What is wrong with a request, with one of `CODES`.
-
-    Attributes:
-      code: of `CODES`. message: what came, what was expected, what to change.
-    """
-
-    def __init__(self, code, message):
-        if code not in CODES:
-            raise ValueError(f"error code {code!r} is none of {', '.join(CODES)}")
-        super().__init__(f"{code}: {message}")
-        self.code, self.message = code, message
-
-    @classmethod
-    def from_text(cls, text):
-        """Returns the error of a text frame; one without a known code is "internal"."""
-        code, colon, message = text.partition(": ")
-        known = bool(colon) and code in CODES
-        return cls(code, message) if known else cls("internal", text)
 
 
 class Limits(typing.NamedTuple):
@@ -78,7 +50,7 @@ def encode(message):
 def _pack(value):
     if isinstance(value, (np.ndarray, np.generic)):
         dtype = value.dtype.str
-        if not _DTYPE.fullmatch(dtype):
+        if not arrays.DTYPE.fullmatch(dtype):
             raise TypeError(
                 f"cannot send values of dtype {value.dtype}; expected bool, int or float: convert "
                 "them (bfloat16: .astype(np.float32))"
@@ -104,9 +76,9 @@ def decode(frame, limits=None):
     """
     limits = limits or Limits()
     if isinstance(frame, str):
-        raise _bad("a text message; expected a binary one, a msgpack map")
+        raise refused("a text message; expected a binary one, a msgpack map")
     if len(frame) > limits.frame:
-        raise _bad(f"a message of {len(frame)} bytes; expected at most {limits.frame}")
+        raise refused(f"a message of {len(frame)} bytes; expected at most {limits.frame}")
     counter = _Counter(limits)
     try:
         message = msgpack.unpackb(
@@ -124,9 +96,9 @@ def decode(frame, limits=None):
         raise
     except (ValueError, TypeError, OverflowError, msgpack.UnpackException) as error:
         said = str(error) or type(error).__name__
-        raise _bad(f"not a msgpack message within the limits ({said})") from None
+        raise refused(f"not a msgpack message within the limits ({said})") from None
     if not isinstance(message, dict):
-        raise _bad(f"the message is {type(message).__name__}; expected a map with string keys")
+        raise refused(f"the message is {type(message).__name__}; expected a map with string keys")
     return message
 
 
@@ -148,70 +120,34 @@ class _Counter:
             return _scalar(values)
         for key in values:
             if not isinstance(key, str):
-                raise _bad(f"a map has the key {key!r:.40}; expected strings")
+                raise refused(f"a map has the key {key!r:.40}; expected strings")
         return values
 
     def _array(self, values):
         if set(values) != {b"__ndarray__", b"data", b"dtype", b"shape"}:
-            raise _bad("an array needs the keys __ndarray__, data, dtype and shape, nothing else")
-        return array(values[b"data"], values[b"dtype"], values[b"shape"])
+            raise refused("an array needs the keys __ndarray__, data, dtype and shape only")
+        return arrays.array(values[b"data"], values[b"dtype"], values[b"shape"])
 
     def _count(self, values):
         self._containers += 1
         self._items += len(values)
         if self._containers > self._limits.containers or self._items > self._limits.items:
-            raise _bad(
+            raise refused(
                 f"more than {self._limits.containers} lists and maps or {self._limits.items} "
                 "values in a message; send numbers as arrays"
             )
         for value in values:
             if not isinstance(value, _PLAIN):
-                raise _bad(f"a value of type {type(value).__name__}; expected numbers, text, ...")
+                raise refused(f"a value of type {type(value).__name__}; expected numbers or text")
 
 
 def _scalar(values):
     if set(values) != {b"__npgeneric__", b"data", b"dtype"}:
-        raise _bad("a numpy scalar needs the keys __npgeneric__, data and dtype, nothing else")
-    dtype, value = _dtype(values[b"dtype"]), values[b"data"]
+        raise refused("a numpy scalar needs the keys __npgeneric__, data and dtype, nothing else")
+    dtype, value = arrays.dtype_of(values[b"dtype"]), values[b"data"]
     if type(value) not in (bool, int, float):
-        raise _bad(f"a numpy scalar of {type(value).__name__}; expected a number")
+        raise refused(f"a numpy scalar of {type(value).__name__}; expected a number")
     try:
         return dtype.type(value)
     except (ValueError, OverflowError, TypeError) as error:
-        raise _bad(f"a numpy scalar {value!r:.40} of dtype {dtype}: {error}") from None
-
-
-def array(data, dtype, shape):
-    """Returns the array of bytes that came from outside, a view of them, checked.
-
-    Args:
-      data: bytes, C order. dtype: such as "<f4", "|u1" or "float32". shape: list of at most 4.
-
-    Raises:
-      WireError: "bad_frame": another dtype, or sizes that do not fit together.
-    """
-    dtype = _dtype(dtype)
-    if not isinstance(data, bytes):
-        raise _bad(f"the data of an array are {type(data).__name__}; expected bytes")
-    if not isinstance(shape, (list, tuple)) or len(shape) > _DIMENSIONS:
-        raise _bad(f"an array of shape {shape!r:.80}; expected a list of at most {_DIMENSIONS}")
-    if any(type(size) is not int or not 0 <= size < 2**31 for size in shape):
-        raise _bad(f"an array of shape {shape!r:.80}; expected sizes of 0 or more")
-    if math.prod(shape) * dtype.itemsize != len(data):
-        raise _bad(f"an array of shape {list(shape)} and dtype {dtype} with {len(data)} bytes")
-    if dtype.kind == "b" and data.strip(b"\x00\x01"):
-        raise _bad("an array of bool with other bytes than 0 and 1")
-    try:
-        return np.ndarray(shape, dtype, data)
-    except (ValueError, TypeError) as error:  # such as [2**30, 0, 2**30, 2**30]
-        raise _bad(f"an array of shape {list(shape)} and dtype {dtype}: {error}") from None
-
-
-def _dtype(text):
-    if not isinstance(text, str) or not (_DTYPE.fullmatch(text) or text in _NAMES):
-        raise _bad(f"an array of dtype {text!r:.40}; expected bool, int or float of 1 to 8 bytes")
-    return np.dtype(text)
-
-
-def _bad(message):
-    return WireError("bad_frame", message)
+        raise refused(f"a numpy scalar {value!r:.40} of dtype {dtype}: {error}") from None

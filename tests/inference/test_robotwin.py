@@ -1,6 +1,7 @@
 """The RoboTwin adapter against a task with RoboTwin's interface, in process and over TCP."""
 
 import base64
+import dataclasses
 import json
 import pathlib
 import socket
@@ -20,7 +21,7 @@ from lightwam_jax.data import assets, normalize
 from lightwam_jax.encoders import pca
 from lightwam_jax.encoders import text as text_lib
 from lightwam_jax.inference import policy as policy_lib
-from lightwam_jax.inference import robotwin
+from lightwam_jax.inference import robotwin, safety
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -191,6 +192,42 @@ def test_errors_reach_the_simulator_and_the_server_goes_on(served):
     assert client.call("reset_model") is None
 
 
+def test_what_is_no_message_is_refused_in_words(served):
+    _, client = served
+    bad = {"__numpy_array__": True, "data": "AAAA", "dtype": "object", "shape": [1]}
+    frames = [b"{", b"[1]", json.dumps({"cmd": "get_action", "obs": bad}).encode()]
+    with socket.create_connection(client._socket.getpeername(), 10) as connection:
+        file = connection.makefile("rwb")
+        said = []
+        for content in frames:
+            file.write(len(content).to_bytes(4, "big") + content)
+            file.flush()
+            said.append(robotwin.receive(file)["error"])
+    assert "the message is list" in said[1] and "dtype 'object'" in said[2]
+    assert not any("Traceback" in text for text in said)
+
+
+def test_a_bad_request_does_not_reach_the_policy():
+    policy, task = FakePolicy(), FakeTask()
+    task.setup(0)
+    good = robotwin.encode_observation(task.get_obs(), "bottle 1")
+    model = robotwin.Model(policy, replan_steps=6)
+    bad = {
+        "cam_left_wrist is no image": {"images": good["images"] | {"cam_left_wrist": [1]}},
+        r"shape \[3\]; expected 14": {"state": np.zeros(3)},
+        "expected 14 numbers": {"state": np.full(14, np.nan)},
+        "the prompt is no text": {"prompt": 3},
+    }
+    for message, change in bad.items():
+        with pytest.raises(ValueError, match=message):
+            model.get_action(good | change)
+    assert policy.seen == []
+    limits = safety.Limits.none(14)
+    limits = dataclasses.replace(limits, high=np.full(14, -100, np.float32))
+    guarded = robotwin.Model(policy, 6, safety.Guard(limits, 8))
+    assert (guarded.get_action(good) == -100).all()
+
+
 def test_what_does_not_fit_is_refused():
     model = robotwin.Model(FakePolicy(), replan_steps=6)
     task = FakeTask()
@@ -225,7 +262,8 @@ def test_what_does_not_fit_is_refused():
 
 def test_robotwins_environment_needs_numpy_only():
     code = (
-        "import sys; sys.modules.update(dict.fromkeys(('jax', 'flax', 'PIL', 'ml_dtypes')));"
+        "import sys; absent = ('jax', 'flax', 'PIL', 'ml_dtypes', 'msgpack', 'websockets');"
+        "sys.modules.update(dict.fromkeys(absent));"
         "from lightwam_jax.inference.robotwin import eval, get_model, reset_model;"
         "print(sorted({name.split('.')[0] for name in sys.modules} & {'tqdm', 'absl'}))"
     )

@@ -1,0 +1,103 @@
+"""Who gets in: keys, browsers, the number of clients, and what is no HTTP at all."""
+
+import contextlib
+import socket as sockets
+import ssl
+import subprocess
+
+import numpy as np
+import pytest
+from websockets.exceptions import InvalidStatus
+from websockets.sync import client as websockets_client
+
+from lightwam_jax.inference import access as access_lib
+from lightwam_jax.inference import server as server_lib
+from lightwam_jax.inference.client import Client, ServerGone
+from tests.served import observe, serving, wanted
+
+
+def test_handshakes_that_are_refused():
+    with serving(key="secret", max_clients=1) as running:
+        key = {"additional_headers": {"Authorization": "Api-Key secret"}}
+        cases = [
+            ({}, 401),
+            ({"additional_headers": {"Authorization": "Api-Key wrong"}}, 401),
+            ({**key, "origin": "http://example.com"}, 403),
+        ]
+        with running.connect(**key):
+            for arguments, status in [*cases, (key, 503)]:
+                with pytest.raises(InvalidStatus, match=str(status)), running.connect(**arguments):
+                    pass
+            assert running.get("/metrics")[0] == 401 and running.get("/metadata")[0] == 401
+            assert running.get("/healthz")[0] == 200 and running.get("/livez")[0] == 200
+            near = ("Api-Key secre", "Api-Key secrets", "Api-Key ", "secret", "Basic c2VjcmV0Og==")
+            for header in near:
+                assert running.get("/metrics", {"Authorization": header}.items())[0] == 401
+            for header in ("Api-Key secret", "Bearer secret", "Basic OnNlY3JldA=="):
+                assert running.get("/metrics", {"Authorization": header}.items())[0] == 200
+        running.server._draining = True
+        with pytest.raises(InvalidStatus, match="503"), running.connect(**key):
+            pass
+        assert running.get("/healthz") == (503, "draining\n")
+
+
+def test_an_address_may_try_twenty_wrong_keys(monkeypatch):
+    monkeypatch.setattr(access_lib, "_DELAY_S", 0.0)
+    with serving(key="secret") as running:
+        for _ in range(20):
+            assert running.get("/metrics", {"Authorization": "Api-Key w"}.items())[0] == 401
+        assert running.get("/metrics", {"Authorization": "Api-Key secret"}.items())[0] == 429
+        assert running.get("/healthz")[0] == 200
+
+
+def test_http_that_is_none():
+    with serving() as served:
+        check_garbage(served)
+
+
+def check_garbage(served):
+    for garbage in (b"\x00" * 200, b"GET", b"POST / HTTP/1.1\r\nHost: x\r\n\r\n", b"\r\n" * 50):
+        with sockets.create_connection(("127.0.0.1", served.server.port)) as raw:
+            raw.sendall(garbage)
+    half_open = [sockets.create_connection(("127.0.0.1", served.server.port)) for _ in range(200)]
+    assert served.get("/healthz") == (200, "OK\n")
+    with served.connect() as socket:
+        np.testing.assert_array_equal(served.ask(socket, observe())["actions"], wanted(observe()))
+    [raw.close() for raw in half_open]
+    with pytest.raises(InvalidStatus, match="404"):
+        contextlib.ExitStack().enter_context(websockets_client.connect(f"{served.url}/elsewhere"))
+
+
+def test_tls(tmp_path):
+    made = subprocess.run(
+        [
+            "openssl",
+            "req",
+            "-x509",
+            "-newkey",
+            "rsa:2048",
+            "-nodes",
+            "-keyout",
+            "key.pem",
+            "-out",
+            "cert.pem",
+            "-days",
+            "2",
+            "-subj",
+            "/CN=localhost",
+            "-addext",
+            "subjectAltName=DNS:localhost,IP:127.0.0.1",
+        ],
+        cwd=tmp_path,
+        capture_output=True,
+    )
+    if made.returncode:
+        pytest.skip("openssl is not here")
+    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    trusting = ssl.create_default_context(cafile=cert)
+    with serving(tls=server_lib._tls(cert, key)) as running:
+        url = running.url.replace("ws://", "wss://")
+        with Client(url, tls=trusting, connect_s=10) as client:
+            np.testing.assert_array_equal(client.infer(observe())["actions"], wanted(observe()))
+        with pytest.raises(ServerGone, match="certificate"):
+            Client(url, connect_s=0.5)
