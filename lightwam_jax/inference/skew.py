@@ -91,6 +91,8 @@ def _adapter(place):
     if not place:
         return None
     path, _, name = place.rpartition(":")
+    if not path.endswith(".py"):
+        raise ValueError(f"--adapter={place!r}; expected FILE.py:NAME")
     spec = importlib.util.spec_from_file_location("skew_adapter", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
