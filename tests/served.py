@@ -1,7 +1,7 @@
 """A policy server in a thread, with a policy that plans at once; nothing is compiled.
 
 Run as a program it serves until it is stopped, for tests that send signals:
-python -m tests.served PORT [SECONDS PER PLAN] [SECONDS TO LOAD]
+python -m tests.served PORT [SECONDS PER PLAN] [SECONDS TO LOAD; below 0: then it fails]
 """
 
 import asyncio
@@ -193,7 +193,9 @@ if __name__ == "__main__":
     policy = StandIn(seconds=seconds)
 
     def load():
-        time.sleep(load_s)
+        time.sleep(abs(load_s))
+        if load_s < 0:
+            raise FileNotFoundError("no checkpoint there")
         return policy
 
     status = server_lib.serve(load, Options(drain_s=5.0), port=int(port))

@@ -11,6 +11,7 @@ and never takes the reply of one request for that of another.
 import contextlib
 import itertools
 import socket
+import ssl
 import time
 
 import numpy as np
@@ -46,7 +47,7 @@ class Client:
 
         Raises:
           ServerGone: nobody answers within connect_s.
-          PermissionError: the key is wrong.
+          PermissionError: the key is wrong, or the certificate is not trusted.
         """
         self._url, self._key, self._tls = url, key, tls
         self._timeout, self._retry = timeout_s, retry_s
@@ -168,6 +169,8 @@ class Client:
                         f"{self._url} refuses with HTTP {status}: check the key and the address"
                     ) from error
                 why = f"HTTP {status}"
+            except ssl.SSLCertVerificationError as error:
+                raise PermissionError(f"{self._url}: its certificate is not trusted") from error
             except (OSError, WebSocketException) as error:  # TimeoutError is an OSError
                 why = str(error) or type(error).__name__
             self._drop()

@@ -17,6 +17,7 @@ from lightwam_jax.inference.batching import Observation
 
 MAX_PIXELS = 16_000_000  # of an image
 MAX_PROMPT = 2000  # characters
+_NAMES = 100  # unknown keys of a connection that are looked at
 _FROZEN = 30  # equal images in a row, while the state moves, are a frozen camera
 _UNDO = {"rotate_90": "rotate_270", "rotate_270": "rotate_90"}  # the others undo themselves
 
@@ -53,6 +54,7 @@ class Reader:
         """Args: rules: `Rules`."""
         self._rules, self._table, self._layouts = rules, None, {}
         self.warnings, self.extra = [], 0
+        self._seen = set()  # unknown keys, the first of them
         self._still = 0  # requests whose images are those before, while the state moved
         self._last = None  # (images, state) of the last request
 
@@ -77,11 +79,13 @@ class Reader:
 
     def _note_extra(self, extra, table):
         self.extra += len(extra)
-        for name, near in keys_lib.typos(extra, table).items() if extra else ():
+        new = [name for name in extra if name not in self._seen][: _NAMES - len(self._seen)]
+        self._seen.update(new)
+        for name, near in keys_lib.typos(new, table).items():
             self._warn(f"the key {name!r} is ignored; is it meant to be {near!r}?")
 
     def _warn(self, text):
-        if text not in self.warnings and len(self.warnings) < 100:
+        if text not in self.warnings and len(self.warnings) < _NAMES:
             self.warnings.append(text)
 
     def _image(self, camera, image, entry):

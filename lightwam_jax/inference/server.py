@@ -7,6 +7,7 @@ do about it. It listens at this machine only, unless --host says otherwise and a
 """
 
 import asyncio
+import contextlib
 import json
 import logging
 import os
@@ -94,12 +95,14 @@ class Server:
         except TimeoutError:
             left = sum(connection.pending for connection in self._connections)
             session_lib.log("drain", unanswered=left)
-        self._server.close(code=1001, reason="the server stops")
-        try:
+        with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_CLOSE_TIMEOUT_S + 1):
+                open_now = [
+                    each.close(1001, "the server stops") for each in self._server.connections
+                ]
+                await asyncio.gather(*open_now)
+                self._server.close()
                 await self._server.wait_closed()
-        except TimeoutError:
-            pass
         self.service.close()
 
     async def _handle(self, connection):

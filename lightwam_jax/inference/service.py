@@ -7,6 +7,7 @@ reply = await service.answer(frame, session)
 
 import asyncio
 import collections
+import heapq
 import math
 import time
 import traceback
@@ -122,13 +123,15 @@ class Service:
         self._sizes = {latency_sizes(policy.config)}
         for size in options.image_sizes:
             self._add_sizes((tuple(size),) * len(policy.config.data.cameras))
-        self._new_sizes = 0
+        self._new_sizes = set()
+        self.metrics.put("compilations_total", 0, what="image_size")
 
     def _add_sizes(self, sizes):
         if sizes not in self._sizes:
             named = dict(zip(self.policy.config.data.cameras, sizes))
             self.policy.warm_up_images(named, options_lib.batch_sizes(self.options))
             self._sizes.add(sizes)
+            self.metrics.count("compilations_total", what="image_size")
 
     def _measure(self):
         """Seconds of each of some calls with one observation, as the first robot will find it."""
@@ -266,15 +269,14 @@ class Service:
             except (FileNotFoundError, ValueError) as error:
                 raise self._unknown_prompt(observation.prompt, str(error)) from None
         if observation.sizes not in self._sizes:
-            if self._new_sizes >= self.options.max_new_sizes:
+            if len(self._new_sizes | {observation.sizes}) > self.options.max_new_sizes:
                 raise wire.WireError(
                     "bad_image",
-                    f"images of {observation.sizes}: {self._new_sizes} new sizes came before, and "
-                    f"each costs a compilation; send one of {sorted(self._sizes)}",
+                    f"images of {observation.sizes}: {len(self._new_sizes)} new sizes came before, "
+                    f"and each costs a compilation; send one of {sorted(self._sizes)}",
                 )
-            self._new_sizes += 1
+            self._new_sizes.add(observation.sizes)
             await self._worker.run(self._add_sizes, observation.sizes)
-            self.metrics.count("compilations_total", what="image_size")
 
     def _add_prompt(self, prompt):
         if not self.policy.known_prompt(prompt):
@@ -282,7 +284,11 @@ class Service:
             self.metrics.count("prompts_encoded_total")
 
     def _unknown_prompt(self, prompt, why):
-        near = keys_lib.nearest(prompt, self.policy.known_prompts, _NEAREST)
+        words = set(prompt.split())  # edits take long, so only of those that share most words
+        alike = heapq.nlargest(
+            4 * _NEAREST, self.policy.known_prompts, key=lambda text: len(words & set(text.split()))
+        )
+        near = keys_lib.nearest(prompt, alike, _NEAREST)
         hint = f"; the nearest known ones: {', '.join(map(repr, near))}" if near else ""
         return wire.WireError("bad_prompt", f"prompt {prompt[:200]!r}: {why}{hint}")
 

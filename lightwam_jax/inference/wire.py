@@ -148,6 +148,7 @@ def _scalar(values):
     if type(value) not in (bool, int, float):
         raise refused(f"a numpy scalar of {type(value).__name__}; expected a number")
     try:
-        return dtype.type(value)
+        with np.errstate(over="ignore"):
+            return dtype.type(value)
     except (ValueError, OverflowError, TypeError) as error:
         raise refused(f"a numpy scalar {value!r:.40} of dtype {dtype}: {error}") from None

@@ -245,3 +245,18 @@ def test_a_second_signal_ends_at_once():
         assert running.poll() is None, "it answers what it accepted"
         running.send_signal(signal.SIGTERM)
         assert running.wait(3) == 1
+
+
+def test_a_server_that_cannot_start_says_so_before_any_metadata():
+    with process(load_s=-1.5) as (running, port):
+        url = f"ws://127.0.0.1:{port}"
+        connecting = websockets_client.connect(url, compression=None)
+        with connecting as connection, pytest.raises(ConnectionClosed):
+            connection.recv(timeout=10)
+        assert running.wait(10) == 1
+
+
+def test_stopped_while_it_loads_it_does_not_wait_for_that():
+    with process(load_s=60.0) as (running, _):
+        running.send_signal(signal.SIGTERM)
+        assert running.wait(10) == 0

@@ -4,6 +4,7 @@ import contextlib
 import threading
 
 import numpy as np
+import pytest
 from websockets.exceptions import ConnectionClosed
 
 from lightwam_jax.inference import serving_metrics, wire
@@ -20,7 +21,8 @@ def good_robot(running, stop, plans):
             plans.append(np.array_equal(reply["actions"], wanted(request)))
 
 
-def test_2000_damaged_requests_are_answered_or_closed():
+@pytest.mark.parametrize("count", [2000, pytest.param(100_000, marks=pytest.mark.slow)])
+def test_damaged_requests_are_answered_or_closed(count):
     policy = StandIn(statistics=served_lib.STATISTICS)
     frames = [frame for frame in FRAMES if b"observation/image" in frame]
     frames += [wire.encode(observe(seed, age_ms=1.0)) for seed in range(len(frames))]
@@ -33,7 +35,7 @@ def test_2000_damaged_requests_are_answered_or_closed():
         robot.start()
         kept.callback(stop.set)
         socket, rss = None, 0
-        for number, frame in enumerate(mutations(3, 2000, frames)):
+        for number, frame in enumerate(mutations(count, count, frames)):
             if socket is None:
                 socket = kept.enter_context(running.connect())
             try:
