@@ -45,6 +45,7 @@ demo: setup
 	$(PY) -m lightwam_jax.precompute --config $(CONFIG) --what all $(DEMO_FLAGS)
 	$(PY) train.py --config $(CONFIG) --workdir $(WORKDIR) $(DEMO_FLAGS)
 	$(PY) evaluate.py --workdir $(WORKDIR) --mode demo --started $(START)
+	$(PY) -m lightwam_jax.inference.skew --workdir $(WORKDIR) --samples 16 --brief
 
 test: setup
 	$(PY) -m pytest -n 2 --dist loadfile

@@ -6,12 +6,15 @@ python evaluate.py --workdir runs/x --mode libero      or in LIBERO (docs/libero
 python evaluate.py --workdir runs/x --mode open_loop   action errors on held-out recordings
 python evaluate.py --workdir runs/x --mode visualize   attention and imagined video on them
 python evaluate.py --workdir runs/x --mode realtime    plans that come late (docs/realtime.md)
+python evaluate.py ... --server ws://gpu:8000          closed loop with a policy that runs elsewhere
 python evaluate.py --compare runs/x runs/y             two closed-loop results with intervals
 
 Closed-loop modes append every episode to report/*.jsonl; run again, they continue there.
 """
 
+import contextlib
 import dataclasses
+import os
 import pathlib
 import sys
 import time
@@ -43,6 +46,9 @@ _ENV = flags.DEFINE_string(
 )
 _EMBODIMENT = flags.DEFINE_string(
     "embodiment", "", "Whose cameras and units, where a mixture of datasets had several."
+)
+_SERVER = flags.DEFINE_string(
+    "server", "", "ws://HOST:PORT of a policy server that serves --workdir's checkpoint: it plans."
 )
 _STARTED = flags.DEFINE_float(
     "started", None, "Unix time at which the pipeline began; default: now."
@@ -86,6 +92,8 @@ def main(argv):
         problem = f"{_MODE.value}: {ELSEWHERE.get(_MODE.value, 'unknown')}"
         problem = problem if _MODE.value else "is needed"
         _fail(f"--mode {problem}; the modes are {', '.join(MODES)}")
+    if _SERVER.value and _MODE.value not in CLOSED_LOOP:
+        _fail(f"--server acts in the closed-loop modes: {', '.join(CLOSED_LOOP)}")
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # Orbax reports every file it reads
     from lightwam_jax import sharding
@@ -98,7 +106,7 @@ def main(argv):
         others = {"open_loop": open_loop, "visualize": visualize, "realtime": realtime}
         run = others.get(_MODE.value, closed_loop)
         run(policy, pathlib.Path(_WORKDIR.value), pathlib.Path(_OUT.value or _WORKDIR.value), began)
-    except (ValueError, FileNotFoundError, ImportError) as error:
+    except (ValueError, FileNotFoundError, ImportError, ConnectionError, PermissionError) as error:
         logging.debug("Where it was found:", exc_info=True)  # shown by --verbosity=1
         _fail(error)
 
@@ -108,11 +116,14 @@ def closed_loop(policy, workdir, out, began):
     from lightwam_jax.evaluation import closed_loop as closed_loop_lib
     from lightwam_jax.inference import latency
 
-    rates = closed_loop_lib.evaluate(policy, _MODE.value, workdir, out, began)
+    with _remote(policy.config.evaluation.batch) as remote:
+        rates = closed_loop_lib.evaluate(policy, _MODE.value, workdir, out, began, remote)
     for name, by_task in rates.items():
         for task, rate in by_task.items():
             print(f"{name:<12}{f'{task:<30}  ' if len(by_task) > 1 else ''}{rate}")
-    print(latency.line(policy.deployed(), policy.config.evaluation.batch))
+    here = remote is None
+    batch = policy.config.evaluation.batch
+    print(latency.line(policy.deployed(), batch) if here else remote.line())
     print(f"summary     {out / 'summary.json'}\nreport      {out / 'report.html'}")
 
 
@@ -130,6 +141,21 @@ def realtime(policy, workdir, out, began):
     )
     print(realtime_lib.text_table(cells))
     print(f"numbers     {out / 'realtime.json'}\nreport      {out / 'realtime.html'}")
+
+
+def _remote(batch):
+    """The `RemotePolicy` of --server, or a context of None."""
+    if not _SERVER.value:
+        return contextlib.nullcontext()
+    from lightwam_jax.checkpoint import run, storage
+    from lightwam_jax.evaluation import remote
+
+    directory = pathlib.Path(_WORKDIR.value)
+    if _STEP.value is not None:
+        directory = directory / "checkpoints" / str(_STEP.value)
+    checksum = storage.read_meta(run.find_checkpoint(directory))["checksum"]
+    key = os.environ.get("LIGHTWAM_API_KEY", "")
+    return remote.RemotePolicy(_SERVER.value, f"{checksum:08x}", batch, key)
 
 
 def compare(others):

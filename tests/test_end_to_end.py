@@ -57,6 +57,8 @@ def test_demo_pipeline(tmp_path):
     run("train.py", *config, "--workdir", str(workdir))
     out = run("evaluate.py", "--workdir", str(workdir), "--mode", "demo")
     assert "expert" in out
+    skew = ("-m", "lightwam_jax.inference.skew", "--samples", "4", "--brief")
+    assert "4 windows in process" in run(*skew, "--workdir", str(workdir))
     summary = json.loads((workdir / "summary.json").read_text())
     assert {
         "success_rate",

@@ -93,6 +93,21 @@ def val_batches(config, process_index=0, process_count=1):
     return grain.MapDataset.range(count).map(load)
 
 
+def val_samples(config):
+    """Returns [(`Config`, samples)] of the datasets of a run that hold windows out.
+
+    Samples: len(), [row] -> {name: array}, a row of a batch; the rows are those of
+    `windows.open_windows(config, "val")`.
+    """
+    directory, found = assets.assets_directory(config), []
+    for dataset in config_lib.datasets(config):
+        records, tasks = _records(dataset.config, "val")
+        if len(records):
+            samples = _samples(dataset.config, directory, records, tasks, {})
+            found.append((dataset.config, samples))
+    return found
+
+
 def _end_with_parent(worker, workers):
     """Run in every worker: ends it with the training, which it would wait for after a kill."""
     del worker, workers

@@ -117,10 +117,14 @@ class Windows:
     def __len__(self):
         return int(self._ends[-1]) if self._episodes else 0
 
-    def __getitem__(self, row):
+    def place(self, row):
+        """Returns (`Episode`, the step a row's window starts at)."""
         number = int(np.searchsorted(self._ends, row, side="right"))
         episode = self._episodes[number]
-        start = int(row - self._ends[number]) + episode.length
+        return episode, int(row - self._ends[number]) + episode.length
+
+    def __getitem__(self, row):
+        episode, start = self.place(row)
         window = window_of(episode, start, self._config.data)
         video = encoders.base.to_uint8(canvases(episode, window.frames, self._config))
         return {"video": video, **raw_values(episode, start, window, self._task_number)}

@@ -20,7 +20,7 @@ VIDEO_FPS = 20  # at most; videos are in real time
 _WHOLE = 60  # tasks; a longer table scrolls
 
 
-def evaluate(policy, suite, workdir, out, began):
+def evaluate(policy, suite, workdir, out, began, remote=None):
     """Evaluates; writes `<out>/summary.json`, `report.html` and, in `report/`, logs and images.
 
     For LIBERO also `summary_libero_*.json`, see `libero_published.py`. An evaluation that was
@@ -30,6 +30,8 @@ def evaluate(policy, suite, workdir, out, began):
       policy: `Policy` trained for the suite. suite: of `envs.SUITES`.
       workdir: pathlib.Path of the run. out: that of the results.
       began: unix time at which the pipeline began.
+      remote: `remote.RemotePolicy` that acts as the trained policy; None: the policy itself. What
+        a server does not give (imagined video, attention, the untrained policy) is still made here.
 
     Returns:
       {"trained", "untrained", "expert": {task: `report.Rate`}}. The expert has only its own tasks,
@@ -44,9 +46,13 @@ def evaluate(policy, suite, workdir, out, began):
     suite_run, directory = suites_lib.of_config(policy.config, suite), out / "report"
     directory.mkdir(parents=True, exist_ok=True)
     manifest = manifest_of(policy, suite_run)
+    if remote is not None:
+        manifest["remote"] = remote.describe()
 
     # ---- episodes and numbers ----------------------------------------------------------------
-    results = _run_all(policy, suite_run, manifest, directory)
+    results = _run_all(policy, suite_run, manifest, directory, remote)
+    if remote is not None:
+        manifest["remote"]["guard_changed"] = dict(remote.guarded)
     rates = {who: report.rate(played) for who, played in results.items()}
     by_task = {who: report.by_task(played) for who, played in results.items()}
     by_group = {who: report.by_group(played, suite_run.groups) for who, played in results.items()}
@@ -70,7 +76,7 @@ def evaluate(policy, suite, workdir, out, began):
         f"Light-WAM JAX · {policy.config.name}",
         _headline(rates["trained"], suite_run),
     )
-    facts = _facts(policy, results, rates, seconds)
+    facts = _facts(policy, results, rates, seconds, manifest.get("remote"))
     html_report.write_html(out / "report.html", title, headline, facts, sections, manifest)
     every = {who: {"all": r} if len(suite_run.tasks) > 1 else {} for who, r in rates.items()}
     return {who: by_task[who] | by_group[who] | every[who] for who in results}
@@ -95,14 +101,17 @@ def _hash(policy):
     return report.weights_hash(sorted(named.items()))
 
 
-def _run_all(policy, suite_run, manifest, directory):
+def _run_all(policy, suite_run, manifest, directory, remote):
     """Returns {"trained", "untrained" and, if there is one, "expert": [`EpisodeResult`]}."""
     e, env, results = policy.config.evaluation, suite_run.env, {}
     trained = policy.deployed()
     trained.warm_up([e.batch])
     for who, actor in (("trained", trained), ("untrained", trained.untrained(policy.config.seed))):
         log, decisive = directory / f"{who}.jsonl", report.log_manifest(manifest, _hash(actor))
-        results[who] = rollout.run(actor.act, env, suite_run.episodes, e, log, decisive, who)
+        act = actor.act
+        if remote is not None and who == "trained":
+            act, decisive = remote.act, decisive | {"remote": remote.decisive()}
+        results[who] = rollout.run(act, env, suite_run.episodes, e, log, decisive, who)
     if suite_run.expert_tasks:
         known = [
             episode for episode in suite_run.episodes if episode.task in suite_run.expert_tasks
@@ -326,7 +335,7 @@ def _headline(rate, suite_run):
     )
 
 
-def _facts(policy, results, rates, seconds):
+def _facts(policy, results, rates, seconds, remote=None):
     steps = [result.steps for result in results["trained"] if result.success]
     minutes, rest = divmod(round(seconds), 60)
     facts = [(f"{100 * rates['untrained'].value:.0f} %", "untrained policy, same episodes")]
@@ -340,6 +349,7 @@ def _facts(policy, results, rates, seconds):
         (f"{params.count(policy.params) / 1e6:.2f} M", "parameters"),
         (f"{policy.step:,}", "training steps"),
         (f"{minutes} min {rest:02d} s", "from start to this report"),
+        *([(remote["url"], "where the trained policy ran")] if remote else ()),
     ]
 
 

@@ -7,7 +7,10 @@ from lightwam_jax.data.caches import journal
 from lightwam_jax.evaluation import report
 
 # The policies may differ, that is what is compared, and so may what cannot change a result.
-FREE = ("config", "model", "step", "weights", "commit", "workers", "demonstrated_seeds")
+FREE = (
+    *("config", "model", "step", "weights", "commit", "workers", "demonstrated_seeds"),
+    "remote.url",
+)
 
 
 def compare(one, other, may_differ=()):

@@ -64,13 +64,13 @@ class Contexts:
             while len(self._texts) > KEPT_TEXTS:
                 del self._texts[next(iter(self._texts))]
 
-    def _text(self, instruction):
-        """The rows and mask of an instruction, which may have been dropped since it was added."""
+    def text(self, instruction):
+        """Returns (rows [1,L,dim], mask bool [1,L]) of an instruction, encoded if it is new."""
         with self._lock:
             encoded = self._texts.pop(instruction, None)
             if encoded is not None:
                 self._texts[instruction] = encoded  # the latest is the last
-        if encoded is None:
+        if encoded is None:  # or dropped since it was added
             encoded = self._encode([instruction])
             self._keep({instruction: encoded})
         return encoded
@@ -78,7 +78,7 @@ class Contexts:
     def _one(self, text):
         context = self._ready.pop(text, None)
         if context is None:
-            context = self._prepare(*self._text(text))
+            context = self._prepare(*self.text(text))
         self._ready[text] = context  # the latest is the last
         while len(self._ready) > KEPT:
             del self._ready[next(iter(self._ready))]

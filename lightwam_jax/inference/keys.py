@@ -11,9 +11,16 @@ import typing
 
 import numpy as np
 
+from lightwam_jax.data import cameras as cameras_lib
 from lightwam_jax.inference import wire
 
-OPTIONAL = ("request_id", "step", "age_ms", "deadline_ms")  # keys that any request may have
+OPTIONAL = (
+    "request_id",
+    "step",
+    "age_ms",
+    "deadline_ms",
+    "stages",
+)  # keys that any request may have
 LAYOUTS = ("hwc", "chw", "auto")
 TURNS = ("", "rotate_90", "rotate_180", "rotate_270", "flip_vertical", "flip_horizontal")
 
@@ -162,7 +169,27 @@ def describe(table, cameras):
         "images": images,
         "state": list(table.state),
         "prompt": table.prompt,
+        "widths": list(table.widths),
     }
+
+
+def compose(described, images, state, prompt, orientation):
+    """Returns the request that a robot of a table sends; its counterpart is `read`.
+
+    Args:
+      described: of `describe`. images: {camera: uint8 [h,w,3]}, as the policy's data have them.
+      state: [P]. prompt: text. orientation: {camera: of config.data.orientation}.
+    """
+    request = {described["prompt"]: prompt}
+    for camera, (path, layout, turned) in described["images"].items():
+        image = images[camera]
+        if turned and turned == orientation.get(camera, ""):
+            image = cameras_lib.ORIENTATIONS[turned](image)
+        request[path] = image.transpose(2, 0, 1) if layout == "chw" else image
+    paths, widths = described["state"], described.get("widths") or [len(state)]
+    for path, part in zip(paths, np.split(state, np.cumsum(widths)[:-1])):
+        request[path] = part
+    return request
 
 
 def _misfit(table, cameras, state_width, orientation):

@@ -64,6 +64,7 @@ class Policy:
         self._canvas = jax.jit(lambda images: device_canvas.canvas(images, config.data))
         self._prepare = jax.jit(self._context_pass)
         self._act = jax.jit(self._action_pass, static_argnames="taps")
+        self._see = jax.jit(self._inputs)
         self._imagine = jax.jit(self._video_pass, static_argnames=("steps", "full"))
         prepare = functools.partial(self._prepare, self.params)
         self._contexts = contexts_lib.Contexts(self._encode_texts, prepare, _CONTEXT_AXES[deploy])
@@ -188,6 +189,39 @@ class Policy:
         inputs, key = self._padded(images, state, prompts), jax.random.key(seed)
         latents = self._imagine(*inputs, key, steps=steps, full=resolution == "full")
         return self.assets.codec.decode(np.asarray(latents)[: len(state)])
+
+    def stages(self, images, state, prompts):
+        """Returns what `act` gives the model, for the skew check; may run in another thread.
+
+        Args:
+          images, state, prompts: as for `act`.
+
+        Returns:
+          {"canvas": f32 [B,H,W,3] in 0..1, "latents": f32 [B,h,w,C] of bfloat16's values,
+          "context": f32 [B,L,dim], "mask": bool [B,L], "proprio": f32 [B,P]}.
+        """
+        images, state = self._check(images, state, prompts)
+        canvas = self._canvas(images)
+        latents, proprio = self._see(self._codec, canvas, state)
+        texts = [self._contexts.text(prompt) for prompt in prompts]
+        context, mask = (np.concatenate(parts) for parts in zip(*texts))
+        found = {"canvas": canvas, "latents": latents[:, 0], "proprio": proprio}
+        found = {name: np.asarray(value, np.float32) for name, value in found.items()}
+        return found | {"context": context.astype(np.float32), "mask": mask}
+
+    def with_prompt_template(self, template):
+        """Returns the same policy that writes instructions into another template.
+
+        What is compiled is shared.
+        """
+        other = copy.copy(self)
+        data = dataclasses.replace(self.config.data, prompt_template=template)
+        other.config = dataclasses.replace(self.config, data=data)
+        prepare, axes = functools.partial(self._prepare, self.params), _CONTEXT_AXES
+        other._contexts = contexts_lib.Contexts(
+            other._encode_texts, prepare, axes[self.is_deployed]
+        )
+        return other
 
     def warm_up(self, batch_sizes=(1,), sizes=None, prompt="warm up", taps=False):
         """Compiles the action pass for the padded batch sizes of `batch_sizes`.

@@ -5,6 +5,7 @@
 
 A file holds one request, as `wire.encode` writes it: {"time", "session", "code", "times", "frame",
 "reply"}, the frames as they came and went; an error's reply is text. The oldest are deleted.
+metadata.bin is what the server said about itself.
 """
 
 import pathlib
@@ -22,6 +23,7 @@ class Recorder:
 
     Attributes:
       left_out: requests that came faster than the disk.
+      metadata: function () -> bytes, asked once at the first request; None: they are not kept.
     """
 
     def __init__(self, directory, most_bytes):
@@ -34,7 +36,7 @@ class Recorder:
         self._files = [(path, path.stat().st_size) for path in files(directory)]
         self._number = int(self._files[-1][0].stem) + 1 if self._files else 0
         self._bytes, self._most = sum(size for _, size in self._files), most_bytes
-        self._jobs, self.left_out = queue.Queue(_WAITING), 0
+        self._jobs, self.left_out, self.metadata = queue.Queue(_WAITING), 0, None
         self._thread = threading.Thread(target=self._work, name="recorder", daemon=True)
         self._thread.start()
 
@@ -56,7 +58,11 @@ class Recorder:
         self._thread.join()
 
     def _work(self):
+        described = False
         while (values := self._jobs.get()) is not None:
+            if self.metadata is not None and not described:
+                (self._directory / "metadata.bin").write_bytes(self.metadata())
+                described = True
             content = wire.encode(values)
             path = self._directory / f"{self._number:012d}.msgpack"
             path.write_bytes(content)
@@ -72,6 +78,13 @@ class Recorder:
 def files(directory):
     """Returns the files of recorded requests, the oldest first."""
     return sorted(pathlib.Path(directory).glob("*.msgpack"))
+
+
+def read_metadata(directory):
+    """Returns the metadata of the server that recorded; {} where they were not kept."""
+    path = pathlib.Path(directory, "metadata.bin")
+    limits = wire.Limits(containers=4096, items=2**16)
+    return wire.decode(path.read_bytes(), limits) if path.exists() else {}
 
 
 def read(directory):

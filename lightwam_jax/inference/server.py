@@ -333,6 +333,7 @@ def main(argv):
             atexit.register(shown.close)
         if given.record:
             kept = recorder.Recorder(given.record, int(given.record_gib * 2**30))
+            kept.metadata = lambda: server.service.metadata
             server.service.listeners.append(kept)
 
     sys.exit(serve(load, options, given.host, given.port, key, tls, prepare))

@@ -226,7 +226,17 @@ class Service:
         reply = {"actions": actions, "server_timing": timing}
         reply |= {key: optional[key] for key in ("step", "request_id") if key in optional}
         reply["guard"] = {kind: int(counts.sum()) for kind, counts in changed.items()}
+        if self.options.debug and optional.get("stages"):
+            reply["stages"] = await self._worker.run(self._stages, observation, planned.actions)
         return wire.encode(reply)
+
+    def _stages(self, observation, planned):
+        """What came through the wire, and what it became on its way to the model; rows of one."""
+        images = {camera: image[None] for camera, image in observation.images.items()}
+        made = self.policy.stages(images, observation.state[None], [observation.prompt])
+        came = {"images": observation.images, "state": observation.state}
+        came |= {"prompt": observation.prompt, "planned": planned}
+        return came | {name: value[0] for name, value in made.items()}
 
     async def _read(self, frame, session):
         limits = wire.Limits(frame=self.options.max_frame)
@@ -354,12 +364,15 @@ def _optional(request):
         if value is None:
             continue
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if key == "request_id":
+        if key == "stages":
+            fits = isinstance(value, bool)
+        elif key == "request_id":
             fits = number or (isinstance(value, str) and len(value) <= 200)
         else:
             fits = number and (key == "step" or (math.isfinite(value) and value >= 0))
         if not fits:
-            wanted = "text or a number" if key == "request_id" else "a number of at least 0"
+            wanted = {"request_id": "text or a number", "stages": "true or false"}
+            wanted = wanted.get(key, "a number of at least 0")
             raise wire.WireError("bad_key", f"{key} is {value!r:.40}; send {wanted}")
         found[key] = value
     return found

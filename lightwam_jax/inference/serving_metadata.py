@@ -32,6 +32,7 @@ def describe(policy, options, rules, guard, seconds):
             "latency": {k: round(v, 3) for k, v in latency.percentiles(seconds).items()},
         }
     return made | {
+        "dtype": config.model.dtype,
         "embodiment": data.embodiment,
         "cameras": cameras,
         "images": "uint8, RGB, of any size: send pictures as the camera gives them",

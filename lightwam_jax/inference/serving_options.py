@@ -48,7 +48,9 @@ class Options:
     max_clients: int = _option(32, "Connections.")
     most_errors: int = _option(20, "Errors in a row, then a connection is closed.")
     metadata: str = _option("full", "full, or short: nothing that names the checkpoint.")
-    debug: bool = _option(False, "Tracebacks in replies.")
+    debug: bool = _option(
+        False, "Tracebacks in replies; and with the key stages, what the model was given."
+    )
     taps: bool = _option(False, "Ask the policy where it looks, for the live page.")
     no_page: bool = _option(False, "No live page at GET /.")
     rerun: str = _option("", "FILE.rrd: record every request for the Rerun viewer.")
