@@ -106,8 +106,10 @@ def _run_all(policy, suite_run, manifest, directory, remote):
     e, env, results = policy.config.evaluation, suite_run.env, {}
     trained = policy.deployed()
     trained.warm_up([e.batch])
-    for who, actor in (("trained", trained), ("untrained", trained.untrained(policy.config.seed))):
-        log, decisive = directory / f"{who}.jsonl", report.log_manifest(manifest, _hash(actor))
+    untrained = trained.untrained(policy.config.seed)
+    actors = {"trained": (trained, manifest["weights"]), "untrained": (untrained, _hash(untrained))}
+    for who, (actor, weights) in actors.items():
+        log, decisive = directory / f"{who}.jsonl", report.log_manifest(manifest, weights)
         act = actor.act
         if remote is not None and who == "trained":
             act, decisive = remote.act, decisive | {"remote": remote.decisive()}

@@ -11,7 +11,6 @@ import typing
 
 import numpy as np
 
-from lightwam_jax.data import cameras as cameras_lib
 from lightwam_jax.inference import wire
 
 OPTIONAL = (
@@ -180,6 +179,8 @@ def compose(described, images, state, prompt, orientation):
       described: of `describe`. images: {camera: uint8 [h,w,3]}, as the policy's data have them.
       state: [P]. prompt: text. orientation: {camera: of config.data.orientation}.
     """
+    from lightwam_jax.data import cameras as cameras_lib  # with Pillow, which robots may lack
+
     request = {described["prompt"]: prompt}
     for camera, (path, layout, turned) in described["images"].items():
         image = images[camera]

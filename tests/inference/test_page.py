@@ -192,9 +192,10 @@ def test_many_plans_are_ten_messages_a_second(served):
         while time.monotonic() < began + 1:
             viewer.recv(timeout=5)
             count += 1
+        seconds = time.monotonic() - began  # the last message may have come late
         stop.set()
         robots.join()
-    assert 3 <= count <= 11
+    assert 3 <= count <= 10 * seconds + 2  # one at once, and one that was waiting
 
 
 def test_a_viewer_that_does_not_read_holds_up_nobody():
