@@ -7,7 +7,8 @@ workdir: a policy of the demo's size with random parameters. The parts, each a k
 
   one_client    a call of `Policy.act` and a round trip of one client, in turns
   clients       closed-loop clients, as many as max_batch, in turns with `Policy.act` of as many
-                rows, and with a server that plans one observation at a time
+                rows, and with a server that plans one observation at a time: that has 4 clients,
+                which keep it busy; more would not fit into its queue and be refused
   compilations  what is compiled after the server is ready: images of several sizes, 20
                 instructions, 1 to max_batch clients
   memory        resident memory of the server's process over many requests
@@ -43,6 +44,7 @@ MIXED_SIZES = (64, 96, 128, 224, 256, 480, 720, 1080)  # height; the width is 4/
 _PROMPTS = 20
 _FOREVER = 1e9
 _LAG_EVERY_S = 0.005
+_FIT_ONE = 4  # clients that a server of max_batch 1 refuses nothing
 _SETTLED = 1000  # requests before the memory counts
 
 
@@ -166,14 +168,15 @@ def many_clients(policy, batched, single, clients, batch, blocks=5, seconds=2.0)
       batch: `observed`. seconds: of each block on each server.
     """
     count, act, trip = len(batch[2]), [], []
-    served, walls = {"batched": np.zeros(count), "single": np.zeros(count)}, {}
+    runs = {"batched": (batched, count), "single": (single, min(count, _FIT_ONE))}
+    served, walls = dict.fromkeys(runs, 0), dict.fromkeys(runs, 0.0)
     with batched.lags() as late:
         for _ in range(blocks):
             act += latency.measure(policy, batch, calls=40, seconds=seconds / 2)
-            for name, running in (("batched", batched), ("single", single)):
-                found = clients.run(running, count, seconds=seconds)
-                walls[name] = walls.get(name, 0.0) + found["wall_s"]
-                served[name] += [len(each["seconds"]) for each in found["clients"]]
+            for name, (running, asking) in runs.items():
+                found = clients.run(running, asking, seconds=seconds)
+                walls[name] += found["wall_s"]
+                served[name] += np.array([_answered(each) for each in found["clients"]])
                 if name == "batched":
                     trip += [taken for each in found["clients"] for taken in each["seconds"]]
         lag = 1000 * float(np.percentile(late, 99))
@@ -181,6 +184,7 @@ def many_clients(policy, batched, single, clients, batch, blocks=5, seconds=2.0)
     found = latency.percentiles(trip)
     return {
         "clients": count,
+        "clients_max_batch_1": runs["single"][1],
         "act_of_as_many": latency.percentiles(act),
         "round_trip": found,
         "p95_of_act_p50": found["p95_ms"] / (1000 * statistics.median(act)),
