@@ -151,9 +151,10 @@ class Expert(StandIn):
         self._env = env
 
     def act(self, images, state, prompts, return_taps=False, rows=None):
-        now = self._env.expert_action() if state.any() else np.zeros(4, np.float32)
-        np.testing.assert_array_equal(state[0], self._env.state if state.any() else state[0])
-        return np.broadcast_to(now, (len(prompts), served_lib.HORIZON, 4))
+        if not state.any():  # measured at the start
+            return np.zeros((len(prompts), served_lib.HORIZON, 4), np.float32)
+        np.testing.assert_array_equal(state, self._env.state[None])
+        return np.tile(self._env.expert_action(), (1, served_lib.HORIZON, 1))
 
 
 def test_runtime_and_agent_solve_scenes_of_the_demo():
