@@ -16,11 +16,18 @@ START := $(shell date +%s)
 SIM := metaworld libero
 SIM_PACKAGES := metaworld==3.1.1 hf-libero==0.1.4 robosuite==1.4.0 bddl==1.0.1
 
-.PHONY: setup setup-torch setup-sim demo test test-all slips verify lint docs clean
+# openpi's client, as its users have it: numpy below 2 needs an interpreter of its own, and there is
+# none for Python 3.13. It imports typing_extensions without saying so.
+CLIENT := .venv-client
+CLIENT_PYTHON ?= $(PYTHON)
+CLIENT_PACKAGES := openpi-client==0.1.2 "numpy<2" typing_extensions
+
+.PHONY: setup setup-torch setup-sim setup-client demo test test-all slips verify lint docs clean
 
 setup: $(VENV)/.core
 setup-torch: $(VENV)/.torch
 setup-sim: $(VENV)/.sim
+setup-client: $(CLIENT)/.client
 
 $(VENV)/.core: requirements.txt requirements-test.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else f"Python 3.11 or newer is needed, {v.major}.{v.minor} was found: make PYTHON=python3.12")'
@@ -40,6 +47,11 @@ $(VENV)/.sim: $(VENV)/.core $(SIM:%=requirements-%.txt)
 	$(PIP) install --no-compile --no-deps $(SIM_PACKAGES)
 	@touch $@
 
+$(CLIENT)/.client:
+	$(CLIENT_PYTHON) -m venv $(CLIENT)
+	$(CLIENT)/bin/python -m pip --disable-pip-version-check install --no-compile $(CLIENT_PACKAGES)
+	@touch $@
+
 demo: setup
 	$(PY) -m lightwam_jax.envs.record $(RECORD) --out data/demo/episodes
 	$(PY) -m lightwam_jax.precompute --config $(CONFIG) --what all $(DEMO_FLAGS)
@@ -50,7 +62,9 @@ demo: setup
 test: setup
 	$(PY) -m pytest -n 2 --dist loadfile
 
+# A leading "-": without an interpreter for openpi's client its tests are skipped, and say so.
 test-all: setup-torch setup-sim
+	-$(MAKE) setup-client
 	$(PY) -m pytest -n 2 --dist loadfile -m ""
 
 # Plants slips in copies of the tree, one at a time: do the tests notice? Takes a quarter of an hour.
@@ -68,4 +82,4 @@ docs: setup
 	$(PY) -m lightwam_jax.config_docs
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(CLIENT)
