@@ -106,7 +106,7 @@ def main(argv):
         others = {"open_loop": open_loop, "visualize": visualize, "realtime": realtime}
         run = others.get(_MODE.value, closed_loop)
         run(policy, pathlib.Path(_WORKDIR.value), pathlib.Path(_OUT.value or _WORKDIR.value), began)
-    except (ValueError, FileNotFoundError, ImportError, ConnectionError, PermissionError) as error:
+    except (ValueError, ImportError, OSError) as error:  # of a file, or of --server
         logging.debug("Where it was found:", exc_info=True)  # shown by --verbosity=1
         _fail(error)
 

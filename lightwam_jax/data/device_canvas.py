@@ -76,7 +76,8 @@ def plan(sizes, data):
 
     def along(camera, axis):
         size, place = sizes[camera][axis], places[camera]
-        own = data.camera_size[axis] if data.camera_size else size
+        # The first resize makes the matrix: an identity of a large camera's size would be huge.
+        own = data.camera_size[axis] if data.camera_size else place.size[axis]
         matrix = filter_weights(size, own, triangle)
         matrix = _resized_again(matrix, place.size[axis], triangle)
         laid = np.zeros((whole[axis], size))

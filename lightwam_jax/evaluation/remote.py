@@ -79,18 +79,24 @@ class RemotePolicy:
         shares = [asked[n :: len(self._clients)] for n in range(len(self._clients))]
         ask = lambda client, share: [client.infer(rows[i]) for i in share]
         plans = {}
+        promised = self.metadata.get("weights_hash"), self.decisive()
         for share, replies in zip(shares, self._pool.map(ask, self._clients, shares)):
             for i, reply in zip(share, replies):
                 plans[i] = reply["actions"]
                 for kind in _KINDS:
                     self.guarded[kind] += reply.get("guard", {}).get(kind, 0)
+        for client in self._clients:  # each may have connected anew, to a server started otherwise
+            if (client.metadata.get("weights_hash"), _decisive(client.metadata)) != promised:
+                raise ValueError(
+                    f"the server at {_place(self._url)} was restarted with another checkpoint or "
+                    "other options: its plans would be mixed with those of the first"
+                )
         self.seconds.append(time.monotonic() - began)
         return np.stack([plans.get(i, plans[0]) for i in range(len(rows))])
 
     def decisive(self):
         """Returns what of the server decides the plans, beside the weights: plain values."""
-        names = "batching", "dtype", "guard", "gripper", "limits", "server_version"
-        return {name: self.metadata[name] for name in names if name in self.metadata}
+        return _decisive(self.metadata)
 
     def describe(self):
         """Returns what the manifest says: where the policy ran, and how; plain values, no key."""
@@ -105,6 +111,11 @@ class RemotePolicy:
             f"round trip  p50 {found['p50_ms']:.1f} ms, p95 {found['p95_ms']:.1f} ms for a batch "
             f"over {len(self._clients)} connections to {_place(self._url)}{changed}"
         )
+
+
+def _decisive(metadata):
+    names = "batching", "dtype", "guard", "gripper", "limits", "server_version"
+    return {name: metadata[name] for name in names if name in metadata}
 
 
 def _same(row, first):

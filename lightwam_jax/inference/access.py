@@ -40,6 +40,9 @@ class Access:
             return None
         now = time.monotonic()
         wrong = self._wrong.get(address, ())
+        needed = "this server needs a key: Authorization: Api-Key KEY\n"
+        if not authorizations:  # nobody guesses without a key: a browser asks so first
+            return 401, needed
         if sum(at > now - _WINDOW_S for at in wrong) >= _TRIES:
             return 429, "too many wrong keys from this address; wait a minute\n"
         if len(authorizations) == 1 and hmac.compare_digest(_sent(authorizations[0]), self._key):
@@ -49,7 +52,7 @@ class Access:
         while len(self._wrong) > _ADDRESSES:
             self._wrong.popitem(last=False)
         await asyncio.sleep(_DELAY_S)
-        return 401, "this server needs a key: Authorization: Api-Key KEY\n"
+        return 401, needed
 
     def has_ticket(self, cookies):
         """Returns whether the values of Cookie headers hold the ticket."""

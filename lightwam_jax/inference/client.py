@@ -15,7 +15,12 @@ import ssl
 import time
 
 import numpy as np
-from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketException
+from websockets.exceptions import (
+    ConnectionClosed,
+    InvalidStatus,
+    InvalidURI,
+    WebSocketException,
+)
 from websockets.sync import client as websockets_client
 
 from lightwam_jax.inference import wire
@@ -99,6 +104,9 @@ class Client:
             except TimeoutError:
                 self._drop()  # with it whatever comes later
                 raise TimeoutError(f"{self._url} gave no reply in {end - began:.1f} s") from None
+            except BaseException:  # interrupted: the reply must not be the next request's
+                self._drop()
+                raise
             self._drop()
             give_up = give_up or min(end, time.monotonic() + self._retry)
             if time.monotonic() >= give_up:
@@ -171,6 +179,8 @@ class Client:
                 why = f"HTTP {status}"
             except ssl.SSLCertVerificationError as error:
                 raise PermissionError(f"{self._url}: its certificate is not trusted") from error
+            except InvalidURI as error:
+                raise ValueError(f"{self._url!r} is no address such as ws://gpu:8000") from error
             except (OSError, WebSocketException) as error:  # TimeoutError is an OSError
                 why = str(error) or type(error).__name__
             self._drop()

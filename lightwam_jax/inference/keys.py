@@ -277,17 +277,22 @@ def read(request, table, cameras):
 
 def _missing(what, path, request, table):
     names = leaves(request)
-    near = nearest(path, names, 1)
+    near = nearest(path, [name for name in names if len(name) <= _COMPARED][:_LOOKED_AT], 1)
     hint = f"; the nearest is {near[0]!r}" if near else ""
     got = ", ".join(map(repr, names[:20])) or "nothing"
     return f"no {what}: key {path!r} of the table {table.name}; got {got}{hint}"
+
+
+# Keys that a typo is looked for in, and letters of one: more would hold up the other clients.
+_LOOKED_AT, _COMPARED = 32, 64
 
 
 def typos(extra, table):
     """Returns {key: known key}: those of `extra` that are one edit away from a known one."""
     known = [camera.path for camera in table.images.values()]
     known += [*table.state, table.prompt, *OPTIONAL]
-    pairs = ((name, near) for name in extra for near in known)
+    close = lambda a, b: abs(len(a) - len(b)) <= 1 and len(a) <= _COMPARED
+    pairs = ((a, b) for a in extra[:_LOOKED_AT] for b in known if close(a, b))
     return {name: near for name, near in pairs if edits(name, near) == 1}
 
 

@@ -16,6 +16,7 @@ from lightwam_jax.inference import wire
 from lightwam_jax.inference.batching import Observation
 
 MAX_PIXELS = 16_000_000  # of an image
+MAX_SIDE = 8192  # a resize of a longer one would need a matrix of that length
 MAX_PROMPT = 2000  # characters
 _NAMES = 100  # unknown keys of a connection that are looked at
 _FROZEN = 30  # equal images in a row, while the state moves, are a frozen camera
@@ -210,8 +211,10 @@ def _layout(shape, what, layout):
             f"{what} gives {list(shape)}; expected {'[h,w,3]' if layout == 'hwc' else '[3,h,w]'}"
             + (f": {'channels last' if hwc else 'channels first'} came" if other else "")
         )
-    if math.prod(sides) > MAX_PIXELS:
-        raise _image_error(f"{what} gives {list(shape)}; send at most 16 megapixels")
+    if math.prod(sides) > MAX_PIXELS or max(sides) > MAX_SIDE:
+        raise _image_error(
+            f"{what} gives {list(shape)}; send at most 16 megapixels, and {MAX_SIDE} along a side"
+        )
     return layout
 
 

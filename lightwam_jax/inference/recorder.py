@@ -8,12 +8,15 @@ A file holds one request, as `wire.encode` writes it: {"time", "session", "code"
 metadata.bin is what the server said about itself.
 """
 
+import logging
 import pathlib
 import queue
 import threading
 import time
 
 from lightwam_jax.inference import wire
+
+_LOG = logging.getLogger(__name__)
 
 _WAITING = 256  # requests that wait to be written; then further ones are left out
 
@@ -22,7 +25,7 @@ class Recorder:
     """A listener of `Service` that writes in a thread of its own.
 
     Attributes:
-      left_out: requests that came faster than the disk.
+      left_out: requests that came faster than the disk, or could not be written.
       metadata: function () -> bytes, asked once at the first request; None: they are not kept.
     """
 
@@ -37,6 +40,7 @@ class Recorder:
         self._number = int(self._files[-1][0].stem) + 1 if self._files else 0
         self._bytes, self._most = sum(size for _, size in self._files), most_bytes
         self._jobs, self.left_out, self.metadata = queue.Queue(_WAITING), 0, None
+        self._described = False
         self._thread = threading.Thread(target=self._work, name="recorder", daemon=True)
         self._thread.start()
 
@@ -58,21 +62,29 @@ class Recorder:
         self._thread.join()
 
     def _work(self):
-        described = False
         while (values := self._jobs.get()) is not None:
-            if self.metadata is not None and not described:
-                (self._directory / "metadata.bin").write_bytes(self.metadata())
-                described = True
-            content = wire.encode(values)
-            path = self._directory / f"{self._number:012d}.msgpack"
-            path.write_bytes(content)
-            self._number += 1
-            self._files.append((path, len(content)))
-            self._bytes += len(content)
-            while self._bytes > self._most and len(self._files) > 1:
-                oldest, size = self._files.pop(0)
-                oldest.unlink(missing_ok=True)
-                self._bytes -= size
+            try:
+                self._write(values)
+            except OSError as error:  # a full disk, say: the next request may fit
+                if not self.left_out:
+                    _LOG.warning("a request was not recorded: %s", error)
+                self.left_out += 1
+
+    def _write(self, values):
+        described = self._directory / "metadata.bin"
+        if self.metadata is not None and not self._described:
+            described.write_bytes(self.metadata())
+            self._described = True
+        content = wire.encode(values)
+        path = self._directory / f"{self._number:012d}.msgpack"
+        path.write_bytes(content)
+        self._number += 1
+        self._files.append((path, len(content)))
+        self._bytes += len(content)
+        while self._bytes > self._most and len(self._files) > 1:
+            oldest, size = self._files.pop(0)
+            oldest.unlink(missing_ok=True)
+            self._bytes -= size
 
 
 def files(directory):

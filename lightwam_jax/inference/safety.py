@@ -123,6 +123,8 @@ class Guard:
                 f"the plan has NaN or infinite actions in dimensions {dims}, steps {rows[:10]}; "
                 "nothing of it was sent",
             )
+        if state is not None and not np.isfinite(np.asarray(state, np.float32)).all():
+            raise WireError("not_finite", "the state has NaN or infinite values")
         changed = {}
         for kind, change in zip(
             ("snapped", "clamped", "limited"), (self._snap, self._clamp, self._limit_rate)

@@ -301,6 +301,14 @@ def _in_thread(function):
 
 def main(argv):
     """Serves the policy of a run until it is stopped."""
+    try:
+        _serve(argv)
+    except (OSError, ValueError, OverflowError) as error:
+        print(f"error: cannot serve: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+def _serve(argv):
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}")
     given = flags.FLAGS
@@ -335,6 +343,7 @@ def main(argv):
             kept = recorder.Recorder(given.record, int(given.record_gib * 2**30))
             kept.metadata = lambda: server.service.metadata
             server.service.listeners.append(kept)
+            atexit.register(kept.close)
 
     sys.exit(serve(load, options, given.host, given.port, key, tls, prepare))
 
@@ -347,7 +356,7 @@ def _key(path):
         if not key:
             raise app.UsageError(f"--api_key_file={path} is empty")
         return key
-    return os.environ.get(_KEY_VARIABLE, "")
+    return os.environ.get(_KEY_VARIABLE, "").strip()
 
 
 def _tls(certfile, keyfile):

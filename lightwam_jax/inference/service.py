@@ -369,7 +369,7 @@ def _optional(request):
         elif key == "request_id":
             fits = number or (isinstance(value, str) and len(value) <= 200)
         else:
-            fits = number and (key == "step" or (math.isfinite(value) and value >= 0))
+            fits = number and math.isfinite(value) and value >= 0
         if not fits:
             wanted = {"request_id": "text or a number", "stages": "true or false"}
             wanted = wanted.get(key, "a number of at least 0")

@@ -41,7 +41,7 @@ def main(argv):
     sharding.enable_compilation_cache()
     try:
         result, table = _run(given)
-    except (ValueError, FileNotFoundError, ConnectionError, PermissionError) as error:
+    except (ValueError, OSError) as error:  # of a file, or of --url
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     out = pathlib.Path(given.out or os.path.join(given.workdir, "skew"))

@@ -21,6 +21,7 @@ from lightwam_jax.inference.arrays import MAX_FRAME, WireError, refused
 _LIST, _MAP, _STRING = 1024, 256, 2**16
 _CONTAINERS, _ITEMS = 1000, 2**14  # of a message
 _PLAIN = (type(None), bool, int, float, str, bytes, list, dict, np.ndarray, np.generic)
+_DEEPEST = 32  # lists and maps in one another
 
 
 class Limits(typing.NamedTuple):
@@ -99,7 +100,18 @@ def decode(frame, limits=None):
         raise refused(f"not a msgpack message within the limits ({said})") from None
     if not isinstance(message, dict):
         raise refused(f"the message is {type(message).__name__}; expected a map with string keys")
+    _check_depth(message)
     return message
+
+
+def _check_depth(message):
+    inside = [message]
+    for _ in range(_DEEPEST):
+        parts = (value.values() if isinstance(value, dict) else value for value in inside)
+        inside = [value for part in parts for value in part if isinstance(value, (dict, list))]
+        if not inside:
+            return
+    raise refused(f"lists and maps are nested more than {_DEEPEST} deep")
 
 
 class _Counter:

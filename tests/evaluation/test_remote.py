@@ -85,3 +85,14 @@ def test_another_checkpoint_is_refused(server):
 
 def test_an_address_is_told_without_what_stands_before_the_host():
     assert remote._place("wss://user:word@gpu.example:8000/?key=1") == "wss://gpu.example:8000"
+
+
+def test_a_server_that_changed_is_noticed(server):
+    with connected(server) as policy:
+        images = {c: np.zeros((1, 4, 4, 3), np.uint8) for c in served.CAMERAS}
+        asked = images, np.zeros((1, 4), np.float32), ["goal 1"]
+        policy.act(*asked)
+        last = policy._clients[-1]
+        last.metadata = last.metadata | {"weights_hash": "deadbeef"}
+        with pytest.raises(ValueError, match="restarted with another checkpoint"):
+            policy.act(*asked)
