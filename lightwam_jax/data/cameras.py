@@ -223,6 +223,13 @@ def cover(whole, canvas):
     return covering, tuple(round((a - b) / 2) for a, b in zip(covering, canvas))
 
 
+def given_sizes(data):
+    """Returns {camera: (height, width)} of images that fit their places once they are turned."""
+    turns = dict(zip(data.cameras, data.orientation or ("",) * len(data.cameras)))
+    turned = lambda name, size: size[::-1] if turns[name].endswith(("_90", "_270")) else size
+    return {name: turned(name, box.size) for name, box in layout(data)[0].items()}
+
+
 def check(images, data):
     """Checks that `images` are what `canvas` takes; reads types and shapes, no pixels.
 

@@ -37,15 +37,21 @@ class Contexts:
         other._texts, other._lock, other._join = self._texts, self._lock, self._join
         return other
 
+    def encoded_by(self, encode):
+        """Returns contexts of the same weights whose texts are encoded otherwise."""
+        return Contexts(encode, self._prepare, self._axes)
+
     def __call__(self, instructions, rows):
         """Returns the context of `rows` instructions: those given, then the first repeated."""
         wanted = (*instructions, *instructions[:1] * (rows - len(instructions)))
-        if wanted != self._last[0]:
+        last = self._last
+        if wanted != last[0]:
             self.add(wanted)
             found = {text: self._one(text) for text in dict.fromkeys(wanted)}
             parts = [found[text] for text in wanted]
-            self._last = wanted, parts[0] if rows == 1 else self._join(*parts)
-        return self._last[1]
+            # One assignment and no second reading: another thread may ask in between.
+            self._last = last = wanted, parts[0] if rows == 1 else self._join(*parts)
+        return last[1]
 
     def __contains__(self, instruction):
         """Whether it is encoded already."""

@@ -37,15 +37,16 @@ def deployed(params, config, horizon):
         _, rows = model.apply({"params": params}, method=lambda m: m.dit.embed_time(jnp.zeros(())))
         fold = jax.jit(_fold_block, static_argnames="config")
         blocks, contexts = zip(*(fold(b, rows, config=config) for b in _blocks(old, config)))
-        adapters = [old[f"adapters_{i}"] for i in config.adapter_layers]
+        wide = lambda tree: jax.tree.map(lambda x: x.astype(jnp.float32), tree)
+        adapters = [wide(old[f"adapters_{i}"]) for i in config.adapter_layers]
         weights = {
             "patch": old["patch_embedding"],
             "text": [old["text_embedding_0"], old["text_embedding_2"]],
             "proprio": params["proprio_encoder"],
             "context": _beside(*contexts) | {"norm_k": jnp.stack([c["norm_k"] for c in contexts])},
             "blocks": blocks,
-            "adapters": [_fold_mlp(a, "down", "up") for a in adapters],
-            "expert": _fold_expert(params["expert"], model.expert, horizon),
+            "adapters": [_fold_mlp(adapter, "down", "up") for adapter in adapters],
+            "expert": _fold_expert(wide(params["expert"]), model.expert, horizon),
         }
     return jax.tree.map(lambda x: jnp.asarray(x, config.dtype), weights)
 
@@ -104,7 +105,7 @@ def _fold_pooler(old, expert):
     slots = old.get("query_slot_merge_logits", old.get("query_merge_logits"))
     new = {
         "scores": scores.reshape(len(scores), -1),
-        "merge": jax.nn.softmax(jnp.atleast_2d(slots).astype(jnp.float32), axis=-1),
+        "merge": jnp.atleast_2d(slots),
         "values": _after(old["token_norm"], {"kernel": wv, "bias": bv}),
         "out": old["out_proj"],
         "norm": old["output_norm"],
@@ -155,8 +156,7 @@ def act(weights, latents, text, mask, proprio, config, taps=False):
     keys, values = (jnp.concatenate(pair, axis=2) for pair in zip(text, row))
     if mask is not None:
         mask = jnp.pad(mask, ((0, 0), (0, 1)), constant_values=True)
-    _, _, height, width, _ = latents.shape
-    rope = layers.rope_table(1, height // 2, width // 2, config.head_dim)
+    rope = layers.rope_table(1, latents.shape[2] // 2, latents.shape[3] // 2, config.head_dim)
     patches = einops.rearrange(latents, "b 1 (h p) (w q) c -> b (h w) (p q c)", p=2, q=2)
     x, states = _linear(weights["patch"], patches), []
     for i, block in enumerate(weights["blocks"]):
@@ -223,16 +223,16 @@ def _pool(w, tokens, config):
     by_head = dict(n=config.pool_heads)
     scores = einops.rearrange(layers.dot(tokens, w["scores"]), "b s (n q) -> b s n q", **by_head)
     attention = jax.nn.softmax(scores.astype(jnp.float32), axis=1)
-    merged = jnp.einsum("bsnq,mq->bmns", attention, w["merge"].astype(jnp.float32))
+    merge = jax.nn.softmax(w["merge"].astype(jnp.float32), axis=-1)  # [M,Q]
+    merged = jnp.einsum("bsnq,mq->bmns", attention, merge)
     read = jnp.einsum("bmns,bsd->bmnd", merged.astype(tokens.dtype), tokens)
     kernel = einops.rearrange(w["values"]["kernel"], "d (n k) -> d n k", **by_head)
     read = einops.rearrange(jnp.einsum("bmnd,dnk->bmnk", read, kernel), "b m n k -> b m (n k)")
-    # M is 1 where the queries merge into one vector.
     pooled = _linear(w["out"], read + w["values"]["bias"]).reshape(tokens.shape[0], -1)
     pooled = _linear(w["merged"], pooled, action.EPS) if "merged" in w else pooled
     pooled = norms.normalize(pooled, action.EPS) * w["norm"]["scale"] + w["norm"]["bias"]
     attention = einops.reduce(attention, "b s n q -> b q s", "mean")
-    return pooled.astype(tokens.dtype), attention, w["merge"].mean(axis=0)
+    return pooled.astype(tokens.dtype), attention, merge.mean(axis=0)
 
 
 def _linear(w, x, eps=None):

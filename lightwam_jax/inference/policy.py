@@ -34,6 +34,7 @@ from lightwam_jax.models import lightwam, quantized
 PADDED_SIZES = (1, 2, 4, 8, 16, 32, 64)  # batch sizes that are ever compiled
 # Arrays of a context, and which axis is the batch: of the whole model, of the deployed form.
 _CONTEXT_AXES = {False: {"text": 0, "mask": 0}, True: {"keys": 1, "values": 1, "mask": 0}}
+_dtypes = lambda params: jax.tree.map(lambda x: getattr(x, "dtype", None), params)
 _CACHE_DTYPE = ml_dtypes.bfloat16  # of latents and text in the caches: act on what training saw
 
 
@@ -53,7 +54,7 @@ class Policy:
         """
         self.model, self.params = model, jax.device_put(params)
         self.config, self.assets, self.step, self.is_deployed = config, assets, step, deploy
-        self._deployed = None
+        self._deployed, self._stored = None, None if deploy else _dtypes(params)
         self._transform = actions_lib.from_config(config)
         self._traced = []  # batch size of each compilation of the action pass
         # Initialisers are many and run once: on a CPU, optimising them takes longer than they do.
@@ -61,7 +62,7 @@ class Policy:
         self._initialise = jax.jit(
             lambda key: build.init_params(model, key, config.model), compiler_options=cheap
         )
-        self._canvas = jax.jit(lambda images: device_canvas.canvas(images, config.data))
+        self._canvas = jax.jit(lambda images: device_canvas.canvas(images, self.config.data))
         self._prepare = jax.jit(self._context_pass)
         self._act = jax.jit(self._action_pass, static_argnames="taps")
         self._see = jax.jit(self._inputs)
@@ -98,31 +99,35 @@ class Policy:
             data = dataclasses.replace(config.data, text_weights=text_weights)
             config = dataclasses.replace(config, data=data)
         dtype = dtype or ("float32" if jax.default_backend() == "cpu" else config.model.dtype)
-        config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=dtype))
+        changes = {"dtype": dtype}
+        if config.model.attention == "cudnn" and dtype != "bfloat16":  # it has no float32
+            changes["attention"] = "auto"
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, **changes))
         assets = assets_lib.load_assets(stored.assets, config)
         params = params_lib.segmented(stored.params, config.model)
+        dtypes = _dtypes(params)
         if deploy:
             params = deploy_lib.deployed(params, config.model, config.data.action_horizon)
         model = build.build_model(config.model)
-        return cls(model, params, config, assets, stored.meta["step"], deploy)
+        policy = cls(model, params, config, assets, stored.meta["step"], deploy)
+        policy._stored = dtypes
+        return policy
 
     def deployed(self):
-        """Returns the same policy in the form that only acts, faster; see `deploy.py`.
-
-        It is made once, and kept beside the whole model.
-        """
+        """Returns the form that only acts, faster (`deploy.py`): made once and kept."""
         if self._deployed is None and not self.is_deployed:
             rest = self.config, self.assets, self.step
             self._deployed = Policy(self.model, self._deployed_weights(self.params), *rest, True)
+            self._deployed._stored = self._stored
         return self if self.is_deployed else self._deployed
 
     def untrained(self, seed=0):
         """Returns a policy of the same config and assets with freshly initialised parameters."""
         fresh = self._initialise(jax.random.key(seed))
-        if self.is_deployed:
-            fresh = self._deployed_weights(fresh)
-        else:
-            fresh = quantized.quantized_like(fresh, self.params)
+        if self._stored is not None:  # rounded as the run stores them, then folded
+            fresh = quantized.quantized_like(fresh, self._stored)
+            fresh = jax.tree.map(lambda x, dtype: x.astype(dtype), fresh, self._stored)
+        fresh = self._deployed_weights(fresh) if self.is_deployed else fresh
         like = lambda new, old: jax.device_put(new.astype(old.dtype), old.sharding)
         other = copy.copy(self)  # shares what is compiled already
         other.step, other.params = None, jax.tree.map(like, fresh, self.params)
@@ -215,12 +220,10 @@ class Policy:
         What is compiled is shared.
         """
         other = copy.copy(self)
+        other._deployed = None
         data = dataclasses.replace(self.config.data, prompt_template=template)
         other.config = dataclasses.replace(self.config, data=data)
-        prepare, axes = functools.partial(self._prepare, self.params), _CONTEXT_AXES
-        other._contexts = contexts_lib.Contexts(
-            other._encode_texts, prepare, axes[self.is_deployed]
-        )
+        other._contexts = self._contexts.encoded_by(other._encode_texts)
         return other
 
     def warm_up(self, batch_sizes=(1,), sizes=None, prompt="warm up", taps=False):
@@ -233,7 +236,7 @@ class Policy:
           prompt: an instruction that can be encoded. taps: also what `return_taps` needs.
         """
         data = self.config.data
-        sizes = sizes or {name: box.size for name, box in cameras_lib.layout(data)[0].items()}
+        sizes = sizes or cameras_lib.given_sizes(data)
         for n in sorted({_padded_size(size) for size in batch_sizes}):
             images = {camera: np.zeros((n, *size, 3), np.uint8) for camera, size in sizes.items()}
             state = np.zeros((n, config_lib.state_width(self.config)), np.float32)

@@ -337,8 +337,8 @@ class Service:
 
 def latency_sizes(config):
     """Returns ((height, width) of each camera): what `Policy.warm_up` compiles by default."""
-    places = cameras_lib.layout(config.data)[0]
-    return tuple(places[camera].size for camera in config.data.cameras)
+    sizes = cameras_lib.given_sizes(config.data)
+    return tuple(sizes[camera] for camera in config.data.cameras)
 
 
 def _state_range(policy):

@@ -20,7 +20,7 @@ def quantize(kernel):
     """
     kernel = kernel.astype(jnp.float32)
     largest = jnp.abs(kernel).max(axis=-2)
-    scale = jnp.where(largest > 0, largest / LEVELS, 1.0)
+    scale = jnp.where(largest == 0, 1.0, largest / LEVELS)  # NaN stays to be seen
     return jnp.round(kernel / scale[..., None, :]).astype(jnp.int8), scale
 
 

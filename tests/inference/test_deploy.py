@@ -205,3 +205,26 @@ def test_on_a_cpu_a_policy_computes_in_float32(policies, monkeypatch, tmp_path):
         policy = policy_lib.Policy.load(tmp_path, deploy=True, dtype=wanted)
         assert policy.config.model.dtype == dtype and policy.model.dtype == jnp.dtype(dtype)
         assert {x.dtype for x in jax.tree.leaves(policy.params)} == {jnp.dtype(dtype)}
+
+
+def test_other_templates_and_roundings_reach_the_deployed_form(policies):
+    whole, _ = policies
+    seen = observe(1)
+    other = whole.with_prompt_template("Task: {task}")
+    want = other.act(*seen)
+    assert np.abs(want - whole.act(*seen)).max() > 1e-4
+    np.testing.assert_allclose(other.deployed().act(*seen), want, rtol=0, atol=1e-5)
+    rounded = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), whole.params)
+    rest = whole.config, whole.assets
+    run = policy_lib.Policy(whole.model, rounded, *rest)
+    want = run.untrained(3).act(*seen)
+    np.testing.assert_allclose(run.deployed().untrained(3).act(*seen), want, rtol=0, atol=1e-4)
+    assert np.abs(whole.untrained(3).act(*seen) - want).max() > 1e-3, "rounding matters"
+
+
+def test_importance_sums_to_one_in_bfloat16():
+    config = make_config(dtype="bfloat16")
+    _, taps = make_policy(config).deployed().act(*observe(1), return_taps=True)
+    shares = [tap for name, tap in taps.items() if name.startswith("query_importance")]
+    assert shares and {tap.dtype.name for tap in shares} == {"float32"}
+    np.testing.assert_allclose([tap.sum() for tap in shares], 1, atol=1e-6)
