@@ -93,7 +93,12 @@ def transformer(tmp_path_factory):
 def test_transformer_of_diffusers(transformer, tmp_path):
     model, _, out = transformer
     stored = checkpoint.load_params(out)
-    fields = dict(stored.meta["config"]["model"], attention_mask="bidirectional", dtype="float32")
+    fields = dict(
+        stored.meta["config"]["model"],
+        attention_mask="bidirectional",
+        dtype="float32",
+        attention="xla",
+    )
     fields = {key: tuple(x) if isinstance(x, list) else x for key, x in fields.items()}
     config = config_lib.model_variant("tiny", **fields)
     module = dit.WanDiT(

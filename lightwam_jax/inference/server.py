@@ -302,13 +302,13 @@ def _in_thread(function):
 def main(argv):
     """Serves the policy of a run until it is stopped."""
     try:
-        _serve(argv)
+        _from_flags(argv)
     except (OSError, ValueError, OverflowError) as error:
         print(f"error: cannot serve: {error}", file=sys.stderr)
         sys.exit(1)
 
 
-def _serve(argv):
+def _from_flags(argv):
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}")
     given = flags.FLAGS

@@ -136,7 +136,7 @@ def test_a_start_that_fails_says_so_in_one_line(monkeypatch, capsys, problem):
     def fail(argv):
         raise problem
 
-    monkeypatch.setattr(server, "_serve", fail)
+    monkeypatch.setattr(server, "_from_flags", fail)
     with pytest.raises(SystemExit) as ended:
         server.main([])
     assert ended.value.code == 1
