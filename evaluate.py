@@ -14,7 +14,6 @@ Closed-loop modes append every episode to report/*.jsonl; run again, they contin
 
 import contextlib
 import dataclasses
-import os
 import pathlib
 import sys
 import time
@@ -149,12 +148,13 @@ def _remote(batch):
         return contextlib.nullcontext()
     from lightwam_jax.checkpoint import run, storage
     from lightwam_jax.evaluation import remote
+    from lightwam_jax.inference import access
 
     directory = pathlib.Path(_WORKDIR.value)
     if _STEP.value is not None:
         directory = directory / "checkpoints" / str(_STEP.value)
     checksum = storage.read_meta(run.find_checkpoint(directory))["checksum"]
-    key = os.environ.get("LIGHTWAM_API_KEY", "")
+    key = access.key_of_environment()
     return remote.RemotePolicy(_SERVER.value, f"{checksum:08x}", batch, key)
 
 

@@ -231,7 +231,7 @@ def compile_apart(config, topology, job):
     """Runs `--job` in a process of its own; returns its numbers and the compiler's complaints."""
     with tempfile.TemporaryDirectory() as folder:
         given, made = pathlib.Path(folder, "config.json"), pathlib.Path(folder, "numbers.json")
-        given.write_text(config_lib.to_json(config))
+        given.write_text(config_lib.to_json(config), encoding="utf-8")
         environment = os.environ | aot_devices.environment(topology)
         command = [sys.executable, "-m", "benchmarks.aot", f"--topology={topology}",
                    f"--job={job}", f"--job_config={given}", f"--out={made}",
@@ -242,7 +242,7 @@ def compile_apart(config, topology, job):
         if done.returncode:
             raise RuntimeError(f"{job} for {topology} did not compile:\n{done.stderr[-6000:]}")
         # with its own command: a file of results may collect programs of several
-        return json.loads(made.read_text()) | {
+        return json.loads(made.read_text(encoding="utf-8")) | {
             "complaints": complaints(done.stderr),
             "command": " ".join(["python -m benchmarks.aot", *sys.argv[1:]]),
         }
@@ -263,7 +263,7 @@ def main(argv):
         raise app.UsageError(f"unexpected arguments {argv[1:]}")
     f = flags.FLAGS
     if f.job:
-        config = config_lib.from_json(pathlib.Path(f.job_config).read_text())
+        config = config_lib.from_json(pathlib.Path(f.job_config).read_text(encoding="utf-8"))
         job, _, rows = f.job.partition("_")
         with aot_devices.cudnn_attention(f.topology):
             numbers, text = (
@@ -271,10 +271,10 @@ def main(argv):
                 if job == "train"
                 else compile_policy(config, f.topology, int(rows))
             )
-        pathlib.Path(f.out).write_text(json.dumps(numbers))
+        pathlib.Path(f.out).write_text(json.dumps(numbers), encoding="utf-8")
         if f.text:
             place = pathlib.Path(f.text, f"{f.topology.replace(':', '_')}_{f.job}.txt")
-            place.write_text(text)
+            place.write_text(text, encoding="utf-8")
         return
     if f.topology:
         options = {name: f[name].value for name in Recipe.__dataclass_fields__}
@@ -287,7 +287,7 @@ def main(argv):
         wanted = [job for job in jobs if job.split("_")[0] in f.jobs]
         numbers = {job: compile_apart(config, f.topology, job) for job in wanted}
         out = pathlib.Path(f.out or aot_tables.RESULTS / f"aot_{f.topology.replace(':', '_')}.json")
-        before = json.loads(out.read_text()) if out.exists() else {}
+        before = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {}
         kept = {job: before[job] for job in jobs if job in before}
         numbers = {"topology": f.topology, "config": config.name, **kept, **numbers}
         results.write(out, "aot", numbers)

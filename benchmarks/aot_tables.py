@@ -15,13 +15,13 @@ def write(path):
       ValueError: the file lacks the marks.
     """
     path = pathlib.Path(path)
-    before, begin, rest = path.read_text().partition(BEGIN)
+    before, begin, rest = path.read_text(encoding="utf-8").partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
         raise ValueError(f"{path} lacks the lines {BEGIN} and {END}, between which the tables go")
     files = [file for file in sorted(RESULTS.glob("aot_*.json")) if not file.stem.endswith(BEFORE)]
-    found = [json.loads(file.read_text()) for file in files]
-    path.write_text(f"{before}{BEGIN}\n{tables(found)}{END}{after}")
+    found = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    path.write_text(f"{before}{BEGIN}\n{tables(found)}{END}{after}", encoding="utf-8")
 
 
 def tables(found):

@@ -275,7 +275,11 @@ def collect(path, out=RESULTS):
     """Writes the lines of a run as one file of results."""
     from benchmarks import results
 
-    lines = [json.loads(line) for line in pathlib.Path(path).read_text().splitlines() if line]
+    lines = [
+        json.loads(line)
+        for line in pathlib.Path(path).read_text(encoding="utf-8").splitlines()
+        if line
+    ]
     seen = [line["device"] for line in lines if "device" in line]
     versions = {}
     for line in lines:

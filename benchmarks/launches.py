@@ -230,7 +230,7 @@ def _filled(count, rows, columns, terms, tile):
 
 def main(path):
     """Prints a program's launches by kind, those that take the most time first."""
-    with open(path) as file:
+    with open(path, encoding="utf-8") as file:
         text = file.read()
     table = {}
     for x in launches(text)[0]:

@@ -25,7 +25,9 @@ def build(checkout, config, dtype, device):
     from lightwam.models.wan22 import lightwam, mot, state_fusion_action_expert, wan_video_dit
     from lightwam.models.wan22.wan_video_vae import WanVideoVAE
 
-    released = yaml.safe_load(pathlib.Path(checkout, "configs/model/lightwam.yaml").read_text())
+    released = yaml.safe_load(
+        pathlib.Path(checkout, "configs/model/lightwam.yaml").read_text(encoding="utf-8")
+    )
     fields = inspect.signature(wan_video_dit.WanVideoDiT.__init__).parameters
     sizes = {k: x for k, x in _sizes(released, config.model).items() if k in fields}
     expert = state_fusion_action_expert.StateFusionActionExpert

@@ -5,11 +5,20 @@ import base64
 import binascii
 import collections
 import hmac
+import os
 import time
 
 _DELAY_S = 0.2  # before a wrong key is answered
 _TRIES, _WINDOW_S = 20, 60.0  # wrong keys of an address, then it waits
 _ADDRESSES = 1024  # that are remembered
+
+
+KEY_VARIABLE = "LIGHTWAM_API_KEY"
+
+
+def key_of_environment():
+    """Returns the key that servers ask for and clients send, from `KEY_VARIABLE`; "" if unset."""
+    return os.environ.get(KEY_VARIABLE, "").strip()
 
 
 class Access:

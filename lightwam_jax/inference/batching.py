@@ -15,6 +15,8 @@ import typing
 
 import numpy as np
 
+PADDED_SIZES = (1, 2, 4, 8, 16, 32, 64)  # batch sizes that are ever compiled
+
 _LATELY_S = 1.0  # a session that asked within it may ask again; only with max_wait_s
 
 
@@ -249,6 +251,8 @@ class Worker:
     def _work(self):
         while (job := self._jobs.get()) is not None:
             loop, future, function, arguments = job
+            if future.cancelled():  # who asked has left
+                continue
             try:
                 result, error = function(*arguments), None
             except Exception as raised:

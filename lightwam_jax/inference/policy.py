@@ -29,9 +29,9 @@ from lightwam_jax.data import device_canvas
 from lightwam_jax.encoders import text as text_lib
 from lightwam_jax.inference import contexts as contexts_lib
 from lightwam_jax.inference import deploy as deploy_lib
+from lightwam_jax.inference.batching import PADDED_SIZES
 from lightwam_jax.models import lightwam, quantized
 
-PADDED_SIZES = (1, 2, 4, 8, 16, 32, 64)  # batch sizes that are ever compiled
 # Arrays of a context, and which axis is the batch: of the whole model, of the deployed form.
 _CONTEXT_AXES = {False: {"text": 0, "mask": 0}, True: {"keys": 1, "values": 1, "mask": 0}}
 _dtypes = lambda params: jax.tree.map(lambda x: getattr(x, "dtype", None), params)

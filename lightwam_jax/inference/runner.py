@@ -119,7 +119,8 @@ class Runner:
             raise stalled from self.error
         if action is not None:
             self._over = True  # also where `step` raises: it is not called again
-            self._over = self._step(action) in (True, np.True_)
+            ended = self._step(action)
+            self._over = isinstance(ended, (bool, np.bool_)) and bool(ended)
 
     def _ask(self, now):
         # One call at a time: what would wait behind another would be asked with an old observation.

@@ -32,7 +32,6 @@ _DEAD_AFTER_S = 120.0  # of one call: /livez fails
 _OPEN_TIMEOUT_S = 10.0
 _CLOSE_TIMEOUT_S = 2.0
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
-_KEY_VARIABLE = "LIGHTWAM_API_KEY"
 
 
 class Server:
@@ -316,7 +315,7 @@ def _from_flags(argv):
     if given.host not in _LOOPBACK and not key and not given.insecure:
         raise app.UsageError(
             f"--host={given.host} lets others move the robot: give --api_key_file (or the "
-            f"environment variable {_KEY_VARIABLE}), or --insecure"
+            f"environment variable {access_lib.KEY_VARIABLE}), or --insecure"
         )
     from lightwam_jax.checkpoint import run, storage
     from lightwam_jax.inference.policy import Policy
@@ -356,7 +355,7 @@ def _key(path):
         if not key:
             raise app.UsageError(f"--api_key_file={path} is empty")
         return key
-    return os.environ.get(_KEY_VARIABLE, "").strip()
+    return access_lib.key_of_environment()
 
 
 def _tls(certfile, keyfile):

@@ -1,11 +1,9 @@
 """What a policy server says about itself before the first request: plain values, fixed order."""
 
-import numpy as np
-
 from lightwam_jax import config as config_lib
 from lightwam_jax.data import actions
 from lightwam_jax.inference import keys as keys_lib
-from lightwam_jax.inference import latency
+from lightwam_jax.inference import latency, realtime
 
 VERSION = 1  # of the server's side of the protocol: of metadata, optional keys, error codes
 _PROMPTS = 256  # that are listed
@@ -43,7 +41,7 @@ def describe(policy, options, rules, guard, seconds):
         "action_names": list(data.fields.action),
         "action_kinds": list(actions.kinds(config)),
         "action_horizon": data.action_horizon,
-        "trained_steps": trained_steps(config),
+        "trained_steps": realtime.trained_depth(config.loss, data.action_horizon)[0],
         "replan_steps": min(config.evaluation.replan_steps, data.action_horizon),
         "fps": options.fps,
         "keys": keys_lib.describe(rules.tables[0], data.cameras),
@@ -59,10 +57,3 @@ def describe(policy, options, rules, guard, seconds):
         "gripper": guard.gripper.mode,
         "guard": options.guard,
     }
-
-
-def trained_steps(config):
-    """Returns how many steps of a plan had a share in the loss."""
-    loss, horizon = config.loss, config.data.action_horizon
-    cut = loss.temporal_weighting and not np.any(loss.tail_weight)
-    return min(loss.prefix_steps, horizon) if cut else horizon

@@ -5,9 +5,9 @@ import dataclasses
 from lightwam_jax import config as config_lib
 from lightwam_jax.data import normalize
 from lightwam_jax.inference import safety, wire
+from lightwam_jax.inference.batching import PADDED_SIZES
 
 _NOT_FLAGS = ("weights_hash",)
-_BATCHES = (1, 2, 4, 8, 16, 32, 64)  # `policy.PADDED_SIZES`
 
 
 def _option(default, meaning):
@@ -56,8 +56,8 @@ class Options:
     rerun: str = _option("", "FILE.rrd: record every request for the Rerun viewer.")
 
     def __post_init__(self):
-        if self.max_batch not in _BATCHES:
-            raise ValueError(f"max_batch is {self.max_batch}; expected one of {_BATCHES}")
+        if self.max_batch not in PADDED_SIZES:
+            raise ValueError(f"max_batch is {self.max_batch}; expected one of {PADDED_SIZES}")
         choices = (
             ("gripper", ("off", "snap", "hysteresis")),
             ("new_prompts", ("encode", "refuse")),
@@ -65,6 +65,12 @@ class Options:
             ("guard", ("change", "refuse")),
             ("metadata", ("full", "short")),
         )
+        for name in ("fps", "max_wait_ms", "max_age_ms", "drain_s", "max_new_sizes"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected 0 or more")
+        for name in ("request_timeout_s", "send_timeout_s", "idle_s", "max_frame", "max_clients"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected more than 0")
         for name, values in choices:
             if getattr(self, name) not in values:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {values}")

@@ -25,8 +25,6 @@ from lightwam_jax.inference import (
     skew_windows,
 )
 
-_KEY_VARIABLE = "LIGHTWAM_API_KEY"
-
 
 def main(argv):
     """Checks, writes the report and prints it."""
@@ -72,9 +70,10 @@ def _run(given):
         return found, ()
     windows = skew_windows.draw(run_config, policy, given.samples)
     if given.url:
+        from lightwam_jax.inference import access
         from lightwam_jax.inference.client import Client
 
-        key, where = os.environ.get(_KEY_VARIABLE, ""), f"over {given.url}"
+        key, where = access.key_of_environment(), f"over {given.url}"
         server = Client(given.url, key, timeout_s=600, connect_s=60)
     else:
         deployed, where = skew_windows.deployed_form(policy), "in process"

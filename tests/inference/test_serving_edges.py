@@ -8,7 +8,17 @@ import numpy as np
 import pytest
 
 from lightwam_jax.data import device_canvas
-from lightwam_jax.inference import access, keys, observations, recorder, safety, server, wire
+from lightwam_jax.inference import (
+    access,
+    batching,
+    keys,
+    observations,
+    recorder,
+    safety,
+    server,
+    serving_options,
+    wire,
+)
 from lightwam_jax.inference.client import Client
 from tests import served
 from tests.served import observe
@@ -141,3 +151,28 @@ def test_a_start_that_fails_says_so_in_one_line(monkeypatch, capsys, problem):
         server.main([])
     assert ended.value.code == 1
     assert capsys.readouterr().err == f"error: cannot serve: {problem}\n"
+
+
+@pytest.mark.parametrize("option", [{"fps": -1}, {"request_timeout_s": 0}, {"max_age_ms": -5}])
+def test_options_that_refuse_everybody_are_refused(option):
+    (name,) = option
+    with pytest.raises(ValueError, match=f"{name} is"):
+        serving_options.Options(**option)
+
+
+def test_who_left_does_not_keep_others_waiting():
+    worker, ran, hold = batching.Worker(), [], threading.Event()
+
+    async def both():
+        first = asyncio.ensure_future(worker.run(hold.wait, 10))
+        left = asyncio.ensure_future(worker.run(ran.append, "left"))
+        await asyncio.sleep(0.05)
+        left.cancel()
+        await asyncio.sleep(0.05)
+        hold.set()
+        await first
+        await worker.run(ran.append, "stayed")
+
+    asyncio.run(both())
+    worker.close()
+    assert ran == ["stayed"]
