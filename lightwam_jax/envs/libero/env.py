@@ -14,6 +14,7 @@ the 50 stored initial states of its task; its seed places what those leave out, 
 
 import contextlib
 import dataclasses
+import gc
 import importlib.metadata
 import logging
 import math
@@ -25,6 +26,7 @@ import numpy as np
 from lightwam_jax.envs import base as envs_base
 from lightwam_jax.envs.libero import experts as libero_experts
 from lightwam_jax.envs.libero import files as libero_files
+from lightwam_jax.envs.libero import scenes as libero_scenes
 
 CAMERAS = ("image", "wrist_image")
 STATE = ("x", "y", "z", "rotation_x", "rotation_y", "rotation_z", "finger_0", "finger_1")
@@ -164,7 +166,7 @@ class LiberoEnv:
         self._size, self._rendering = image_size, rendering
         self._assets = libero_files.assets_directory(assets)
         self._modules = _import(self._assets)
-        self._env = self._task = self._camera = self._expert = None
+        self._env = self._task = self._scene = self._camera = self._expert = None
 
     def reset(self, episode):
         """Starts an episode and returns `observe()`.
@@ -179,12 +181,15 @@ class LiberoEnv:
                 f"initial state {episode.init} of {episode.task!r}: there are 0 to "
                 f"{len(self._states) - 1}, or {DRAWN} to draw one from the seed"
             )
-        self._put_camera_away()  # with the simulation that ends here
+        self._camera = None  # with the simulation that ends here
         # Every reset appends to this list, so that the draws would depend on how many there were.
         self._env.env.object_property_initializers.clear()
         self._env.seed(episode.seed % 2**32)
-        self._raw = self._env.reset()
-        self._camera = _Camera(self._modules, self._env.sim, self._rendering)
+        with self._compiled_once():
+            self._raw = self._env.reset()
+        self._camera = libero_scenes.Camera(
+            self._modules, self._env.sim, self._scene, self._rendering
+        )
         self._make_current()
         if episode.init != DRAWN:
             self._raw = self._env.set_init_state(self._states[episode.init])
@@ -260,28 +265,43 @@ class LiberoEnv:
 
     def close(self):
         """Frees the simulator."""
-        self._put_camera_away()
         if self._env is not None:
             self._env.close()
-        self._env = self._task = self._expert = None
+        self._env = self._task = self._scene = self._camera = self._expert = None
+        gc.collect()  # a scene is large and LIBERO's objects refer to each other
+        libero_scenes.give_memory_back()
 
-    def _put_camera_away(self):
-        if self._camera is not None:
-            self._camera.close()
-        self._camera = None
+    @contextlib.contextmanager
+    def _compiled_once(self):
+        """LIBERO simulates the scene that its task has in this process instead of a new one."""
+        simulation = self._modules.robosuite_base.MjSim
+
+        class Simulation(simulation):
+            @classmethod
+            def from_xml_string(cls, description):
+                scene = libero_scenes.scene(self._modules, description, self._rendering)
+                self._scene = scene
+                return simulation(scene.complete_model() if self._eager else scene.model())
+
+        self._modules.robosuite_base.MjSim = Simulation
+        try:
+            yield
+        finally:
+            self._modules.robosuite_base.MjSim = simulation
 
     def _load(self, task):
         """Makes the environment of another task."""
         self.close()
         self._modules.libero._assets_path_cache = str(self._assets)
-        self._env = self._modules.env_wrapper.ControlEnv(
-            bddl_file_name=str(libero_files.bddl_file(task)),
-            use_camera_obs=self._eager,
-            has_offscreen_renderer=self._eager,
-            camera_names=list(_SIMULATED.values()),
-            camera_heights=self._size,
-            camera_widths=self._size,
-        )
+        with self._compiled_once():
+            self._env = self._modules.env_wrapper.ControlEnv(
+                bddl_file_name=str(libero_files.bddl_file(task)),
+                use_camera_obs=self._eager,
+                has_offscreen_renderer=self._eager,
+                camera_names=list(_SIMULATED.values()),
+                camera_heights=self._size,
+                camera_widths=self._size,
+            )
         self._task = task
         suite = libero_files.suite_of(task).removeprefix("plus_")
         self._max_steps = self._protocol.max_steps[suite]
@@ -310,46 +330,6 @@ class LiberoEnv:
             self._env.sim._render_context_offscreen.gl_ctx.make_current()
 
 
-class _Camera:
-    """Takes images of the moment last exposed, upside down as the simulator's own."""
-
-    def __init__(self, modules, sim, rendering):
-        self._mujoco, self._sim = modules.mujoco, sim
-        self._shown = modules.mujoco.MjData(sim.model._model)
-        if rendering == "fast":
-            sim.model.vis.quality.shadowsize = sim.model.vis.quality.offsamples = 0
-        # A copy of the simulation is rendered, not the simulation itself: making a context computes
-        # its forces anew, and the last digits of an episode would depend on having been rendered.
-        shown = types.SimpleNamespace(
-            model=sim.model,
-            data=types.SimpleNamespace(_data=self._shown),
-            forward=lambda: None,
-            add_render_context=lambda context: None,
-        )
-        self._context = modules.binding_utils.MjRenderContextOffscreen(shown, device_id=-1)
-        self._context.vopt.geomgroup[0] = 0  # shapes for collisions
-
-    def expose(self):
-        self._mujoco.mj_copyData(self._shown, self._sim.model._model, self._sim.data._data)
-
-    def render(self, camera, size):
-        self._context.gl_ctx.make_current()
-        self._context.render(size, size, self._sim.model.camera_name2id(camera))
-        return self._context.read_pixels(size, size)
-
-    def name(self):
-        """Returns what OpenGL calls the renderer."""
-        from OpenGL import GL
-
-        self._context.gl_ctx.make_current()
-        return GL.glGetString(GL.GL_RENDERER).decode()
-
-    def close(self):
-        """Frees what it has in OpenGL, which frees in whatever context is current."""
-        self._context.gl_ctx.make_current()
-        self._context = None
-
-
 def axis_angle(quaternion):
     """Returns the rotation (x, y, z, w) as its axis times its angle in radians, f64 [3]."""
     w = min(1.0, max(-1.0, quaternion[3]))
@@ -367,6 +347,7 @@ def _import(assets):
         import mujoco
         from libero import libero
         from libero.libero.envs import env_wrapper
+        from robosuite.environments import base as robosuite_base
         from robosuite.utils import binding_utils, observables
     except (ImportError, AttributeError) as error:
         raise RuntimeError(
@@ -382,4 +363,5 @@ def _import(assets):
         env_wrapper=env_wrapper,
         binding_utils=binding_utils,
         observables=observables,
+        robosuite_base=robosuite_base,
     )
