@@ -29,6 +29,14 @@ class EnvSpec:
         module, _, name = self.factory.partition(":")
         return getattr(importlib.import_module(module), name)(**self.kwargs)
 
+    def tasks_at_once(self):
+        """Returns how many tasks a process may have open at a time; None: any number.
+
+        Environments that hold much memory for each task say so: `TASKS_AT_ONCE` in their module.
+        """
+        module = importlib.import_module(self.factory.partition(":")[0])
+        return getattr(module, "TASKS_AT_ONCE", None)
+
 
 @dataclasses.dataclass(frozen=True, order=True)
 class EpisodeSpec:

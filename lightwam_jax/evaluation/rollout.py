@@ -6,6 +6,9 @@ too. Then one batch of exactly `config.batch` rows is computed, padded when fewe
 So the same compiled function makes every plan, and what happens in an episode depends neither on
 the number of workers nor on the other episodes.
 
+Which episode comes next is therefore free. A process stays on its task as long as there are
+episodes of it, since changing tasks can take seconds, and memory (`EnvSpec.tasks_at_once`).
+
 An episode that crashes its environment or its process is tried once more and then counted as an
 error, never as a failure of the policy. With a log (`episode_log.py`) an evaluation that was killed
 continues where it was. What an environment has to provide: `envs/base.py`.
@@ -74,7 +77,8 @@ def run(
             progress.add(result)
         todo = [episode for episode in episodes if episode not in results]
         if todo:
-            engine = _Engine(env, todo, config, act is None, timeout, player)
+            at_once = env.tasks_at_once()
+            engine = _Engine(env, todo, config, act is None, timeout, player, at_once)
             contexts.enter_context(engine)
         while len(results) < len(episodes):
             for result in engine.collect():
@@ -114,6 +118,7 @@ class _Slot:
 
     worker: "_Worker"
     index: int
+    task: str | None = None  # of its last episode: what its environment has loaded
     episode: envs_base.EpisodeSpec | None = None
     attempt: int = 0
     observation: dict | None = None
@@ -156,8 +161,9 @@ class _Worker:
 class _Engine:
     """The queue of episodes and the environments they run in."""
 
-    def __init__(self, env, episodes, config, expert, timeout, player=None):
+    def __init__(self, env, episodes, config, expert, timeout, player=None, tasks_at_once=None):
         self._queue = collections.deque((episode, 1) for episode in episodes)
+        self._tasks_at_once = tasks_at_once
         self._timeout = timeout
         slots = min(config.batch, len(episodes))
         arguments = (env, config.replan_steps, config.max_steps, expert, player)
@@ -174,8 +180,9 @@ class _Engine:
     def collect(self):
         """Hands out episodes, waits for news, and returns the results that are final."""
         for slot in self._slots:
-            if slot.episode is None and self._queue:
-                slot.episode, slot.attempt = self._queue.popleft()
+            if slot.episode is None and (item := self._take(slot)):
+                slot.episode, slot.attempt = item
+                slot.task = slot.episode.task
                 slot.worker.send("start", slot, slot.episode)
         final, busy = [], [worker for worker in self._workers if worker.pending]
         ready = multiprocessing.connection.wait([w.pipe for w in busy], timeout=1.0)
@@ -194,6 +201,27 @@ class _Engine:
                 reason = f"the simulator process was silent for {self._patience(worker):.0f} s"
                 final += self._restart(worker, reason)
         return final
+
+    def _take(self, slot):
+        """Takes the episode that comes next in a slot from the queue; None: none for now."""
+        running = [other for other in self._slots if other.episode is not None]
+        here = {other.task for other in running if other.worker is slot.worker}
+        elsewhere = {other.task for other in running} - here
+        full = self._tasks_at_once is not None and len(here) >= self._tasks_at_once
+
+        def rank(place):
+            task = self._queue[place][0].task
+            return (task != slot.task, task not in here, task in elsewhere, place)
+
+        places = range(len(self._queue))
+        if full:
+            places = [place for place in places if self._queue[place][0].task in here]
+        if not places:
+            return None
+        place = min(places, key=rank)
+        item = self._queue[place]
+        del self._queue[place]
+        return item
 
     def due(self):
         """Returns the slots to plan for: all that run, once all of them wait; else none."""

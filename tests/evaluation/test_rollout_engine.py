@@ -59,9 +59,11 @@ def make(monkeypatch, clock):
         lambda pipes, timeout: [pipe for pipe in pipes if pipe.says],
     )
 
-    def engine(episodes, workers, batch, timeout=120.0):
+    def engine(episodes, workers, batch, timeout=120.0, tasks_at_once=None):
         config = types.SimpleNamespace(workers=workers, batch=batch, replan_steps=4, max_steps=9)
-        return rollout._Engine("env", EPISODES[:episodes], config, False, timeout)
+        if isinstance(episodes, int):
+            episodes = EPISODES[:episodes]
+        return rollout._Engine("env", episodes, config, False, timeout, None, tasks_at_once)
 
     return engine
 
@@ -214,3 +216,51 @@ def test_progress_counts_what_ran_apart_from_what_could_not():
             progress.add(types.SimpleNamespace(success=success))
             assert progress._bar.postfix == said
         assert progress._bar.n == progress._bar.total == 4
+
+
+def of_tasks(tasks):
+    return [envs_base.EpisodeSpec(task, 0, seed) for seed, task in enumerate(tasks)]
+
+
+def finish(engine, index):
+    """The episode in a slot ends."""
+    slot = engine._slots[index]
+    slot.worker.says.append(("result", slot.index, slot.episode))
+    slot.worker.pending = collections.deque([slot])
+    engine.collect()  # takes the result
+    engine.collect()  # hands out the next episode
+
+
+def running(engine):
+    return "".join(slot.episode.task if slot.episode else "-" for slot in engine._slots)
+
+
+def test_a_process_stays_on_its_task_and_takes_one_that_no_other_has(make):
+    engine = make(of_tasks("aabbbcca"), workers=2, batch=4)  # slots 0 and 2 are of one process
+    begin(engine)
+    assert running(engine) == "abab"
+    finish(engine, 1)
+    assert running(engine) == "abab", "the last of b is for the process that has b"
+    finish(engine, 1)
+    assert running(engine) == "acab", "c is open nowhere, a in the other process"
+    finish(engine, 3)
+    finish(engine, 0)
+    assert running(engine) == "acac"
+    finish(engine, 2)
+    assert running(engine) == "ac-c"
+
+
+def test_no_more_tasks_are_open_in_a_process_than_the_environment_allows(make):
+    engine = make(of_tasks("abcdd"), workers=1, batch=4, tasks_at_once=2)
+    begin_some(engine)
+    assert running(engine) == "ab--"
+    finish(engine, 0)
+    assert running(engine) == "cb--"
+    finish(engine, 1)
+    assert running(engine) == "cdd-"
+
+
+def begin_some(engine):
+    """Starts the only worker, some slots of which get no episode."""
+    engine._workers[0].says.append(("ready", None, None))
+    engine.collect()

@@ -35,6 +35,7 @@ FPS = 20
 ROBOT = "panda"
 MOST_STEPS = 700  # of the longest suite; an episode ends at the cap of its own
 TASKS = ("spatial", "object")  # whole suites: those that `expert_action` can do
+TASKS_AT_ONCE = 2  # in a process: each holds half a gigabyte
 STORED = 50  # initial states of a task
 DRAWN = -1  # as `init` of an episode: no stored state, the seed draws where everything lies
 _SIMULATED = {"image": "agentview", "wrist_image": "robot0_eye_in_hand"}
