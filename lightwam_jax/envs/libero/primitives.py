@@ -14,6 +14,7 @@ from lightwam_jax.envs.libero.scene import pointing, rotation_vector, turned, up
 _DOWN = np.array([0.0, 0.0, -1.0])
 _OPENING = 0.072  # metres: what is wider does not fit between the fingers
 _OPEN = 0.06  # metres between fingers that are open enough to go around a thing
+_CLOSING = 0.075  # metres between fingers that have begun to close
 _EMPTY = 0.002  # metres between fingers that have closed on nothing
 _DEPTH = 0.03  # metres that the grip reaches below the top of a thing
 _CLEARANCE = 0.012  # metres between the grip and what the thing stands on
@@ -34,6 +35,7 @@ class Primitive:
     """
 
     body = None
+    slack = 0.02  # metres that the hand may be beside the grasp and still close
 
     def __init__(self, scene):
         """`scene`: see `scene.Scene`."""
@@ -89,12 +91,15 @@ class Primitive:
             self._missed = False
         if self._missed:
             return self._back(rotation)
-        there = ahead < 0.006 and off < 0.015
+        # Fingers that have begun to close are not opened again by a small push.
+        more = 0.01 if opening < _CLOSING else 0.0
+        there = ahead < 0.006 + more and off < self.slack + 0.004 + more
         self._missed = self._stuck() or (there and self._scene.still and opening < _EMPTY)
         if there:
             return self._scene.move(point, rotation, 1)
-        # Wide above, narrow at the end: what is pushed out of it goes up before it goes down.
-        before = _HOVER * np.clip((off - 0.006) / 0.02, 0, 1)
+        # A funnel: what is pushed out of its narrow end goes up before it goes down again.
+        ends = [self.slack, self.slack + 0.01, 0.07]
+        before = np.interp(off, ends, [0, _DEPTH + 0.015, _HOVER])
         if opening < _OPEN:
             before = max(before, min(ahead, 0.05))
         goal = self._over(point - into * before, aside, _HOVER - ahead)
@@ -216,13 +221,15 @@ class Place(Primitive):
         self._radius = np.linalg.norm(corners[:, :2] - middle, axis=1).max()
         low, high = corners[:, 2].min(), corners[:, 2].max()
         height = max(high - _DEPTH, low + _CLEARANCE)
-        point, self._yaw = self._across(corners, middle) or self._rim(corners, middle, height)
+        point, self._yaw, self.slack = self._across(corners, middle) or self._rim(
+            corners, middle, height
+        )
         self._offset, self._seen = np.array([*point, height]) - place, (place, self._turn())
         x = np.array([np.cos(self._yaw), np.sin(self._yaw), 0])
         self._pointing = pointing(_DOWN, x if x @ self._scene.rotation[:, 0] > 0 else -x)
 
     def _across(self, corners, middle):
-        """Returns (point [2], yaw of the fingers) across the narrowest side; None: too wide."""
+        """Returns (point [2], yaw, slack) across the narrowest side; None: it is too wide."""
         yaws = np.linspace(0, np.pi, 36, endpoint=False)
         widths = np.ptp(corners[:, :2] @ np.stack([np.cos(yaws), np.sin(yaws)]), axis=0)
         if widths.min() >= _OPENING:
@@ -235,10 +242,11 @@ class Place(Primitive):
             return self._across(corners, middle)
         # Of those, the one that turns the hand least.
         turns = np.abs([self._yaw_error(yaw) for yaw in yaws])
-        return middle, yaws[int(np.argmin(np.where(fits, turns, np.inf)))]
+        slack = np.clip((0.076 - widths.min()) / 2, 0.006, Primitive.slack)
+        return middle, yaws[int(np.argmin(np.where(fits, turns, np.inf)))], slack
 
     def _rim(self, corners, middle, height):
-        """Returns (point [2], yaw) at the place of the rim with the most room for the hand."""
+        """Returns (point [2], yaw, slack) where the rim has the most room for the hand."""
         radius = np.linalg.norm(corners[:, :2] - middle, axis=1).max() - 0.004
         others = [n for n in self._scene.names if n not in self.own]
         others = np.concatenate([self._scene.points(self._scene.root(n), 7) for n in others])
@@ -252,7 +260,7 @@ class Place(Primitive):
             return room - 0.02 * abs(self._yaw_error(yaw)) + 0.004 * np.sin(yaw) - refused
 
         yaw = max(np.linspace(-np.pi, np.pi, 24, endpoint=False), key=score)
-        return middle + radius * np.array([np.cos(yaw), np.sin(yaw)]), yaw
+        return middle + radius * np.array([np.cos(yaw), np.sin(yaw)]), yaw, Primitive.slack
 
 
 class PutAside(Place):
