@@ -1,0 +1,55 @@
+"""Where LIBERO's targets lie, of made-up scenes."""
+
+import types
+
+import numpy as np
+import pytest
+
+from benchmarks import libero_targets
+
+
+def test_things_are_found_in_the_stored_states_without_the_basket(monkeypatch):
+    # Time, a robot of two joints, then x, y, z and a rotation of each thing.
+    states = np.concatenate([[[9, 0.1, 0.2]] * 2, np.arange(42).reshape(2, 21)], axis=1)
+    places = {"milk_1": 2, "basket_1": 9, "soup_1": 16}
+    scene = types.SimpleNamespace(
+        parsed_problem={"goal_state": [["in", "milk_1", "basket_1_contain_region"]]},
+        objects_dict={name: types.SimpleNamespace(joints=[name]) for name in places},
+        sim=types.SimpleNamespace(
+            model=types.SimpleNamespace(
+                get_joint_qpos_addr=lambda name: (places[name], places[name] + 7)
+            )
+        ),
+    )
+    env = types.SimpleNamespace(reset=lambda episode: None, _env=types.SimpleNamespace(env=scene))
+    monkeypatch.setattr(libero_targets.libero_files, "initial_states", lambda task: states)
+    target, found = libero_targets.positions(env, "a task")
+    assert target == "milk_1" and list(found) == ["milk_1", "soup_1"]
+    np.testing.assert_array_equal(found["milk_1"], [[0, 1], [21, 22]])
+    np.testing.assert_array_equal(found["soup_1"], [[14, 15], [35, 36]])
+
+
+def test_hands_that_read_nothing_are_counted():
+    left, right = np.array([[-0.1, 0.0], [-0.12, 0.0]]), np.array([[0.1, 0.0], [0.1, 0.04]])
+    usual = {
+        "milk": ("milk_1", {"milk_1": left, "soup_1": right}),
+        "soup": ("soup_1", {"milk_1": right, "soup_1": left}),
+    }
+    same = libero_targets.describe("object", usual, usual)
+    assert same["states"] == 4 and same["taken"] == {"by_place": 4, "by_scene": 4}
+    assert same["rectangle_cm"] == pytest.approx([2, 0])
+    swapped = {
+        "milk": ("milk_1", {"milk_1": right, "soup_1": left}),
+        "soup": usual["soup"],
+    }
+    found = libero_targets.describe("pro_object_swap", swapped, usual)
+    assert found["taken"] == {"by_place": 2, "by_scene": 2}
+    assert found["rectangle_cm"] == pytest.approx([22, 4])
+    assert found["per_task"]["milk"] == {"target": "milk_1", "mean_cm": [10.0, 2.0]}
+    # Of a suite whose targets lie in several places, the scene says more than the place.
+    several = {
+        "milk": ("milk_1", {"milk_1": left, "soup_1": right}),
+        "soup": ("soup_1", {"milk_1": left, "soup_1": right}),
+    }
+    found = libero_targets.describe("spatial", several, several)
+    assert found["taken"] == {"by_place": 2, "by_scene": 4}
