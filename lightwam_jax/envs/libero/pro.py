@@ -17,6 +17,8 @@ KINDS = ("lan", "object", "swap", "task")
 SUITES = tuple(
     f"pro_{suite}_{kind}" for suite in ("spatial", "object", "goal", "10") for kind in KINDS
 )
+# Those with one thing to pick up and one place to put it, on which the expert was tried.
+WITH_EXPERT = tuple(suite for suite in SUITES if suite.startswith(("pro_spatial_", "pro_object_")))
 
 
 def base(suite):
