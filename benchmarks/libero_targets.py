@@ -14,6 +14,7 @@ scene would. Positions are those stored, before things have settled; the place t
 import argparse
 import collections
 import importlib.metadata
+import re
 
 import numpy as np
 
@@ -26,22 +27,34 @@ from lightwam_jax.envs.libero import pro as libero_pro
 BASES = ("object", "spatial")  # one thing to pick up, one place to put it
 
 
-def positions(env, task):
-    """Returns (name of the target, {thing: [N,2] metres on the table}) of a task's stored states.
+class Places:
+    """Finds things in stored states; loads a scene for each list of things, not for each task."""
 
-    Args:
-      env: `LiberoEnv`.
-    """
-    env.reset(envs_base.EpisodeSpec(task, 0, 0))  # loads the task
-    scene = env._env.env
-    (_, target, place) = scene.parsed_problem["goal_state"][0]
-    states, found = libero_files.initial_states(task), {}
-    for name, thing in scene.objects_dict.items():
-        if place.removesuffix("_contain_region") == name:
-            continue
-        start, end = scene.sim.model.get_joint_qpos_addr(thing.joints[-1])
-        found[name] = states[:, 1 + start : 1 + end][:, :2]  # after the time: x, y, ...
-    return target, found
+    def __init__(self, env):
+        """`env`: `LiberoEnv`."""
+        self._env, self._starts = env, {}
+
+    def of(self, task):
+        """Returns (name of the target, {thing: [N,2] metres on the table}) of a task's states."""
+        text = libero_files.bddl_file(task).read_text()
+        target, place = re.search(r":goal\s+\(And \((?:In|On) (\w+) (\w+)\)\)", text).groups()
+        listed = re.search(r"\(:fixtures.*?(?=\(:obj_of_interest)", text, re.DOTALL)[0]
+        if listed not in self._starts:
+            self._starts[listed] = self._load(task)
+        states = libero_files.initial_states(task)
+        return target, {
+            name: states[:, 1 + start : 3 + start]  # after the time; x, y, then z and a rotation
+            for name, start in self._starts[listed].items()
+            if name != place.removesuffix("_contain_region")
+        }
+
+    def _load(self, task):
+        """Returns {thing: index of its x among the positions of a state}."""
+        self._env.reset(envs_base.EpisodeSpec(task, 0, 0))
+        scene = self._env._env.env
+        things = scene.objects_dict.items()
+        address = scene.sim.model.get_joint_qpos_addr
+        return {name: address(thing.joints[-1])[0] for name, thing in things}
 
 
 def nearest(things, point):
@@ -55,7 +68,7 @@ def describe(suite, found, usual):
     """Returns the numbers of a suite.
 
     Args:
-      found: {name of a task: (target, things)} of `positions`. usual: the same of the suite that
+      found: {name of a task: (target, things)} of `Places`. usual: the same of the suite that
         it perturbs, or that suite itself.
     """
     targets = np.concatenate([things[target] for target, things in found.values()])
@@ -90,10 +103,11 @@ def main():
     args = parser.parse_args()
     suites, everything = [], {}
     env = libero.make(assets=args.assets, image_size=16, rendering="fast")
+    places = Places(env)
     for base in args.bases:
         for suite in (base, *(s for s in libero_files.PRO if libero_pro.base(s) == base)):
             tasks = libero_files.tasks(suite)
-            everything[suite] = {task.rpartition("/")[2]: positions(env, task) for task in tasks}
+            everything[suite] = {task.rpartition("/")[2]: places.of(task) for task in tasks}
             suites.append(describe(suite, everything[suite], everything[base]))
             print({name: suites[-1][name] for name in ("suite", "rectangle_cm", "taken")})
     env.close()

@@ -7,13 +7,31 @@ import pytest
 
 from benchmarks import libero_targets
 
+BDDL = """(define (problem P)
+  (:fixtures
+    floor - floor
+  )
+  (:objects
+    milk_1 - milk
+    basket_1 - basket
+    soup_1 - soup
+  )
+  (:obj_of_interest
+    {target}
+  )
+  (:goal
+    (And (In {target} basket_1_contain_region))
+  )
+)"""
 
-def test_things_are_found_in_the_stored_states_without_the_basket(monkeypatch):
+
+def test_things_are_found_in_the_stored_states_without_the_basket(monkeypatch, tmp_path):
     # Time, a robot of two joints, then x, y, z and a rotation of each thing.
     states = np.concatenate([[[9, 0.1, 0.2]] * 2, np.arange(42).reshape(2, 21)], axis=1)
-    places = {"milk_1": 2, "basket_1": 9, "soup_1": 16}
+    places, loaded = {"milk_1": 2, "basket_1": 9, "soup_1": 16}, []
+    for target in ("milk_1", "soup_1"):
+        (tmp_path / target).write_text(BDDL.format(target=target))
     scene = types.SimpleNamespace(
-        parsed_problem={"goal_state": [["in", "milk_1", "basket_1_contain_region"]]},
         objects_dict={name: types.SimpleNamespace(joints=[name]) for name in places},
         sim=types.SimpleNamespace(
             model=types.SimpleNamespace(
@@ -21,12 +39,15 @@ def test_things_are_found_in_the_stored_states_without_the_basket(monkeypatch):
             )
         ),
     )
-    env = types.SimpleNamespace(reset=lambda episode: None, _env=types.SimpleNamespace(env=scene))
+    env = types.SimpleNamespace(reset=loaded.append, _env=types.SimpleNamespace(env=scene))
     monkeypatch.setattr(libero_targets.libero_files, "initial_states", lambda task: states)
-    target, found = libero_targets.positions(env, "a task")
-    assert target == "milk_1" and list(found) == ["milk_1", "soup_1"]
-    np.testing.assert_array_equal(found["milk_1"], [[0, 1], [21, 22]])
-    np.testing.assert_array_equal(found["soup_1"], [[14, 15], [35, 36]])
+    monkeypatch.setattr(libero_targets.libero_files, "bddl_file", tmp_path.joinpath)
+    found = libero_targets.Places(env)
+    target, things = found.of("milk_1")
+    assert target == "milk_1" and list(things) == ["milk_1", "soup_1"]
+    np.testing.assert_array_equal(things["milk_1"], [[0, 1], [21, 22]])
+    np.testing.assert_array_equal(things["soup_1"], [[14, 15], [35, 36]])
+    assert found.of("soup_1")[0] == "soup_1" and [each.task for each in loaded] == ["milk_1"]
 
 
 def test_hands_that_read_nothing_are_counted():
