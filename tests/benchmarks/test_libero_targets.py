@@ -31,6 +31,8 @@ def test_things_are_found_in_the_stored_states_without_the_basket(monkeypatch, t
     places, loaded = {"milk_1": 2, "basket_1": 9, "soup_1": 16}, []
     for target in ("milk_1", "soup_1"):
         (tmp_path / target).write_text(BDDL.format(target=target))
+    other = (tmp_path / "milk_1").read_text().replace("milk", "butter")
+    (tmp_path / "other").write_text(other.replace("soup_1 - soup", "tea_1 tea_2 - tea"))
     scene = types.SimpleNamespace(
         objects_dict={name: types.SimpleNamespace(joints=[name]) for name in places},
         sim=types.SimpleNamespace(
@@ -48,6 +50,8 @@ def test_things_are_found_in_the_stored_states_without_the_basket(monkeypatch, t
     np.testing.assert_array_equal(things["milk_1"], [[0, 1], [21, 22]])
     np.testing.assert_array_equal(things["soup_1"], [[14, 15], [35, 36]])
     assert found.of("soup_1")[0] == "soup_1" and [each.task for each in loaded] == ["milk_1"]
+    with pytest.raises(RuntimeError, match=r"other has the things .*, not .*'tea_1', 'tea_2'"):
+        found.of("other")
 
 
 def test_hands_that_read_nothing_are_counted():
@@ -57,20 +61,16 @@ def test_hands_that_read_nothing_are_counted():
         "soup": ("soup_1", {"milk_1": right, "soup_1": left}),
     }
     same = libero_targets.describe("object", usual, usual)
-    assert same["states"] == 4 and same["taken"] == {"by_place": 4, "by_scene": 4}
-    assert same["rectangle_cm"] == pytest.approx([2, 0])
-    swapped = {
-        "milk": ("milk_1", {"milk_1": right, "soup_1": left}),
-        "soup": usual["soup"],
-    }
+    assert (same["states"], same["taken_by_place"], same["taken_by_scene"]) == (4, 4, 4)
+    swapped = {"milk": ("milk_1", {"milk_1": right, "soup_1": left}), "soup": usual["soup"]}
     found = libero_targets.describe("pro_object_swap", swapped, usual)
-    assert found["taken"] == {"by_place": 2, "by_scene": 2}
-    assert found["rectangle_cm"] == pytest.approx([22, 4])
-    assert found["per_task"]["milk"] == {"target": "milk_1", "mean_cm": [10.0, 2.0]}
-    # Of a suite whose targets lie in several places, the scene says more than the place.
+    assert (found["taken_by_place"], found["taken_by_scene"]) == (2, 2)
+    where = {"target": "milk_1", "mean_cm": [10.0, 2.0], "sides_cm": [0.0, 4.0]}
+    assert found["per_task"]["milk"] == where
+    # Where targets lie in two places, one place is right half the time and the scene always.
     several = {
         "milk": ("milk_1", {"milk_1": left, "soup_1": right}),
         "soup": ("soup_1", {"milk_1": left, "soup_1": right}),
     }
     found = libero_targets.describe("spatial", several, several)
-    assert found["taken"] == {"by_place": 2, "by_scene": 4}
+    assert (found["taken_by_place"], found["taken_by_scene"]) == (2, 4)
