@@ -3,7 +3,7 @@
     make setup-libero-pro
     .venv-pro/bin/python -m benchmarks.libero_targets --out benchmarks/results/libero_targets.json
 
-Of each task: where its target lies, and the rectangle that it lies in. Of each suite: in how many
+Of each task: where its target lies, and the box that it lies in. Of each suite: in how many
 states a hand that reads nothing takes the target, if it takes the thing that lies nearest to a
 place. `taken_by_place` is the one place that is best on the unperturbed suite. `taken_by_scene`
 knows, of each task, where its target is on average in the unperturbed suite, as a policy that
@@ -34,7 +34,7 @@ class Places:
         self._env, self._starts = env, {}
 
     def of(self, task):
-        """Returns (name of the target, {thing: [N,2] metres on the table}) of a task's states."""
+        """Returns (name of the target, {thing: [N,3] metres}) of a task's states."""
         text = libero_files.bddl_file(task).read_text()
         target, place = re.search(r":goal\s+\(And \((?:In|On) (\w+) (\w+)\)\)", text).groups()
         section = r"\(:fixtures(.*?)\)\s*\(:objects(.*?)\)"
@@ -44,7 +44,7 @@ class Places:
             self._starts[fixtures, len(names)] = self._load(task, names)
         states = libero_files.initial_states(task)
         return target, {
-            name: states[:, 1 + start : 3 + start]  # after the time; x, y, then z and a rotation
+            name: states[:, 1 + start : 4 + start]  # after the time; then come rotations
             for name, start in zip(names, self._starts[fixtures, len(names)])
             if name != place.removesuffix("_contain_region")
         }
@@ -60,7 +60,7 @@ class Places:
 
 
 def taken(things, target, point):
-    """Returns in how many states the target is the thing nearest to a point [2]."""
+    """Returns in how many states the target is the thing nearest to a point [3]."""
     distances = {name: np.linalg.norm(at - point, axis=1) for name, at in things.items()}
     own = distances.pop(target)
     return int(np.sum(own < np.min(np.stack(list(distances.values())), axis=0)))

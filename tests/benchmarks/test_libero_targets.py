@@ -47,15 +47,16 @@ def test_things_are_found_in_the_stored_states_without_the_basket(monkeypatch, t
     found = libero_targets.Places(env)
     target, things = found.of("milk_1")
     assert target == "milk_1" and list(things) == ["milk_1", "soup_1"]
-    np.testing.assert_array_equal(things["milk_1"], [[0, 1], [21, 22]])
-    np.testing.assert_array_equal(things["soup_1"], [[14, 15], [35, 36]])
+    np.testing.assert_array_equal(things["milk_1"], [[0, 1, 2], [21, 22, 23]])
+    np.testing.assert_array_equal(things["soup_1"], [[14, 15, 16], [35, 36, 37]])
     assert found.of("soup_1")[0] == "soup_1" and [each.task for each in loaded] == ["milk_1"]
     with pytest.raises(RuntimeError, match=r"other has the things .*, not .*'tea_1', 'tea_2'"):
         found.of("other")
 
 
 def test_hands_that_read_nothing_are_counted():
-    left, right = np.array([[-0.1, 0.0], [-0.12, 0.0]]), np.array([[0.1, 0.0], [0.1, 0.04]])
+    left = np.array([[-0.1, 0.0, 0.5], [-0.12, 0.0, 0.5]])
+    right = np.array([[0.1, 0.0, 0.5], [0.1, 0.04, 0.5]])
     usual = {
         "milk": ("milk_1", {"milk_1": left, "soup_1": right}),
         "soup": ("soup_1", {"milk_1": right, "soup_1": left}),
@@ -65,7 +66,7 @@ def test_hands_that_read_nothing_are_counted():
     swapped = {"milk": ("milk_1", {"milk_1": right, "soup_1": left}), "soup": usual["soup"]}
     found = libero_targets.describe("pro_object_swap", swapped, usual)
     assert (found["taken_by_place"], found["taken_by_scene"]) == (2, 2)
-    where = {"target": "milk_1", "mean_cm": [10.0, 2.0], "sides_cm": [0.0, 4.0]}
+    where = {"target": "milk_1", "mean_cm": [10.0, 2.0, 50.0], "sides_cm": [0.0, 4.0, 0.0]}
     assert found["per_task"]["milk"] == where
     # Where targets lie in two places, one place is right half the time and the scene always.
     several = {
