@@ -27,8 +27,14 @@ CLOSED_LOOP = ("demo", "libero", "metaworld")
 MODES = (*CLOSED_LOOP, "open_loop", "realtime", "visualize")
 ELSEWHERE = {"robotwin": "RoboTwin runs policies itself: docs/robotwin.md"}
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Run directory of train.py.")
-_OUT = flags.DEFINE_string("out", None, "Directory of the results; default: the run directory.")
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Run directory of train.py, or an exported policy (policies/NAME)."
+)
+_OUT = flags.DEFINE_string(
+    "out",
+    None,
+    "Directory of the results; default: the run directory, or runs/policies/NAME of policies/NAME.",
+)
 _MODE = flags.DEFINE_string("mode", None, f"One of {', '.join(MODES)}.")
 _STEP = flags.DEFINE_integer("step", None, "Checkpoint to evaluate; default: the newest.")
 _TASKS = flags.DEFINE_list("tasks", None, "Of the suite; default: config.evaluation.tasks.")
@@ -113,7 +119,9 @@ def main(argv):
         policy.config = _with_flags(policy.config)
         others = {"open_loop": open_loop, "visualize": visualize, "realtime": realtime}
         run = others.get(_MODE.value, closed_loop)
-        run(policy, pathlib.Path(_WORKDIR.value), pathlib.Path(_OUT.value or _WORKDIR.value), began)
+        workdir = pathlib.Path(_WORKDIR.value)
+        out = pathlib.Path(_OUT.value or _beside(workdir))
+        run(policy, workdir, out, began)
     except (ValueError, ImportError, OSError) as error:  # of a file, or of --server
         logging.debug("Where it was found:", exc_info=True)  # shown by --verbosity=1
         _fail(error)
@@ -227,6 +235,13 @@ def visualize(policy, workdir, out, began):
         html_report.save_png(directory / "attention.png", draw.attention_grid(policy, seen))
     closed_loop_lib.draw_future(policy, directory, chosen)
     print(f"written to {directory}")
+
+
+def _beside(workdir):
+    """Where results go by default: into the run; those of an exported policy stay out of it."""
+    from lightwam_jax.checkpoint import compact
+
+    return f"runs/policies/{workdir.name}" if compact.is_compact(workdir) else workdir
 
 
 def _with_flags(config):
