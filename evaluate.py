@@ -7,6 +7,7 @@ python evaluate.py --workdir runs/x --mode open_loop   action errors on held-out
 python evaluate.py --workdir runs/x --mode visualize   attention and imagined video on them
 python evaluate.py --workdir runs/x --mode realtime    plans that come late (docs/realtime.md)
 python evaluate.py ... --server ws://gpu:8000          closed loop with a policy that runs elsewhere
+python evaluate.py ... --instruction other             does it read its instruction? (or: empty)
 python evaluate.py --compare runs/x runs/y             two closed-loop results with intervals
 
 Closed-loop modes append every episode to report/*.jsonl; run again, they continue there.
@@ -26,8 +27,14 @@ CLOSED_LOOP = ("demo", "libero", "metaworld")
 MODES = (*CLOSED_LOOP, "open_loop", "realtime", "visualize")
 ELSEWHERE = {"robotwin": "RoboTwin runs policies itself: docs/robotwin.md"}
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Run directory of train.py.")
-_OUT = flags.DEFINE_string("out", None, "Directory of the results; default: the run directory.")
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Run directory of train.py, or an exported policy (policies/NAME)."
+)
+_OUT = flags.DEFINE_string(
+    "out",
+    None,
+    "Directory of the results; default: the run directory, or runs/policies/NAME of policies/NAME.",
+)
 _MODE = flags.DEFINE_string("mode", None, f"One of {', '.join(MODES)}.")
 _STEP = flags.DEFINE_integer("step", None, "Checkpoint to evaluate; default: the newest.")
 _TASKS = flags.DEFINE_list("tasks", None, "Of the suite; default: config.evaluation.tasks.")
@@ -42,6 +49,12 @@ _WORKERS = flags.DEFINE_integer(
 )
 _ENV = flags.DEFINE_string(
     "env", "{}", "Arguments of the suite's make, JSON, over those of config.evaluation.env."
+)
+_INSTRUCTION = flags.DEFINE_enum(
+    "instruction",
+    "right",
+    ["right", "empty", "other"],
+    "What the policy is told in every episode: its instruction, none, or that of another task.",
 )
 _EMBODIMENT = flags.DEFINE_string(
     "embodiment", "", "Whose cameras and units, where a mixture of datasets had several."
@@ -91,6 +104,8 @@ def main(argv):
         problem = f"{_MODE.value}: {ELSEWHERE.get(_MODE.value, 'unknown')}"
         problem = problem if _MODE.value else "is needed"
         _fail(f"--mode {problem}; the modes are {', '.join(MODES)}")
+    if _INSTRUCTION.value != "right" and _MODE.value not in (*CLOSED_LOOP, "realtime"):
+        _fail(f"--instruction acts in the modes {', '.join(CLOSED_LOOP)} and realtime")
     if _SERVER.value and _MODE.value not in CLOSED_LOOP:
         _fail(f"--server acts in the closed-loop modes: {', '.join(CLOSED_LOOP)}")
     if not flags.FLAGS["verbosity"].present:
@@ -104,7 +119,9 @@ def main(argv):
         policy.config = _with_flags(policy.config)
         others = {"open_loop": open_loop, "visualize": visualize, "realtime": realtime}
         run = others.get(_MODE.value, closed_loop)
-        run(policy, pathlib.Path(_WORKDIR.value), pathlib.Path(_OUT.value or _WORKDIR.value), began)
+        workdir = pathlib.Path(_WORKDIR.value)
+        out = pathlib.Path(_OUT.value or _beside(workdir))
+        run(policy, workdir, out, began)
     except (ValueError, ImportError, OSError) as error:  # of a file, or of --server
         logging.debug("Where it was found:", exc_info=True)  # shown by --verbosity=1
         _fail(error)
@@ -113,10 +130,14 @@ def main(argv):
 def closed_loop(policy, workdir, out, began):
     """Trained policy, untrained policy and expert on the same episodes."""
     from lightwam_jax.evaluation import closed_loop as closed_loop_lib
+    from lightwam_jax.evaluation import instructions
     from lightwam_jax.inference import latency
 
     with _remote(policy.config.evaluation.batch) as remote:
-        rates = closed_loop_lib.evaluate(policy, _MODE.value, workdir, out, began, remote)
+        rates = closed_loop_lib.evaluate(
+            policy, _MODE.value, workdir, out, began, remote, _INSTRUCTION.value
+        )
+    out = instructions.directory(out, _INSTRUCTION.value)
     for name, by_task in rates.items():
         for task, rate in by_task.items():
             print(f"{name:<12}{f'{task:<30}  ' if len(by_task) > 1 else ''}{rate}")
@@ -129,15 +150,17 @@ def closed_loop(policy, workdir, out, began):
 def realtime(policy, workdir, out, began):
     """The trained policy with plans that come late, executed in several ways."""
     del workdir
+    from lightwam_jax.evaluation import instructions
     from lightwam_jax.evaluation import realtime as realtime_lib
 
     suite = _SUITE.value or policy.config.evaluation.suite
     if not suite:
         raise ValueError("--mode realtime needs a simulator; config.evaluation.suite names none")
-    how = dict(kinds=_ACTION_KINDS.value, spread=_SPREAD.value)
+    how = dict(kinds=_ACTION_KINDS.value, spread=_SPREAD.value, instruction=_INSTRUCTION.value)
     cells = realtime_lib.evaluate(
         policy, suite, out, _LATENCY.value, _EXECUTION.value, began, **how
     )
+    out = instructions.directory(out, _INSTRUCTION.value)
     print(realtime_lib.text_table(cells))
     print(f"numbers     {out / 'realtime.json'}\nreport      {out / 'realtime.html'}")
 
@@ -212,6 +235,13 @@ def visualize(policy, workdir, out, began):
         html_report.save_png(directory / "attention.png", draw.attention_grid(policy, seen))
     closed_loop_lib.draw_future(policy, directory, chosen)
     print(f"written to {directory}")
+
+
+def _beside(workdir):
+    """Where results go by default: into the run; those of an exported policy stay out of it."""
+    from lightwam_jax.checkpoint import compact
+
+    return f"runs/policies/{workdir.name}" if compact.is_compact(workdir) else workdir
 
 
 def _with_flags(config):

@@ -11,6 +11,7 @@ from configs import (
     demo,
     hdf5_robot,
     libero,
+    libero_scratch,
     libero_standin,
     metaworld,
     rlds,
@@ -37,6 +38,7 @@ from lightwam_jax.models import variants
                 (rlds, rlds.SUITES),
                 (hdf5_robot, hdf5_robot.LAYOUTS),
                 (libero_standin, libero_standin.SUITES),
+                (libero_scratch, (*libero_scratch.SUITES, "all")),
             )
             for name in names
         ),

@@ -29,7 +29,7 @@ from jax.experimental import multihost_utils
 from lightwam_jax import config as config_lib
 from lightwam_jax import params as params_lib
 from lightwam_jax import sharding
-from lightwam_jax.checkpoint import storage
+from lightwam_jax.checkpoint import compact, storage
 
 
 def _dict(config):
@@ -365,6 +365,7 @@ def load_params(path, mesh=None):
     """
     directory = find_checkpoint(path)
     meta = storage.read_meta(directory)
+    compact.check_assets(directory, meta)
     learned = "ema" if "ema" in meta["arrays"] else "params"
     parts = []
     for name in [x for x in (learned, "frozen") if x in meta["arrays"]]:
@@ -375,7 +376,7 @@ def load_params(path, mesh=None):
     config, assets = meta["config"], directory / "assets"
     whole = config is not None and "train" in config
     return LoadedCheckpoint(
-        params=params_lib.merge(*parts),
+        params=compact.widened(params_lib.merge(*parts), meta),
         meta=meta,
         path=directory,
         config=config_lib.from_config_dict(config, made_in=directory) if whole else None,

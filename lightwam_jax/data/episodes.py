@@ -244,14 +244,8 @@ def directories(path):
 
 def _read_several(reader, config, paths):
     """Reads datasets one after the other; ids get the name of their directory in front."""
-    names = [os.path.basename(os.path.normpath(path)) for path in paths]
-    if len(set(names)) < len(names):
-        raise ValueError(
-            f"config.data.path={config.data.path!r} names two directories alike: the "
-            "ids of their episodes would be the same; rename one"
-        )
     found, problems = [], []
-    for name, path in zip(names, paths):
+    for name, path in zip(_distinct(paths), paths):
         prefix = f"{name}/"
         excluded = [i.removeprefix(prefix) for i in config.data.exclude if i.startswith(prefix)]
         data = dataclasses.replace(config.data, path=path, exclude=tuple(excluded))
@@ -259,6 +253,19 @@ def _read_several(reader, config, paths):
         found += [dataclasses.replace(e, id=prefix + e.id) for e in episodes]
         problems += [p._replace(episode=prefix + p.episode) for p in wrong]
     return found, problems
+
+
+def _distinct(paths):
+    """Returns names of directories: the last part of each path, or as many as tell them apart."""
+    parts = [os.path.normpath(path).split(os.sep) for path in paths]
+    for n in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(each[-n:]) for each in parts]
+        if len(set(names)) == len(names):
+            return names
+    raise ValueError(
+        f"config.data.path={','.join(paths)!r} names a directory twice: the ids of its episodes "
+        "would not be unique; name it once"
+    )
 
 
 def tasks(episodes):

@@ -48,7 +48,7 @@ class HashedTextEncoder:
 
     Row i, of deviation `_AMPLITUDE`, is the vector of word i plus a weaker one of position i.
     Without positions, "the red cube in the blue bowl" and "the blue cube in the red bowl" would be
-    the same set of rows.
+    the same set of rows. An empty prompt has no rows.
     """
 
     _AMPLITUDE = 4.0  # the demo's backbone, trained from scratch, learned words sooner than at 1
@@ -62,13 +62,13 @@ class HashedTextEncoder:
         """Returns (context f32 [n, L, dim], mask bool [n, L]).
 
         Raises:
-          ValueError: a prompt without words, or with more than L.
+          ValueError: a prompt that is not empty and has no words, or more than L.
         """
         context = np.zeros((len(prompts), text_len, self.dim), np.float32)
         mask = np.zeros((len(prompts), text_len), bool)
         for row, text in enumerate(prompts):
             words = re.findall(r"[a-z0-9']+", text.lower())
-            if not 0 < len(words) <= text_len:
+            if (text.strip() and not words) or len(words) > text_len:
                 raise ValueError(
                     f"prompt {text!r} has {len(words)} words; expected 1 to "
                     f"config.data.text_len={text_len}"

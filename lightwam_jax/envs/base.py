@@ -9,6 +9,8 @@ An environment serves all tasks of its suite. It has (`envs/demo/tabletop.py` is
   image(camera, size)   uint8 [size,size,3], for the videos of the report
   describe()            optional: plain values that decide physics and pixels, for the manifest:
                         versions of simulator and renderer, cameras; called after a `reset`
+  other_instructions()  optional: list of str, the instructions of the other tasks of the suite, for
+                        the episode that was reset (`evaluation/instructions.py`)
   close()               optional
 What a suite of environments is: `envs/__init__.py`.
 """

@@ -193,6 +193,10 @@ class MetaWorldEnv:
         pixels = self._renderers[size].render()
         return np.ascontiguousarray(pixels[::-1, ::-1] if camera == "corner2" else pixels)
 
+    def other_instructions(self):
+        """Returns the instructions of the other tasks."""
+        return [text for task, text in INSTRUCTIONS.items() if task != self._task]
+
     def describe(self):
         """Returns the versions and settings that decide physics and pixels, as plain values."""
         from OpenGL import GL

@@ -1,6 +1,7 @@
 """Closed-loop evaluation: trained policy, untrained policy and expert on the same episodes.
 
-Not every task has a scripted expert. Where none has, there are only the two policies.
+Not every task has a scripted expert. Where none has, there are only the two policies. A language
+control (`instructions.py`) is run by the trained policy alone: the others are told nothing.
 """
 
 import json
@@ -9,9 +10,17 @@ import time
 import jax
 import numpy as np
 
-from lightwam_jax import html_report, params
+from lightwam_jax import html_report
 from lightwam_jax.data import episodes as episodes_lib
-from lightwam_jax.evaluation import draw, libero_published, report, rollout
+from lightwam_jax.evaluation import (
+    draw,
+    instructions,
+    libero_published,
+    report,
+    rollout,
+    side_by_side,
+    tables,
+)
 from lightwam_jax.evaluation import suites as suites_lib
 from lightwam_jax.training import metrics
 
@@ -20,7 +29,7 @@ VIDEO_FPS = 20  # at most; videos are in real time
 _WHOLE = 60  # tasks; a longer table scrolls
 
 
-def evaluate(policy, suite, workdir, out, began, remote=None):
+def evaluate(policy, suite, workdir, out, began, remote=None, instruction="right"):
     """Evaluates; writes `<out>/summary.json`, `report.html` and, in `report/`, logs and images.
 
     For LIBERO also `summary_libero_*.json`, see `libero_published.py`. An evaluation that was
@@ -32,54 +41,54 @@ def evaluate(policy, suite, workdir, out, began, remote=None):
       began: unix time at which the pipeline began.
       remote: `remote.RemotePolicy` that acts as the trained policy; None: the policy itself. What
         a server does not give (imagined video, attention, the untrained policy) is still made here.
+      instruction: of `instructions.CONTROLS`. Results of another one than "right" go into a
+        directory of their own in `out`.
 
     Returns:
       {"trained", "untrained", "expert": {task: `report.Rate`}}. The expert has only its own tasks,
-      and is left out if it has none. Where there are several tasks, the rates of groups of them
-      (suites, say) follow, and that of all of them as "all".
+      and is left out if it has none; of a control there is only "trained". Where there are several
+      tasks, the rates of groups of them (suites, say) follow, and that of all of them as "all".
 
     Raises:
-      ValueError: a policy of another suite, seeds that were demonstrated, or logs of another
-        evaluation.
+      ValueError: a policy of another suite, seeds that were demonstrated, logs of another
+        evaluation, or an instruction that cannot be given.
       RuntimeError: no episode could be run.
     """
-    suite_run, directory = suites_lib.of_config(policy.config, suite), out / "report"
+    suite_run = suites_lib.of_policy(policy, suite, instruction)
+    base, out = out, instructions.directory(out, instruction)
+    directory = out / "report"
     directory.mkdir(parents=True, exist_ok=True)
-    manifest = manifest_of(policy, suite_run)
-    if remote is not None:
-        manifest["remote"] = remote.describe()
-
-    # ---- episodes and numbers ----------------------------------------------------------------
-    results = _run_all(policy, suite_run, manifest, directory, remote)
-    if remote is not None:
-        manifest["remote"]["guard_changed"] = dict(remote.guarded)
-    rates = {who: report.rate(played) for who, played in results.items()}
-    by_task = {who: report.by_task(played) for who, played in results.items()}
-    by_group = {who: report.by_group(played, suite_run.groups) for who, played in results.items()}
+    results, manifest = _run_all(policy, suite_run, directory, remote)
     published = libero_published.published(results["trained"], manifest)
     libero_published.write_summaries(out, results["trained"], manifest, workdir)
-
-    def summarize():
-        found = dict(manifest=manifest, tasks=by_task, groups=by_group, published=published)
-        seconds = time.time() - began
-        return report.write_summary(
-            out / "summary.json", seconds=seconds, **{"expert": None, **rates}, **found
-        )
-
+    rates = {who: report.rate(played) for who, played in results.items()}
+    found = dict(manifest=manifest, published=published)
+    found["tasks"] = {who: report.by_task(played) for who, played in results.items()}
+    found["groups"] = {
+        who: report.by_group(played, suite_run.groups) for who, played in results.items()
+    }
+    totals = {"untrained": None, "expert": None, **rates}
+    summarize = lambda: report.write_summary(
+        out / "summary.json", seconds=time.time() - began, **totals, **found
+    )
     summarize()  # so that no image can cost the numbers
 
-    # ---- the page ----------------------------------------------------------------------------
     sections = _sections(policy, workdir, directory, suite_run, results, rates)
-    sections[1:1] = _published_section(published)
-    seconds = summarize()["seconds"]  # they include the images
-    title, headline = (
+    sections[1:1] = [
+        *side_by_side.sections(base, out, directory),
+        *_published_section(published),
+    ]
+    html_report.write_html(
+        out / "report.html",
         f"Light-WAM JAX · {policy.config.name}",
-        _headline(rates["trained"], suite_run),
+        tables.headline(rates["trained"], suite_run),
+        # The seconds include the images.
+        tables.facts(policy, results, rates, summarize()["seconds"], manifest.get("remote")),
+        sections,
+        manifest,
     )
-    facts = _facts(policy, results, rates, seconds, manifest.get("remote"))
-    html_report.write_html(out / "report.html", title, headline, facts, sections, manifest)
     every = {who: {"all": r} if len(suite_run.tasks) > 1 else {} for who, r in rates.items()}
-    return {who: by_task[who] | by_group[who] | every[who] for who in results}
+    return {who: found["tasks"][who] | found["groups"][who] | every[who] for who in results}
 
 
 def manifest_of(policy, suite_run=None):
@@ -89,7 +98,7 @@ def manifest_of(policy, suite_run=None):
     """
     device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     driver = report.gpu_driver(jax.default_backend())
-    environment = rollout.describe(suite_run.env, suite_run.episodes[0]) if suite_run else None
+    environment = rollout.describe(suite_run.played, suite_run.episodes[0]) if suite_run else None
     return report.manifest(
         policy.config, policy.step, _hash(policy), device, suite_run, environment, driver
     )
@@ -101,26 +110,41 @@ def _hash(policy):
     return report.weights_hash(sorted(named.items()))
 
 
-def _run_all(policy, suite_run, manifest, directory, remote):
-    """Returns {"trained", "untrained" and, if there is one, "expert": [`EpisodeResult`]}."""
-    e, env, results = policy.config.evaluation, suite_run.env, {}
-    trained = policy.deployed()
+def _run_all(policy, suite_run, directory, remote):
+    """Returns {"trained", "untrained" and, if there is one, "expert": [`EpisodeResult`]}, manifest.
+
+    Of a language control only "trained".
+    """
+    if remote is not None and suite_run.instruction == "empty":
+        raise ValueError(
+            "--instruction empty: a policy server refuses requests without an instruction; "
+            "evaluate it without --server"
+        )
+    manifest = manifest_of(policy, suite_run)
+    if remote is not None:
+        manifest["remote"] = remote.describe()
+    e, env, results = policy.config.evaluation, suite_run.played, {}
+    trained, control = policy.deployed(), suite_run.instruction != "right"
     trained.warm_up([e.batch])
-    untrained = trained.untrained(policy.config.seed)
-    actors = {"trained": (trained, manifest["weights"]), "untrained": (untrained, _hash(untrained))}
+    actors = {"trained": (trained, manifest["weights"])}
+    if not control:
+        untrained = trained.untrained(policy.config.seed)
+        actors["untrained"] = untrained, _hash(untrained)
     for who, (actor, weights) in actors.items():
         log, decisive = directory / f"{who}.jsonl", report.log_manifest(manifest, weights)
         act = actor.act
         if remote is not None and who == "trained":
             act, decisive = remote.act, decisive | {"remote": remote.decisive()}
         results[who] = rollout.run(act, env, suite_run.episodes, e, log, decisive, who)
-    if suite_run.expert_tasks:
+    if suite_run.expert_tasks and not control:
         known = [
             episode for episode in suite_run.episodes if episode.task in suite_run.expert_tasks
         ]
         log, decisive = directory / "expert.jsonl", report.log_manifest(manifest, "expert")
         results["expert"] = rollout.run(None, env, known, e, log, decisive, "expert")
-    return results
+    if remote is not None:
+        manifest["remote"]["guard_changed"] = dict(remote.guarded)
+    return results, manifest
 
 
 # ---- sections of the page ------------------------------------------------------------------------
@@ -130,8 +154,8 @@ def _sections(policy, workdir, directory, suite_run, results, rates):
     """Draws everything and returns the report's sections."""
     e, fps = policy.config.evaluation, suite_run.fps
     every = max(1, round(fps / VIDEO_FPS))
-    shown = choose(results["trained"], e.videos)
-    videos = rollout.replay(suite_run.env, shown, every, VIDEO_SIZE, e.replan_steps)
+    shown = tables.choose(results["trained"], e.videos)
+    videos = rollout.replay(suite_run.played, shown, every, VIDEO_SIZE, e.replan_steps)
     size = next(iter(videos[0]["observations"][0]["images"].values())).shape[0]
     return [
         _success_section(directory, suite_run, results, rates),
@@ -145,9 +169,9 @@ def _sections(policy, workdir, directory, suite_run, results, rates):
             ),
         ),
         *_episode_sections(policy, directory, suite_run.suite, shown[0], videos),
-        _imagined_section(policy, directory, suite_run.env, results, size),
-        html_report.Section("How it learned", "", _curves(workdir, directory)),
-        html_report.Section("Every episode", "", table=_table(results)),
+        _imagined_section(policy, directory, suite_run.played, results, size),
+        *_learning_section(workdir, directory),
+        html_report.Section("Every episode", "", table=tables.episodes(results)),
     ]
 
 
@@ -155,7 +179,11 @@ def _success_section(directory, suite_run, results, rates):
     labels = dict(trained="trained policy", untrained="untrained policy", expert="scripted expert")
     report.success_chart(directory / "success.png", {labels[who]: rates[who] for who in rates})
     known, tasks = len(suite_run.expert_tasks), len(suite_run.tasks)
-    if not known:
+    fresh = "The untrained policy is the same network with fresh random parameters. "
+    if "untrained" not in results:
+        told = instructions.LABELS[suite_run.instruction]
+        same, fresh = f"A control: in every episode the policy is given {told}.", ""
+    elif not known:
         same = "The same episodes for both. No task evaluated here has a scripted expert."
     elif known < tasks:
         same = (
@@ -166,10 +194,9 @@ def _success_section(directory, suite_run, results, rates):
         same = "The same episodes for all three."
     return html_report.Section(
         "How often it succeeds",
-        f"{same} The untrained policy is the same network with fresh random parameters. In "
-        "brackets: 95 % Wilson intervals.",
+        f"{same} {fresh}In brackets: 95 % Wilson intervals.",
         _wide(directory / "success.png"),
-        _task_table(results, suite_run.groups) if tasks > 1 else (),
+        tables.tasks(results, suite_run.groups) if tasks > 1 else (),
         whole=tasks <= _WHOLE,
     )
 
@@ -219,7 +246,7 @@ def _imagined_section(policy, directory, env, results, size):
     """Imagined video beside what happened: in the expert's episodes, or the trained policy's."""
     episodes = [result for result in results.get("expert", ()) if result.error is None][:6]
     acted = "the expert" if episodes else "the trained policy"
-    episodes = episodes or choose(results["trained"], 6)
+    episodes = episodes or tables.choose(results["trained"], 6)
     longest = max(result.steps for result in episodes)
     replays = rollout.replay(env, episodes, longest, size, replan_steps=1)
     draw_future(policy, directory, [_as_episode(*each) for each in zip(episodes, replays)])
@@ -231,6 +258,13 @@ def _imagined_section(policy, directory, env, results, size):
         "PSNR and SSIM against what happened.",
         _wide(*(directory / name for name in ("future.png", "future.mp4", "psnr.png", "ssim.png"))),
     )
+
+
+def _learning_section(workdir, directory):
+    """[the section], or [] for a policy that was exported without its run's metrics."""
+    if not (workdir / "metrics.jsonl").exists():
+        return []
+    return [html_report.Section("How it learned", "", _curves(workdir, directory))]
 
 
 def _curves(workdir, directory):
@@ -254,20 +288,6 @@ def _curves(workdir, directory):
 
 def _wide(*paths):
     return tuple(html_report.Media(path, wide=True) for path in paths)
-
-
-def choose(results, count):
-    """Picks episodes to show: solved ones of different instructions first, then failures.
-
-    At most a quarter of `count` are failures (at least one, if there is any), unless there are too
-    few solved ones.
-    """
-    solved, failed = ([r for r in results if r.success is wanted] for wanted in (True, False))
-    first = list({r.prompt: r for r in reversed(solved)}.values())[::-1]
-    solved = first + [r for r in solved if r not in first]
-    failures = min(len(failed), max(1, count // 4))
-    chosen = solved[: max(1, count - failures)]
-    return chosen + failed[: max(1, count) - len(chosen)]
 
 
 def _video(directory, config, fps, result, video):
@@ -322,61 +342,3 @@ def draw_future(policy, directory, episodes):
         path = directory / f"{kind}.png"
         html_report.curve_chart(path, series, title, xlabel="steps ahead", width=9.4)
     (directory / "future.json").write_text(json.dumps(numbers, indent=2) + "\n")
-
-
-# ---- headline and tables -------------------------------------------------------------------------
-
-
-def _headline(rate, suite_run):
-    low, high = (100 * bound for bound in rate.interval)
-    errors = f" {rate.errors} more could not be run." if rate.errors else ""
-    unseen = "" if suite_run.demonstrated is None else ", none of which was demonstrated"
-    return f"{100 * rate.value:.0f} %", (
-        f"of {rate.episodes} episodes solved from camera images and an instruction{unseen} "
-        f"(95 % interval {low:.0f} to {high:.0f} %).{errors}"
-    )
-
-
-def _facts(policy, results, rates, seconds, remote=None):
-    steps = [result.steps for result in results["trained"] if result.success]
-    minutes, rest = divmod(round(seconds), 60)
-    facts = [(f"{100 * rates['untrained'].value:.0f} %", "untrained policy, same episodes")]
-    if "expert" in rates:
-        same = len(results["expert"]) == len(results["trained"])
-        whose = "same episodes" if same else "episodes of its tasks"
-        facts.append((f"{100 * rates['expert'].value:.0f} %", f"scripted expert, {whose}"))
-    return [
-        *facts,
-        (f"{np.mean(steps):.0f}" if steps else "none", "steps per solved episode"),
-        (f"{params.count(policy.params) / 1e6:.2f} M", "parameters"),
-        (f"{policy.step:,}", "training steps"),
-        (f"{minutes} min {rest:02d} s", "from start to this report"),
-        *([(remote["url"], "where the trained policy ran")] if remote else ()),
-    ]
-
-
-def _task_table(results, groups):
-    rates = {
-        who: report.by_group(played, groups) | report.by_task(played)
-        for who, played in results.items()
-    }
-    rows = [("task", *results)]
-    for task in rates["trained"]:
-        cells = [report.brief(by[task]) if task in by else "no expert" for by in rates.values()]
-        rows.append((task, *cells))
-    return tuple(rows)
-
-
-def _table(results):
-    names = {True: "solved", False: "not solved", None: "could not run"}
-    experts = {result.episode: result for result in results.get("expert", ())}
-    head = ("episode", "instruction", "trained", "steps", "untrained")
-    rows = [(*head, "expert", "steps") if experts else head]
-    for trained, untrained in zip(results["trained"], results["untrained"]):
-        key, prompt = trained.episode.key, trained.prompt or untrained.prompt
-        row = [key, prompt, names[trained.success], trained.steps, names[untrained.success]]
-        if experts:
-            expert = experts.get(trained.episode)
-            row += [names[expert.success], expert.steps] if expert else ["no expert", ""]
-        rows.append(row)
-    return tuple(rows)

@@ -26,7 +26,7 @@ def write_summaries(out, results, manifest, checkpoint):
     task's episodes spent in the simulator, without waiting for plans: many tasks run at once, and
     none has a wall clock of its own. Episodes that could not be run count for nothing; there is a
     key "errors" if there are any. What was made with stand-in assets says so in a key "assets",
-    because it is no LIBERO score.
+    and a language control in a key "instruction", because neither is a LIBERO score.
 
     Args:
       out: pathlib.Path of the directory.
@@ -47,6 +47,7 @@ def write_summaries(out, results, manifest, checkpoint):
             "ckpt": str(checkpoint),
             "config": manifest["config"],
             **({} if assets == "LIBERO" else {"assets": assets}),
+            **({"instruction": manifest["instruction"]} if "instruction" in manifest else {}),
             "suite_stats": {
                 place: {
                     "total_tasks": len(tasks),
@@ -146,6 +147,7 @@ def _unlike(suite, tasks, manifest):
     size, rendering = environment["image_size"], environment["rendering"]
     assets = environment["assets"]
     reasons = {
+        f"instruction: {manifest.get('instruction')}": "instruction" in manifest,
         f"made with {assets} assets": assets != "LIBERO",
         f"{missing} of the suite's tasks are missing": missing,
         f"{settle} steps to settle, {protocol.settle} there": settle != protocol.settle,

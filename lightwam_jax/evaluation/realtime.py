@@ -17,7 +17,7 @@ import numpy as np
 from lightwam_jax import html_report
 from lightwam_jax.data import actions as actions_lib
 from lightwam_jax.data import normalize
-from lightwam_jax.evaluation import closed_loop, report, rollout
+from lightwam_jax.evaluation import closed_loop, instructions, report, rollout
 from lightwam_jax.evaluation import suites as suites_lib
 from lightwam_jax.evaluation.realtime_episode import Setting
 from lightwam_jax.inference import realtime
@@ -123,7 +123,9 @@ def setting_of(policy, execution, latency, kinds=(), spread=1):
     return Setting(execution, tuple(latency), *depth, spread, limits, band)
 
 
-def evaluate(policy, suite, out, latencies, executions, began, kinds=(), spread=1):
+def evaluate(
+    policy, suite, out, latencies, executions, began, kinds=(), spread=1, instruction="right"
+):
     """Evaluates every cell; writes realtime.json, realtime.png and realtime.html into `out`.
 
     An evaluation that was interrupted continues: report/realtime_*.jsonl have its episodes.
@@ -132,6 +134,7 @@ def evaluate(policy, suite, out, latencies, executions, began, kinds=(), spread=
       policy: `Policy` trained for the suite. suite: of `envs.SUITES`. out: pathlib.Path.
       latencies: texts, see `latency_steps`. executions: of `realtime.SPLICES`.
       began: unix time at which it began. kinds, spread: as of `setting_of`.
+      instruction: of `instructions.CONTROLS`; another than "right" has a directory of its own.
 
     Returns:
       [`Cell`], latency by latency.
@@ -143,7 +146,9 @@ def evaluate(policy, suite, out, latencies, executions, began, kinds=(), spread=
         raise ValueError(
             f"--execution {', '.join(unknown)}: expected {', '.join(realtime.SPLICES)}"
         )
-    suite_run, directory = suites_lib.of_config(policy.config, suite), out / "report"
+    suite_run = suites_lib.of_policy(policy, suite, instruction)
+    out = instructions.directory(out, instruction)
+    directory = out / "report"
     settings = [
         (text, setting_of(policy, name, latency_steps(text, suite_run.fps), kinds, spread))
         for text in latencies
@@ -159,7 +164,7 @@ def evaluate(policy, suite, out, latencies, executions, began, kinds=(), spread=
         decisive["realtime"] = dataclasses.asdict(setting)
         results = rollout.run(
             trained.act,
-            suite_run.env,
+            suite_run.played,
             suite_run.episodes,
             e,
             directory / f"realtime_{name}.jsonl",
@@ -260,6 +265,8 @@ def _write(out, config, manifest, setting, cells, seconds):
         f"solved with plans {first.latency} control steps late, execution {first.execution}; the "
         f"others are below. Virtual time, {e.replan_steps} steps of each plan."
     )
+    if control := manifest.get("instruction"):
+        meaning += f" The policy was given {instructions.LABELS[control]}."
     section = html_report.Section(
         "Success against latency",
         "The same episodes in every row. Steps: mean over the solved episodes. Holds and skipped: "

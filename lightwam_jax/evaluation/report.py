@@ -6,6 +6,7 @@ Every success rate carries its Wilson interval, and every result a manifest of w
 import dataclasses
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import pathlib
 import platform
@@ -19,6 +20,7 @@ from lightwam_jax import html_report
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "mujoco")
 _LEVEL = 0.9500042097035593  # 1.96 standard deviations
 TRAINED, UNTRAINED, EXPERT = html_report.BLUE, html_report.GREY, html_report.GREEN
+OTHERS = html_report.COLOURS[1]
 
 
 # ---- success rates -------------------------------------------------------------------------------
@@ -117,7 +119,7 @@ def write_summary(
 
     Args:
       path: file to write.
-      trained, untrained: `Rate`s over the same episodes.
+      trained, untrained: `Rate`s over the same episodes; None for the second where it was not run.
       expert: that of the scripted expert over the episodes of tasks that have one; None where
         none has, and then the summary has no key for it.
       seconds: wall clock of the whole pipeline. manifest: of `manifest(...)`.
@@ -127,9 +129,10 @@ def write_summary(
     summary = {
         "success_rate": trained.value,
         "interval": list(trained.interval),
-        "untrained_success_rate": untrained.value,
-        "untrained_interval": list(untrained.interval),
     }
+    if untrained is not None:
+        summary["untrained_success_rate"] = untrained.value
+        summary["untrained_interval"] = list(untrained.interval)
     if expert is not None:
         summary["expert_success_rate"] = expert.value
         summary["expert_interval"] = list(expert.interval)
@@ -175,6 +178,8 @@ def manifest(config, step, weights, device, suite_run=None, environment=None, dr
             "demonstrated_seeds": suite_run.demonstrated,
             "environment": environment,
         }
+        if suite_run.instruction != "right":
+            found["instruction"] = suite_run.instruction
     return found | {
         "config": config.name,
         "model": config.model.variant,
@@ -207,8 +212,12 @@ DECISIVE = ("suite", "env", "environment", "replan_steps", "max_steps", "batch",
 
 
 def log_manifest(manifest, policy):
-    """Returns the manifest of one policy's log: its weights' hash, or "expert", and `DECISIVE`."""
-    return {"policy": policy, **{key: manifest[key] for key in DECISIVE}}
+    """Returns the manifest of one policy's log: its weights' hash, or "expert", and `DECISIVE`.
+
+    "instruction" is decisive too, and only there in a language control.
+    """
+    control = {key: manifest[key] for key in ("instruction",) if key in manifest}
+    return {"policy": policy, **{key: manifest[key] for key in DECISIVE}, **control}
 
 
 def gpu_driver(backend):
@@ -262,10 +271,11 @@ def success_chart(path, rates):
 
     Args:
       path: file to write.
-      rates: {label: `Rate`}, in the order trained, untrained and, if there is one, expert.
+      rates: {label: `Rate`}, in the order trained, untrained, expert, and others.
     """
+    colours = itertools.chain((TRAINED, UNTRAINED, EXPERT), itertools.repeat(OTHERS))
     with html_report.chart(path, 9.4, 0.6 + 0.5 * len(rates)) as axes:
-        for row, (r, colour) in enumerate(zip(rates.values(), (TRAINED, UNTRAINED, EXPERT))):
+        for row, (r, colour) in enumerate(zip(rates.values(), colours)):
             low, high = (100 * bound for bound in r.interval)
             axes.barh(row, 100 * r.value, color=colour, height=0.56)
             axes.plot([low, high], [row, row], color=html_report.INK, lw=1.3)

@@ -7,6 +7,7 @@ import pathlib
 from lightwam_jax import envs
 from lightwam_jax.data import episodes as episodes_lib
 from lightwam_jax.envs import base as envs_base
+from lightwam_jax.evaluation import instructions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,6 +22,8 @@ class SuiteRun:
         is not known.
       expert_tasks: those of `tasks` that have a scripted expert.
       groups: {name: [tasks]} that get success rates of their own, if there are several.
+      instruction: of `instructions.CONTROLS`; decides what the policy is told.
+      known: instructions that the policy was trained with, for that.
     """
 
     suite: str
@@ -30,6 +33,13 @@ class SuiteRun:
     demonstrated: dict | None
     expert_tasks: tuple
     groups: dict
+    instruction: str = "right"
+    known: tuple = ()
+
+    @property
+    def played(self):
+        """`base.EnvSpec` of what is played: `env` that gives the instruction of the control."""
+        return instructions.spec(self.env, self.instruction, self.known)
 
     @property
     def tasks(self):
@@ -37,11 +47,22 @@ class SuiteRun:
         return list(dict.fromkeys(episode.task for episode in self.episodes))
 
 
-def of_config(config, suite):
+def of_policy(policy, suite, instruction="right"):
+    """Returns the `SuiteRun` of a policy under a language control; raises as `of_config`."""
+    instructions.check(instruction)
+    suite_run = of_config(policy.config, suite, policy.demonstrated)
+    if instruction == "right":
+        return suite_run
+    known = tuple(policy.known_prompts)
+    return dataclasses.replace(suite_run, instruction=instruction, known=known)
+
+
+def of_config(config, suite, demonstrated=None):
     """Returns the `SuiteRun` of a policy's config.
 
     Args:
       config: `Config`. suite: of `envs.SUITES`.
+      demonstrated: as of `SuiteRun`, where the policy kept it; None: see `demonstrated_seeds`.
 
     Raises:
       ValueError: a policy of another suite, an unknown task, or episodes that were demonstrated.
@@ -54,7 +75,7 @@ def of_config(config, suite):
         )
     tasks = e.tasks or module.TASKS
     episodes = module.episodes(tasks, e.episodes, e.first_seed)
-    demonstrated = _demonstrated(config)
+    demonstrated = demonstrated_seeds(config) if demonstrated is None else demonstrated
     for episode in episodes:
         for first, count in (demonstrated or {}).get(episode.task, ()):
             if first <= episode.seed < first + count:
@@ -71,7 +92,7 @@ def of_config(config, suite):
     return SuiteRun(suite, env, tuple(episodes), module.FPS, demonstrated, experts, groups)
 
 
-def _demonstrated(config):
+def demonstrated_seeds(config):
     """Returns `SuiteRun.demonstrated`, from what the recorder wrote beside the episodes."""
     found = {}
     for directory in episodes_lib.directories(config.data.path):

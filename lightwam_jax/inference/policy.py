@@ -45,6 +45,7 @@ class Policy:
       model: `LightWAM`. params: its parameters, in-memory layout, or what `deploy.py` made of them.
       config: `Config`. assets: `data.assets.Assets`.
       step: of the checkpoint; None for parameters that were never trained.
+      demonstrated: seeds that an exported policy knows, as `suites.SuiteRun` has them; else None.
     """
 
     def __init__(self, model, params, config, assets, step=None, deploy=False):
@@ -54,7 +55,8 @@ class Policy:
         """
         self.model, self.params = model, jax.device_put(params)
         self.config, self.assets, self.step, self.is_deployed = config, assets, step, deploy
-        self._deployed, self._stored = None, None if deploy else _dtypes(params)
+        self._stored = None if deploy else _dtypes(params)
+        self._deployed = self.demonstrated = None
         self._transform = actions_lib.from_config(config)
         self._traced = []  # batch size of each compilation of the action pass
         # Initialisers are many and run once: on a CPU, optimising them takes longer than they do.
@@ -110,7 +112,7 @@ class Policy:
             params = deploy_lib.deployed(params, config.model, config.data.action_horizon)
         model = build.build_model(config.model)
         policy = cls(model, params, config, assets, stored.meta["step"], deploy)
-        policy._stored = dtypes
+        policy._stored, policy.demonstrated = dtypes, stored.meta.get("demonstrated")
         return policy
 
     def deployed(self):
@@ -196,10 +198,7 @@ class Policy:
         return self.assets.codec.decode(np.asarray(latents)[: len(state)])
 
     def stages(self, images, state, prompts):
-        """Returns what `act` gives the model, for the skew check; may run in another thread.
-
-        Args:
-          images, state, prompts: as for `act`.
+        """Returns what `act` makes of its arguments for the model; may run in another thread.
 
         Returns:
           {"canvas": f32 [B,H,W,3] in 0..1, "latents": f32 [B,h,w,C] of bfloat16's values,

@@ -204,8 +204,18 @@ def test_several_directories_are_one_data_set(monkeypatch, tmp_path):
         episodes.load_episodes(make(tmp_path, **both))
     with pytest.raises(FileNotFoundError, match="elsewhere"):
         episodes.load_episodes(make(tmp_path, **{"data.path": f"{paths[0]},elsewhere"}))
-    with pytest.raises(ValueError, match="two directories alike"):
-        episodes.load_episodes(make(tmp_path, **{"data.path": f"{paths[0]},{paths[0]}"}))
+    with pytest.raises(ValueError, match="names a directory twice"):
+        episodes.load_episodes(make(tmp_path, **{"data.path": f"{paths[0]},{paths[0]}/"}))
+
+
+def test_directories_of_one_name_are_told_apart_by_their_parents(tmp_path, monkeypatch):
+    paths = [tmp_path / suite / "episodes" for suite in ("spatial", "goal")]
+    for path in paths:
+        path.mkdir(parents=True)
+    monkeypatch.setattr(lerobot, "read", lambda config: (synthetic.make_episodes(1), []))
+    found = episodes.load_episodes(make(tmp_path, **{"data.path": ",".join(map(str, paths))}))
+    names = [episode.id for episode in found]
+    assert names == ["spatial/episodes/episode_000", "goal/episodes/episode_000"]
 
 
 def make(tmp_path, **overrides):

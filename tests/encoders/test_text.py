@@ -79,6 +79,8 @@ def test_too_long_and_empty_prompts():
         encoder.encode(["one two three"], 2)
     with pytest.raises(ValueError, match="has 0 words"):
         encoder.encode(["!"], 2)
+    context, mask = encoder.encode(["", "go"], 2)
+    assert not context[0].any() and not mask[0].any() and mask[1].tolist() == [True, False]
     with pytest.raises(ValueError, match="'umt6' has no encoder here; known encoders"):
         encoders.make_text_encoder("umt6", 8)
 

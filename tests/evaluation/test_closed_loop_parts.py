@@ -8,7 +8,7 @@ import pytest
 
 from lightwam_jax import html_report
 from lightwam_jax.envs import base as envs_base
-from lightwam_jax.evaluation import closed_loop, draw, report, worker
+from lightwam_jax.evaluation import closed_loop, draw, report, tables, worker
 
 
 def ran(seed, success, steps=40, task="a", prompt="go"):
@@ -26,7 +26,7 @@ RUNS = {
 
 
 def test_the_table_has_a_row_for_every_episode():
-    head, *rows = closed_loop._table(RUNS)
+    head, *rows = tables.episodes(RUNS)
     assert head == ("episode", "instruction", "trained", "steps", "untrained", "expert", "steps")
     assert rows == [
         ["a/0/0", "go", "solved", 10, "not solved", "no expert", ""],
@@ -35,13 +35,13 @@ def test_the_table_has_a_row_for_every_episode():
         ["b/0/3", "go", "could not run", 0, "solved", "not solved", 8],
     ]
     two = {name: RUNS[name] for name in ("trained", "untrained")}
-    head, *rows = closed_loop._table(two)
+    head, *rows = tables.episodes(two)
     assert head == ("episode", "instruction", "trained", "steps", "untrained")
     assert rows[0] == ["a/0/0", "go", "solved", 10, "not solved"]
 
 
 def test_rates_of_groups_stand_before_those_of_tasks():
-    head, *rows = closed_loop._task_table(RUNS, {"both": ["a", "b"]})
+    head, *rows = tables.tasks(RUNS, {"both": ["a", "b"]})
     assert head == ("task", "trained", "untrained", "expert")
     assert [row[0] for row in rows] == ["both", "a", "b"]
     assert rows[1][1:] == ("50 % (9 to 91), 1 of 2", "0 % (0 to 66), 0 of 2", "no expert")
@@ -52,11 +52,12 @@ def test_rates_of_groups_stand_before_those_of_tasks():
 def test_facts_and_headline_are_of_the_right_policy():
     rates = {name: report.rate(played) for name, played in RUNS.items()}
     policy = types.SimpleNamespace(params={"w": np.zeros((1500, 1000))}, step=12345)
-    facts = closed_loop._facts(policy, RUNS, rates, 125.4)
+    facts = tables.facts(policy, RUNS, rates, 125.4)
     assert [number for number, _ in facts] == [
         "25 %",
         "50 %",
         "16",  # mean of 10 and 21 steps, those that solved it, is 15.5
+        "1.0 s",  # without the episode that could not run
         "1.50 M",
         "12,345",
         "2 min 05 s",
@@ -64,16 +65,19 @@ def test_facts_and_headline_are_of_the_right_policy():
     assert facts[1][1] == "scripted expert, episodes of its tasks"
     none = {name: [ran(0, False)] for name in ("trained", "untrained")}
     rates = {name: report.rate(played) for name, played in none.items()}
-    assert [number for number, _ in closed_loop._facts(policy, none, rates, 60)][1] == "none"
-    suite_run = types.SimpleNamespace(demonstrated=None)
-    assert closed_loop._headline(report.Rate(40, 50, 2), suite_run) == (
+    assert [number for number, _ in tables.facts(policy, none, rates, 60)][1] == "none"
+    suite_run = types.SimpleNamespace(demonstrated=None, instruction="right")
+    assert tables.headline(report.Rate(40, 50, 2), suite_run) == (
         "80 %",
         "of 50 episodes solved from camera images and an instruction "
         "(95 % interval 67 to 89 %). 2 more could not be run.",
     )
     suite_run.demonstrated = {"a": (0, 9)}
-    said = closed_loop._headline(report.Rate(40, 50, 0), suite_run)[1]
+    said = tables.headline(report.Rate(40, 50, 0), suite_run)[1]
     assert "none of which was demonstrated" in said and "could not" not in said
+    suite_run.instruction = "other"
+    said = tables.headline(report.Rate(1, 50, 0), suite_run)[1]
+    assert "though the policy was given the instruction of another task" in said
 
 
 @pytest.mark.parametrize(
@@ -87,8 +91,26 @@ def test_a_quarter_of_what_is_shown_are_failures(count, shown):
             [(True, "x"), (True, "x"), (True, "y"), (True, "y"), (False, "x"), (False, "x")]
         )
     ]
-    assert [one.episode.seed for one in closed_loop.choose(results, count)] == shown
-    assert [one.episode.seed for one in closed_loop.choose(results[4:], 2)] == [4, 5]
+    assert [one.episode.seed for one in tables.choose(results, count)] == shown
+    assert [one.episode.seed for one in tables.choose(results[4:], 2)] == [4, 5]
+
+
+def test_every_task_is_shown_and_its_failure_where_there_is_room():
+    results = [
+        ran(seed, success, task=task)
+        for seed, (task, success) in enumerate(
+            [("a", True), ("a", True), ("a", False), ("b", True), ("c", False), ("b", False)]
+        )
+    ]
+    for count, shown in ((2, [0, 4]), (3, [0, 3, 4]), (4, [0, 3, 4, 2]), (5, [0, 3, 4, 2, 5])):
+        assert [one.episode.seed for one in tables.choose(results, count)] == shown
+    assert len(tables.choose(results, 9)) == 6
+
+
+def test_a_control_is_a_table_of_the_policy_alone():
+    head, *rows = tables.episodes({"trained": RUNS["trained"][:1]})
+    assert head == ("episode", "instruction", "trained", "steps")
+    assert rows == [["a/0/0", "go", "solved", 10]]
 
 
 def test_a_replay_becomes_an_episode_step_by_step():

@@ -121,6 +121,7 @@ def stub(**data):
     config.evaluation = fakes.evaluation(suite="demo", episodes=4, workers=1, max_steps=40)
     ends = dict(global_min=[-1.0, 0.0], global_max=[1.0, 2.0])
     made = types.SimpleNamespace(config=config, params={"w": np.zeros(3)}, step=7)
+    made.demonstrated = None
     made.assets = types.SimpleNamespace(statistics={"action": {"default": ends}})
     made.deployed = lambda: made
     made.warm_up = lambda sizes: None
@@ -200,7 +201,7 @@ def test_a_whole_evaluation_writes_its_files_and_continues(tmp_path, monkeypatch
     run = suites_lib.SuiteRun(
         "demo", fakes.spec(), tuple(fakes.episodes(0, 1, 2, 3)), 10, None, (), {}
     )
-    monkeypatch.setattr(suites_lib, "of_config", lambda config, suite: run)
+    monkeypatch.setattr(suites_lib, "of_config", lambda *arguments: run)
     arguments = policy, "demo", tmp_path, ["0", "2"], ["conserve"], 0.0
     cells = realtime.evaluate(*arguments)
     direct = rollout.run(policy.act, fakes.spec(), run.episodes, policy.config.evaluation)

@@ -10,7 +10,7 @@ import pytest
 
 from lightwam_jax import html_report
 from lightwam_jax.envs import base as envs_base
-from lightwam_jax.evaluation import closed_loop, compare, draw, report, suites, worker
+from lightwam_jax.evaluation import compare, draw, report, suites, tables, worker
 from tests.inference.test_policy import make_config
 
 
@@ -190,9 +190,9 @@ def test_shown_episodes_cover_instructions_and_do_not_hide_failures():
             [(True, "a"), (True, "a"), (False, "a"), (True, "b"), (None, "c"), (False, "b")]
         )
     ]
-    assert [r.episode.seed for r in closed_loop.choose(results, 4)] == [0, 3, 1, 2]
-    assert [r.episode.seed for r in closed_loop.choose(results[:2], 4)] == [0, 1]
-    assert [r.episode.seed for r in closed_loop.choose([results[2], results[5]], 2)] == [2, 5]
+    assert [r.episode.seed for r in tables.choose(results, 4)] == [0, 3, 1, 2]
+    assert [r.episode.seed for r in tables.choose(results[:2], 4)] == [0, 1]
+    assert [r.episode.seed for r in tables.choose([results[2], results[5]], 2)] == [2, 5]
 
 
 def test_demonstrated_seeds_are_refused(tmp_path):

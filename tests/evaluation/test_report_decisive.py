@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from lightwam_jax.envs import base as envs_base
-from lightwam_jax.evaluation import closed_loop, report, suites, worker
+from lightwam_jax.evaluation import report, suites, tables, worker
 
 
 def test_a_log_names_all_that_decides_how_an_episode_goes():
@@ -57,4 +57,4 @@ def test_of_few_videos_one_shows_a_failure():
         )
         for i in range(4)
     ]
-    assert [r.episode.seed for r in closed_loop.choose(results, 2)] == [1, 0]
+    assert [r.episode.seed for r in tables.choose(results, 2)] == [1, 0]

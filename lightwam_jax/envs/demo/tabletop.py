@@ -209,6 +209,11 @@ class TabletopEnv:
             raise KeyError(f"no camera {camera!r}; the table has {', '.join(CAMERAS)}")
         return self._renderer.render(self.data, camera, size or self.image_size, bool(size))
 
+    def other_instructions(self):
+        """Returns the instructions that name the other objects on the table."""
+        others = (i for i in range(len(self.scene.objects)) if i != self.scene.target)
+        return [dataclasses.replace(self.scene, target=i).prompt for i in others]
+
     def describe(self):
         """Returns the versions that decide physics and pixels."""
         return {

@@ -255,6 +255,11 @@ class LiberoEnv:
             upside_down = self._camera.render(_SIMULATED[camera], size)
         return np.ascontiguousarray(upside_down[::-1, ::-1])
 
+    def other_instructions(self):
+        """Returns the instructions of the other tasks of the suite."""
+        tasks = libero_files.tasks(libero_files.suite_of(self._task))
+        return [libero_files.instruction(task) for task in tasks if task != self._task]
+
     def describe(self):
         """Returns what decides physics and pixels, as plain values."""
         versions = {}
