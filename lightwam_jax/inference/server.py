@@ -381,7 +381,8 @@ if __name__ == "__main__":
     flags.DEFINE_string("certfile", "", "TLS certificate chain, PEM.")
     flags.DEFINE_string("keyfile", "", "Its private key, PEM, if not in --certfile.")
     flags.DEFINE_string("record", "", "Directory for all requests and replies; default: none kept.")
-    flags.DEFINE_float("record_gib", 4.0, "Size of --record; the oldest requests are deleted.")
+    size = "Of --record, on the disk; the oldest requests are deleted."
+    flags.DEFINE_float("record_gib", 4.0, size, lower_bound=2**-20)
     options_lib.define_flags(flags)
     flags.mark_flag_as_required("workdir")
     app.run(main)
