@@ -56,7 +56,7 @@ def parts(policy, observed):
     images, state = policy._check(images, state, prompts)
     *weights, canvas, kept, state = policy._padded(images, state, prompts)
     weights = dict(zip(("policy", "codec"), weights))
-    images = {camera: policy_lib._pad(image, len(canvas)) for camera, image in images.items()}
+    images = {camera: policy_lib.pad_rows(image, len(canvas)) for camera, image in images.items()}
     on_device = jax.device_put(images)
     do = action_pass.stages(policy.config.model, policy.assets.codec.encode_with)
     encode, to_context, read = (jax.jit(f) for f in (do.encode, do.context, do.read))

@@ -23,6 +23,7 @@ from lightwam_jax.evaluation.realtime_episode import Setting
 from lightwam_jax.inference import realtime
 
 KINDS = ("delta", "absolute", "gripper")
+_LONGEST_MS = 1e6  # of a plan; more is a mistake
 _BAND = (0.4, 0.6)  # of a gripper's range: a command in between does not change it
 _TITLES = {
     "sync": "the robot waits",
@@ -81,8 +82,13 @@ def latency_steps(text, fps):
         measured = np.array(json.loads(pathlib.Path(text).read_text()), float)
     except (OSError, ValueError, TypeError):
         return _no_latency(text)
-    if measured.ndim != 1 or not len(measured) or not (measured >= 0).all():
+    if measured.ndim != 1 or not len(measured):
         return _no_latency(text)
+    wrong = measured[~((measured >= 0) & (measured <= _LONGEST_MS))]
+    if len(wrong):
+        raise ValueError(
+            f"--latency {text} holds {wrong[0]:g}; expected milliseconds, 0 to {_LONGEST_MS:g}"
+        )
     return tuple(math.ceil(each * fps / 1000 - 1e-6) for each in measured)
 
 

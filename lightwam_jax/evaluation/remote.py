@@ -38,19 +38,24 @@ class RemotePolicy:
           ConnectionError, PermissionError: see `Client`.
         """
         self._url, self.guarded, self.seconds = url, dict.fromkeys(_KINDS, 0), []
+        self._clients, self._pool = [], None
         open_ = lambda: client_lib.Client(url, key, timeout_s, connect_s=timeout_s)
-        self._clients = [open_()]
-        self.metadata = self._clients[0].metadata
-        serves = self.metadata.get("weights_hash", "")
-        if serves != checksum:
-            self.close()
-            raise ValueError(
-                f"the server at {_place(url)} serves the checkpoint {serves or '(it does not say)'}"
-                f", --workdir holds {checksum}: start it with that one, and with --metadata=full"
-            )
-        together = self.metadata.get("batching", {}).get("max", 1)
-        self._clients += [open_() for _ in range(min(batch, together) - 1)]
-        self._pool = concurrent.futures.ThreadPoolExecutor(len(self._clients))
+        with contextlib.ExitStack() as undone:
+            undone.callback(self.close)
+            self._clients.append(open_())
+            self.metadata = self._clients[0].metadata
+            serves = self.metadata.get("weights_hash", "")
+            if serves != checksum:
+                raise ValueError(
+                    f"the server at {_place(url)} serves the checkpoint "
+                    f"{serves or '(it does not say)'}, --workdir holds {checksum}: start it with "
+                    "that one, and with --metadata=full"
+                )
+            together = self.metadata.get("batching", {}).get("max", 1)
+            for _ in range(min(batch, together) - 1):
+                self._clients.append(open_())
+            self._pool = concurrent.futures.ThreadPoolExecutor(len(self._clients), "remote")
+            undone.pop_all()
 
     def __enter__(self):
         return self
@@ -59,10 +64,12 @@ class RemotePolicy:
         self.close()
 
     def close(self):
-        """Hangs up."""
+        """Hangs up, and ends the threads; those that still wait for a reply when they have it."""
         for client in self._clients:
             with contextlib.suppress(OSError):
                 client.close()
+        if self._pool is not None:
+            self._pool.shutdown(wait=False, cancel_futures=True)
 
     def act(self, images, state, prompts):
         """Returns f32 [B,T,A]; see `Policy.act`. Rows that repeat the first are asked for once.

@@ -1,12 +1,14 @@
-"""Who may ask a policy server: its key, and how often a wrong one may be tried."""
+"""Who may ask a policy server: its key, how often a wrong one may be tried, and by what name."""
 
 import asyncio
 import base64
 import binascii
 import collections
 import hmac
+import ipaddress
 import os
 import time
+import urllib.parse
 
 _DELAY_S = 0.2  # before a wrong key is answered
 _TRIES, _WINDOW_S = 20, 60.0  # wrong keys of an address, then it waits
@@ -19,6 +21,16 @@ KEY_VARIABLE = "LIGHTWAM_API_KEY"
 def key_of_environment():
     """Returns the key that servers ask for and clients send, from `KEY_VARIABLE`; "" if unset."""
     return os.environ.get(KEY_VARIABLE, "").strip()
+
+
+def is_loopback(host):
+    """Returns whether a host, a name or an address, is this machine as only itself sees it."""
+    if host.lower() == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 class Access:
@@ -36,6 +48,34 @@ class Access:
         # Also in the name: a browser sends the cookies of all ports of a host.
         self.ticket = f"live_{digest[:8]}={digest[8:]}" if key else ""
         self._wrong = collections.OrderedDict()  # address -> times of wrong keys
+        self._at = None
+
+    def listens_at(self, host):
+        """Takes the host of the server's socket: what `misdirected` goes by."""
+        self._at = host
+
+    def misdirected(self, hosts):
+        """Returns None, or (HTTP status, text) for a request to another name than the server's.
+
+        Where only this machine can connect and no key is needed, the browser on it must not do so
+        for a page from elsewhere, whose name was made to point here (DNS rebinding).
+
+        Args:
+          hosts: values of the request's Host headers.
+        """
+        if self._key or self._at is None or not is_loopback(self._at):
+            return None
+        try:
+            (came,) = hosts
+            name = urllib.parse.urlsplit(f"//{came}").hostname or ""
+        except ValueError:  # none, several, or no host
+            came, name = ", ".join(hosts), ""
+        if name == self._at.lower() or is_loopback(name):
+            return None
+        return 403, (
+            f"the Host header is {came[:100]!r}; without a key this server answers to localhost, "
+            "127.0.0.1 and [::1] only: use one of them, or give the server a key\n"
+        )
 
     async def refusal(self, address, authorizations):
         """Returns None, or (HTTP status, text).

@@ -10,8 +10,10 @@ and never takes the reply of one request for that of another.
 
 import contextlib
 import itertools
+import math
 import socket
 import ssl
+import threading
 import time
 
 import numpy as np
@@ -57,7 +59,7 @@ class Client:
         self._url, self._key, self._tls = url, key, tls
         self._timeout, self._retry = timeout_s, retry_s
         self._ids, self._socket = itertools.count(1), None
-        self._open = contextlib.ExitStack()
+        self._open, self._watch = contextlib.ExitStack(), _Watch()
         self.latency = 0.0, 0.0
         self._connect(connect_s)
 
@@ -69,6 +71,10 @@ class Client:
 
     def close(self):
         """Hangs up."""
+        self._watch.close()
+        self._hang_up()
+
+    def _hang_up(self):
         self._socket = None
         self._open.close()
 
@@ -80,7 +86,7 @@ class Client:
 
         Args:
           observation: dict as the server's key table says. `request_id` is set here.
-          timeout_s: default: of the client.
+          timeout_s: for sending it and for the reply together; default: of the client.
 
         Raises:
           WireError: the server refused; `code` says why, the connection goes on.
@@ -118,7 +124,13 @@ class Client:
         return reply
 
     def _ask(self, frame, end):
-        self._socket.send(frame)
+        try:
+            with self._watch.until(end, self._socket.socket):
+                self._socket.send(frame)
+        except ConnectionClosed:
+            if time.monotonic() >= end:
+                raise TimeoutError from None
+            raise
         left = end - time.monotonic()
         if left <= 0:
             raise TimeoutError
@@ -146,7 +158,7 @@ class Client:
         if self._socket is not None:
             with contextlib.suppress(OSError):
                 self._socket.socket.shutdown(socket.SHUT_RDWR)  # nobody may be there to answer
-            self.close()
+            self._hang_up()
 
     def _connect(self, seconds):
         """Opens a connection and reads the metadata, which come when the server is ready."""
@@ -187,6 +199,53 @@ class Client:
             time.sleep(max(0.0, min(wait, end - time.monotonic())))
             wait = min(2 * wait, _LONGEST_WAIT_S)
         raise ServerGone(f"no policy server at {self._url} within {seconds:.1f} s: {why}")
+
+
+class _Watch:
+    """Ends connections that are not done with something in time.
+
+    One thread, which is woken only for an end that comes before all it knows of: a thread for each
+    request would cost more than the request's sending.
+    """
+
+    def __init__(self):
+        self._changed, self._thread = threading.Condition(), None
+        self._end, self._socket = math.inf, None  # of what is going on
+        self._wakes = math.inf
+
+    @contextlib.contextmanager
+    def until(self, end, connection):
+        """Shuts a socket down where what is done inside is not done at `end`."""
+        with self._changed:
+            self._end, self._socket = end, connection
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._work, name="watch", daemon=True)
+                self._thread.start()
+            elif end < self._wakes:
+                self._wakes = end
+                self._changed.notify()
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._end, self._socket = math.inf, None
+
+    def close(self):
+        """Lets the thread end."""
+        with self._changed:
+            self._thread = None
+            self._changed.notify()
+
+    def _work(self):
+        with self._changed:
+            while self._thread is threading.current_thread():
+                now = time.monotonic()
+                if self._end <= now:
+                    with contextlib.suppress(OSError):
+                        self._socket.shutdown(socket.SHUT_RDWR)
+                    self._end = math.inf
+                self._wakes = self._end
+                self._changed.wait(min(self._wakes - now, threading.TIMEOUT_MAX))
 
 
 def _aged(observation, number, began):

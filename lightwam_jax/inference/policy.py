@@ -29,7 +29,7 @@ from lightwam_jax.data import device_canvas
 from lightwam_jax.encoders import text as text_lib
 from lightwam_jax.inference import contexts as contexts_lib
 from lightwam_jax.inference import deploy as deploy_lib
-from lightwam_jax.inference.batching import PADDED_SIZES
+from lightwam_jax.inference.batching import PADDED_SIZES, pad_rows
 from lightwam_jax.models import lightwam, quantized
 
 # Arrays of a context, and which axis is the batch: of the whole model, of the deployed form.
@@ -53,24 +53,25 @@ class Policy:
 
         params: of `model`, in-memory layout; with `deploy` the weights of `deploy.deployed`.
         """
-        self.model, self.params = model, jax.device_put(params)
-        self.config, self.assets, self.step, self.is_deployed = config, assets, step, deploy
-        self._stored = None if deploy else _dtypes(params)
+        self.model, self.config, self.assets, self.step = model, config, assets, step
+        self.is_deployed, self._stored = deploy, None if deploy else _dtypes(params)
         self._deployed = self.demonstrated = None
         self._transform = actions_lib.from_config(config)
         self._traced = []  # batch size of each compilation of the action pass
+        bare = copy.copy(self)  # what is compiled is of it: other weights share it, and keep no old
+        self.params = jax.device_put(params)
         # Initialisers are many and run once: on a CPU, optimising them takes longer than they do.
         cheap = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else {}
         self._initialise = jax.jit(
             lambda key: build.init_params(model, key, config.model), compiler_options=cheap
         )
-        self._canvas = jax.jit(lambda images: device_canvas.canvas(images, self.config.data))
-        self._prepare = jax.jit(self._context_pass)
-        self._act = jax.jit(self._action_pass, static_argnames="taps")
-        self._see = jax.jit(self._inputs)
-        self._imagine = jax.jit(self._video_pass, static_argnames=("steps", "full"))
+        self._canvas = jax.jit(lambda images: device_canvas.canvas(images, config.data))
+        self._prepare = jax.jit(bare._context_pass)
+        self._act = jax.jit(bare._action_pass, static_argnames="taps")
+        self._see = jax.jit(bare._inputs)
+        self._imagine = jax.jit(bare._video_pass, static_argnames=("steps", "full"))
         prepare = functools.partial(self._prepare, self.params)
-        self._contexts = contexts_lib.Contexts(self._encode_texts, prepare, _CONTEXT_AXES[deploy])
+        self._contexts = contexts_lib.Contexts(bare._encode_texts, prepare, _CONTEXT_AXES[deploy])
 
     @classmethod
     def load(cls, directory, step=None, deploy=False, text_weights="", embodiment="", dtype=""):
@@ -124,7 +125,10 @@ class Policy:
         return self if self.is_deployed else self._deployed
 
     def untrained(self, seed=0):
-        """Returns a policy of the same config and assets with freshly initialised parameters."""
+        """Returns a policy of the same config and assets with freshly initialised parameters.
+
+        What is compiled is shared. The weights here are kept alive by nothing in it.
+        """
         fresh = self._initialise(jax.random.key(seed))
         if self._stored is not None:  # rounded as the run stores them, then folded
             fresh = quantized.quantized_like(fresh, self._stored)
@@ -222,7 +226,9 @@ class Policy:
         other._deployed = None
         data = dataclasses.replace(self.config.data, prompt_template=template)
         other.config = dataclasses.replace(self.config, data=data)
-        other._contexts = self._contexts.encoded_by(other._encode_texts)
+        bare = copy.copy(other)
+        bare.params = bare._contexts = None
+        other._contexts = self._contexts.encoded_by(bare._encode_texts)
         return other
 
     def warm_up(self, batch_sizes=(1,), sizes=None, prompt="warm up", taps=False):
@@ -334,9 +340,9 @@ class Policy:
         if rows is not None and (rows not in PADDED_SIZES or rows < len(state)):
             raise ValueError(f"rows={rows} for {len(state)}; expected one of {PADDED_SIZES}")
         rows = rows or _padded_size(len(state))
-        canvas = self._canvas({camera: _pad(image, rows) for camera, image in images.items()})
+        canvas = self._canvas({camera: pad_rows(image, rows) for camera, image in images.items()})
         context = self._contexts(list(prompts), rows)
-        return self.params, self._codec, canvas, context, _pad(state, rows)
+        return self.params, self._codec, canvas, context, pad_rows(state, rows)
 
     @functools.cached_property
     def _codec(self):
@@ -389,10 +395,3 @@ def _padded_size(rows):
     if rows > PADDED_SIZES[-1]:
         raise ValueError(f"{rows} rows at once; expected at most {PADDED_SIZES[-1]}")
     return next(size for size in PADDED_SIZES if size >= rows)
-
-
-def _pad(array, rows):
-    """Repeats the first row until there are `rows`; rows of a batch do not see each other."""
-    if len(array) == rows:
-        return array
-    return np.concatenate([array, np.repeat(array[:1], rows - len(array), axis=0)])

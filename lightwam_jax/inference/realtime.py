@@ -13,6 +13,7 @@ import numpy as np
 _LOG = logging.getLogger(__name__)
 SPLICES = ("conserve", "index", "append", "sync")
 COUNTS = ("requests", "holds", "skipped", "late", "failed", "discarded", "shortened", "deepest")
+COUNTS += ("limited",)
 PROBES = 5  # round trips to measure before the robot moves
 _REMEMBERED = 50  # round trips that the latency is taken from
 _FADE = 3  # steps at most from the old targets to the new ones
@@ -98,7 +99,7 @@ class Realtime:
       counts: {"requests", "holds": steps without a plan, "skipped": rows, "late": replies that
         something newer or a reset had overtaken, "failed", "discarded": chunks with no row left,
         "shortened": chunks executed for fewer steps than `replan`, "deepest": the most rows into a
-        chunk}.
+        chunk, "limited": actions that `rate` changed}.
     """
 
     def __init__(
@@ -113,6 +114,7 @@ class Realtime:
         *,
         full_steps=None,
         limits=None,
+        rate=None,
         gripper_band=None,
         hold_s=1.0,
         on_stall=None,
@@ -129,6 +131,8 @@ class Realtime:
         full_steps: rows that training weighed fully; going beyond is worth a warning.
         limits: (lowest, highest) [A] each: what "conserve" adds keeps delta actions within. What
           does not fit is left to the next steps.
+        rate: [A], the most that an action differs from the one sent before it, also from chunk to
+          chunk; None in it: no limit. "conserve" counts what was sent. Holds are not slowed down.
         gripper_band: (low, high) [A] each: a gripper's command between them keeps the last one;
           None: grippers are not told open from closed.
         hold_s: seconds without a plan until `on_stall(seconds)` is called, at each step; default:
@@ -148,7 +152,7 @@ class Realtime:
         self._grippers = np.flatnonzero(kinds == "gripper")
         open_ended = np.full((2, len(kinds)), [[-np.inf], [np.inf]])
         self._limits = open_ended if limits is None else np.asarray(limits, float)
-        self._band = gripper_band
+        self._band, self._rate = gripper_band, _rates(rate, len(kinds))
         self._on_stall, self._warn, self._warned = on_stall or _stalled, warn, set()
         self.latency, self.counts = Latency(), dict.fromkeys(COUNTS, 0)
         self._flight, self._next, self._epoch = {}, 0, 0
@@ -200,8 +204,7 @@ class Realtime:
         if request.epoch != self._epoch or number <= self._floor:
             self.counts["late"] += 1
             return False
-        chunk = self._checked(chunk)
-        if chunk is None:
+        if (chunk := self._checked(chunk)) is None:
             self.counts["failed"] += 1
             return False
         self._floor = number
@@ -227,7 +230,8 @@ class Realtime:
         before an episode's first chunk.
         """
         if self._queue:
-            self.source, self._last = self._queue.popleft()
+            source, planned = self._queue.popleft()
+            self._last, self.source = self._slowed(planned), source
             self._spare = min(self._spare, len(self._queue))
             self._executed.append(self._last)
             self._step, self._waiting = self._step + 1, None
@@ -243,6 +247,15 @@ class Realtime:
     def hold(self):
         """Returns the action f32 [A] that holds still; None before an episode's first action."""
         return None if self._last is None else np.where(self._delta, np.float32(0), self._last)
+
+    def _slowed(self, action):
+        """The action, as far as `rate` lets it go from the one sent before."""
+        if (before := self.hold() if self.source is None else self._last) is None:
+            return action
+        slow = action.clip(before - self._rate, before + self._rate)
+        within = np.abs(action - slow) <= _ROUNDING * self._rate
+        self.counts["limited"] += not within.all()
+        return np.where(within, action, slow).astype(np.float32)
 
     # ---- splices -------------------------------------------------------------------------------
 
@@ -371,6 +384,14 @@ def _check(horizon, dt, kinds, trained_steps, replan, splice, spread, hold_s):
             f"replan={replan}, trained_steps={trained_steps}, spread={spread}: expected at "
             f"least 1, and replan at most the chunk's {horizon}"
         )
+
+
+def _rates(rate, width):
+    values = [None] * width if rate is None else rate
+    values = np.array([np.inf if value is None else value for value in values], float)
+    if values.shape != (width,) or not (values > 0).all():
+        raise ValueError(f"rate is {rate}; expected {width} numbers above 0, or None for no limit")
+    return values
 
 
 def _stalled(seconds):

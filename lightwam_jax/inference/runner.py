@@ -7,6 +7,7 @@
 No jax here: this runs on the robot's computer, the policy perhaps elsewhere.
 """
 
+import contextlib
 import logging
 import queue
 import threading
@@ -18,6 +19,7 @@ import numpy as np
 from lightwam_jax.inference import realtime as realtime_lib
 
 _LOG = logging.getLogger(__name__)
+_LOOK = 0.02  # seconds between two looks whether to stop, while the latency is measured
 _LEAVE = 2.0  # seconds that `close` waits for a request; the thread is left to a client that hangs
 
 
@@ -143,15 +145,18 @@ class Runner:
     def _measure(self):
         """Round trips before the robot moves; the first one may load and compile, and is left out.
 
-        They are made like every other: with an observation, through the thread.
+        They are made like every other: with an observation, through the thread. `stop` ends them.
         """
         for probe in range(0 if self._measured else realtime_lib.PROBES + 1):
-            began = self._clock()
+            began, reply = self._clock(), None
             self._requests.put((None, self._observe()))
-            try:
-                reply = self._replies.get(timeout=self._start_timeout)
-            except queue.Empty:
-                raise self._too_late() from None
+            while reply is None and not self._stop.is_set():
+                if self._clock() - began > self._start_timeout:
+                    raise self._too_late()
+                with contextlib.suppress(queue.Empty):
+                    reply = self._replies.get(timeout=_LOOK)
+            if self._stop.is_set():
+                return
             if reply.error is not None:
                 raise reply.error
             if probe:

@@ -28,7 +28,8 @@ class Limits:
     """Limits per action dimension, physical units; infinite: none.
 
     Attributes:
-      low, high: f32 [A]. rate: f32 [A], the largest change from one step to the next.
+      low, high: f32 [A]. rate: f32 [A], the largest change from one step to the next; low and high
+        go before it.
       start: int [A], the state that an absolute dimension starts from, for the rate of the first
         step; -1: unknown.
     """
@@ -165,7 +166,9 @@ class Guard:
         rows = []
         for row in plan:  # a difference within rounding of the rate is no change
             within = np.abs(row - before) <= rate + np.float32(1e-6) * (np.abs(before) + rate)
-            before = np.where(within, row, row.clip(before - rate, before + rate))
+            slow = row.clip(before - rate, before + rate)
+            # A robot that stands beyond its limits is brought back at once, not at that rate.
+            before = np.where(within, row, self._clamp(slow, state))
             rows.append(before)
         return np.stack(rows)
 
@@ -184,6 +187,8 @@ def from_statistics(action, state, data, widened=_WIDENED):
 
     Statistics are of actions as the model sees them: grippers 0 to 1, targets as differences. Here
     they become the robot's again; a target lies as far from a recorded state as differences go.
+    The rate of a first step needs the state it starts from: known of differences, and where
+    config.data.action_kinds says "absolute" and action_state_dims names the state.
 
     Args:
       action, state: tables of `normalize.table_of`. data: `DataConfig`.
@@ -196,6 +201,10 @@ def from_statistics(action, state, data, widened=_WIDENED):
         closed, opened = data.gripper_closed_open
         ends = [closed + end * (opened - closed) for end in (low[dim], high[dim])]
         low[dim], high[dim] = min(ends), max(ends)
+    states = len(state["global_min"])
+    for dim, source in enumerate(data.action_state_dims):  # of targets the model sees as they are
+        if "absolute" in data.action_kinds[dim : dim + 1] and 0 <= source < states:
+            start[dim] = source
     for dim, kind in enumerate(data.action_as):
         if kind != "absolute":
             start[dim] = source = (data.action_state_dims or range(width))[dim]
@@ -217,21 +226,41 @@ def from_file(path, otherwise):
     Raises:
       ValueError: another form; names the entry.
     """
-    with open(path, encoding="utf-8") as file:
-        given = json.load(file)
+    try:
+        with open(path, encoding="utf-8") as file:
+            given = json.load(file)
+    except ValueError as error:  # also of its encoding
+        raise ValueError(f"{path} is no JSON file: {error}") from error
+    if not isinstance(given, dict):
+        raise _not_limits(path, "the file", "a map of low, high and rate", given)
+    for name in given:
+        if name not in ("low", "high", "rate", "made_from"):
+            raise ValueError(f"{path}: the key {name!r}; expected low, high, rate and made_from")
     made, width = {}, len(otherwise.low)
-    if not isinstance(given, dict) or set(given) - {"low", "high", "rate", "made_from"}:
-        raise ValueError(f"{path} holds other keys than low, high, rate and made_from")
     for name, no in (("low", -np.inf), ("high", np.inf), ("rate", np.inf)):
-        row = given.get(name) or [None] * width
+        row = given.get(name)
+        row = [None] * width if row is None else row
         if not isinstance(row, list) or len(row) != width:
-            raise ValueError(f"{path}: {name} is {row!r:.80}; expected {width} numbers or null")
+            raise _not_limits(path, name, f"a list of {width}, one for each action dimension", row)
+        for dim, value in enumerate(row):
+            if value not in (None, "none") and not _is_number(value):
+                raise _not_limits(path, f"{name}[{dim}]", 'a number, null or "none"', value)
         old = getattr(otherwise, name)
         made[name] = np.array(
-            [old[i] if x is None else no if x == "none" else float(x) for i, x in enumerate(row)],
+            [old[i] if x is None else no if x == "none" else x for i, x in enumerate(row)],
             np.float32,
         )
     return dataclasses.replace(otherwise, **made)
+
+
+def _is_number(value):
+    plain = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return plain and abs(value) <= float(np.finfo(np.float32).max)  # false for NaN too
+
+
+def _not_limits(path, key, expected, came):
+    size = f", {len(came)} of them" if isinstance(came, list) else ""
+    return ValueError(f"{path}: {key} is {came!r:.80}{size}; expected {expected}")
 
 
 # ---- calibration -------------------------------------------------------------------------------

@@ -31,7 +31,6 @@ _STUCK_AFTER_S = 30.0  # beyond request_timeout_s: /healthz fails
 _DEAD_AFTER_S = 120.0  # of one call: /livez fails
 _OPEN_TIMEOUT_S = 10.0
 _CLOSE_TIMEOUT_S = 2.0
-_LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 class Server:
@@ -70,6 +69,7 @@ class Server:
     async def listen(self, host, port):
         """Begins to listen; clients wait for metadata until `ready`."""
         options = self.service.options
+        self._access.listens_at(host)
         logging.getLogger("websockets").setLevel(logging.WARNING)  # else a line per connection
         self._server = await websockets_server.serve(
             self._handle,
@@ -112,7 +112,7 @@ class Server:
         self.service.close()
 
     async def _handle(self, connection):
-        path = urllib.parse.urlsplit(connection.request.path).path
+        path = _path(connection.request)
         if path in self.streams:
             return await self.streams[path](connection)
         self._clients += 1
@@ -136,9 +136,11 @@ class Server:
 
     async def _process(self, connection, request):
         """Answers plain HTTP requests; returns None where a WebSocket may open."""
-        path, headers = urllib.parse.urlsplit(request.path).path, request.headers
+        path, headers = _path(request), request.headers
         if path in ("/healthz", "/livez"):
             return connection.respond(*(self.health() if path == "/healthz" else self._life()))
+        if refusal := self._access.misdirected(headers.get_all("Host")):
+            return connection.respond(*refusal)
         address = str((connection.remote_address or ("?",))[0])
         refusal = None
         if path not in self.streams or not self._access.has_ticket(headers.get_all("Cookie")):
@@ -214,6 +216,14 @@ class Server:
     def _life(self):
         busy = self.service.batcher.busy_s if self._ready.is_set() else 0
         return (503, "stuck\n") if busy > _DEAD_AFTER_S else (200, "OK\n")
+
+
+def _path(request):
+    """The path that is asked for, without its query; "" for one that is none, such as //[x."""
+    try:
+        return urllib.parse.urlsplit(request.path).path
+    except ValueError:
+        return ""
 
 
 def _log_warning(session, text):
@@ -312,7 +322,7 @@ def _from_flags(argv):
         raise app.UsageError(f"unexpected argument {argv[1]!r}")
     given = flags.FLAGS
     key, tls = _key(given.api_key_file), _tls(given.certfile, given.keyfile)
-    if given.host not in _LOOPBACK and not key and not given.insecure:
+    if not access_lib.is_loopback(given.host) and not key and not given.insecure:
         raise app.UsageError(
             f"--host={given.host} lets others move the robot: give --api_key_file (or the "
             f"environment variable {access_lib.KEY_VARIABLE}), or --insecure"
@@ -381,7 +391,8 @@ if __name__ == "__main__":
     flags.DEFINE_string("certfile", "", "TLS certificate chain, PEM.")
     flags.DEFINE_string("keyfile", "", "Its private key, PEM, if not in --certfile.")
     flags.DEFINE_string("record", "", "Directory for all requests and replies; default: none kept.")
-    flags.DEFINE_float("record_gib", 4.0, "Size of --record; the oldest requests are deleted.")
+    size = "Of --record, on the disk; the oldest requests are deleted."
+    flags.DEFINE_float("record_gib", 4.0, size, lower_bound=2**-20)
     options_lib.define_flags(flags)
     flags.mark_flag_as_required("workdir")
     app.run(main)

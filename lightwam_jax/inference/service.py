@@ -123,7 +123,7 @@ class Service:
         self._sizes = {latency_sizes(policy.config)}
         for size in options.image_sizes:
             self._add_sizes((tuple(size),) * len(policy.config.data.cameras))
-        self._new_sizes = set()
+        self._first_sizes, self._tried_sizes = set(self._sizes), set()
         self.metrics.put("compilations_total", 0, what="image_size")
 
     def _add_sizes(self, sizes):
@@ -269,14 +269,19 @@ class Service:
             except (FileNotFoundError, ValueError) as error:
                 raise self._unknown_prompt(observation.prompt, str(error)) from None
         if observation.sizes not in self._sizes:
-            if len(self._new_sizes | {observation.sizes}) > self.options.max_new_sizes:
+            # What fails, or is given up by its client, must not use up the others' sizes.
+            new = (self._sizes - self._first_sizes) | self._tried_sizes
+            if len(new | {observation.sizes}) > self.options.max_new_sizes:
                 raise wire.WireError(
                     "bad_image",
-                    f"images of {observation.sizes}: {len(self._new_sizes)} new sizes came before, "
+                    f"images of {observation.sizes}: {len(new)} new sizes came before, "
                     f"and each costs a compilation; send one of {sorted(self._sizes)}",
                 )
-            self._new_sizes.add(observation.sizes)
-            await self._worker.run(self._add_sizes, observation.sizes)
+            self._tried_sizes.add(observation.sizes)
+            try:
+                await self._worker.run(self._add_sizes, observation.sizes)
+            finally:
+                self._tried_sizes.discard(observation.sizes)
 
     def _add_prompt(self, prompt):
         if not self.policy.known_prompt(prompt):

@@ -129,6 +129,16 @@ def stub(**data):
     return made
 
 
+def test_latencies_that_no_plan_has_are_refused(tmp_path):
+    file = tmp_path / "measured.json"
+    for value, said in (("Infinity", "inf"), ("-Infinity", "-inf"), ("NaN", "nan"), ("-3", "-3")):
+        file.write_text(f"[10, {value}, 20]")
+        with pytest.raises(ValueError, match=f"measured.json holds {said}; expected milliseconds"):
+            realtime.latency_steps(str(file), 10)
+        with pytest.raises(ValueError, match=rf"--latency {value.lower()}: expected steps \(2\)"):
+            realtime.latency_steps(value.lower(), 10)
+
+
 def test_settings_come_from_config_and_statistics():
     found = realtime.setting_of(stub(), "index", (2,))
     assert found.kinds == ("absolute", "absolute") and found.horizon == 12

@@ -1,5 +1,8 @@
 """A policy behind a server gives the episodes that it gives here."""
 
+import threading
+import time
+
 import numpy as np
 import pytest
 
@@ -85,6 +88,38 @@ def test_another_checkpoint_is_refused(server):
 
 def test_an_address_is_told_without_what_stands_before_the_host():
     assert remote._place("wss://user:word@gpu.example:8000/?key=1") == "wss://gpu.example:8000"
+
+
+def waiting_threads(before):
+    """Threads that are there now and were not; those that end are waited for."""
+    end = time.monotonic() + 5
+    while (left := set(threading.enumerate()) - before) and time.monotonic() < end:
+        time.sleep(0.01)
+    return left
+
+
+def test_closed_it_keeps_neither_threads_nor_connections(server, monkeypatch):
+    before = set(threading.enumerate())
+    with connected(server) as policy:
+        images = {c: np.zeros((BATCH, 4, 4, 3), np.uint8) for c in served.CAMERAS}
+        state = np.arange(4 * BATCH, dtype=np.float32).reshape(BATCH, 4)
+        policy.act(images, state, ["goal 1"] * BATCH)
+        assert any(thread.name.startswith("remote") for thread in threading.enumerate())
+    assert not waiting_threads(before)
+    with pytest.raises(RuntimeError, match="shutdown"):
+        policy.act(images, state, ["goal 1"] * BATCH)
+    opened, open_ = [], remote.client_lib.Client
+
+    def second_fails(*arguments, **more):
+        if opened:
+            raise ConnectionError("too many clients")
+        opened.append(open_(*arguments, **more))
+        return opened[0]
+
+    monkeypatch.setattr(remote.client_lib, "Client", second_fails)
+    with pytest.raises(ConnectionError, match="too many clients"):
+        connected(server)
+    assert opened[0]._socket is None and not waiting_threads(before)
 
 
 def test_a_server_that_changed_is_noticed(server):

@@ -13,6 +13,7 @@ import time
 import numpy as np
 import pytest
 from websockets.exceptions import ConnectionClosed
+from websockets.server import ServerProtocol
 from websockets.sync import client as websockets_client
 from websockets.sync import server as websockets_server
 
@@ -144,6 +145,45 @@ def test_openpis_servers_answer_too():
         state = observe()["state"]
         np.testing.assert_array_equal(client.infer(observe())["actions"], state[None])
     server.shutdown()
+
+
+def deaf():
+    """The address of a server that shakes hands, sends metadata, and then reads nothing."""
+    listening = socket.create_server(("127.0.0.1", 0))
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+
+    def serve():
+        with contextlib.suppress(OSError):
+            while True:
+                connection, _ = listening.accept()
+                protocol = ServerProtocol()
+                protocol.receive_data(connection.recv(4096))
+                protocol.send_response(protocol.accept(protocol.events_received()[0]))
+                protocol.send_binary(wire.encode({"protocol": "openpi"}))
+                for part in protocol.data_to_send():
+                    connection.sendall(part)
+                kept.append(connection)
+
+    kept = [listening]
+    threading.Thread(target=serve, daemon=True).start()
+    return kept, f"ws://127.0.0.1:{listening.getsockname()[1]}"
+
+
+def test_a_server_that_does_not_read_is_not_waited_for():
+    """Sending ends in time too, and the client can go on: with the next connection."""
+    kept, url = deaf()
+    large = {"images": {"scene": np.zeros((4000, 4000, 3), np.uint8)}}
+    with Client(url) as client:
+        for timeout_s in (0.3, 0.2):
+            began = time.monotonic()
+            with pytest.raises(TimeoutError, match=rf"no reply in {timeout_s} s"):
+                client.infer(large, timeout_s=timeout_s)
+            assert time.monotonic() - began < 5
+        watching = client._watch._thread
+        assert watching.is_alive()
+    watching.join(5)
+    assert not watching.is_alive()
+    [each.close() for each in kept]
 
 
 def test_silence_ends_in_time():

@@ -22,7 +22,7 @@ from tests.served import StandIn, config, observe, serving, wanted
 
 KEY = "open sesame"
 UPGRADE = (
-    b"GET /live HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+    b"GET /live HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
     b"Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\nSec-WebSocket-Version: 13\r\n\r\n"
 )
 FILES = {"/": "text/html", "/live.css": "text/css", "/live.js": "text/javascript"}

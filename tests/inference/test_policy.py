@@ -1,4 +1,6 @@
 import dataclasses
+import gc
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -142,10 +144,7 @@ def test_each_prompt_is_encoded_once(policy, monkeypatch):
         "assets",
         dataclasses.replace(policy.assets, text_encoder=Counting(policy.config.model.text_dim)),
     )
-    monkeypatch.setattr(
-        policy, "_contexts", policy._contexts.prepared_by(policy._contexts._prepare)
-    )
-    policy._contexts._texts = {}
+    monkeypatch.setattr(policy, "_contexts", policy._contexts.encoded_by(policy._encode_texts))
     policy.act(*observe(1))
     policy.act(*observe(1))
     template = policy.config.data.prompt_template
@@ -277,3 +276,15 @@ def test_untrained_is_seeded_and_shares_what_is_compiled(policy, monkeypatch):
     np.testing.assert_array_equal(a.act(*observe(1)), b.act(*observe(1)))
     assert (a.act(*observe(1)) != c.act(*observe(1))).any()
     assert (a.step, policy.step, policy.traces) == (None, 7, before)
+
+
+def test_an_untrained_policy_keeps_no_trained_weights():
+    trained = make_policy(make_config())
+    fresh = jax.tree.map(np.zeros_like, jax.device_get(trained.params))
+    trained._initialise = lambda key: fresh
+    kept = [weakref.ref(leaf) for leaf in jax.tree.leaves(trained.params)]
+    alone = trained.with_prompt_template("do this: {task}").untrained(1)
+    del trained
+    gc.collect()
+    assert not any(leaf() is not None for leaf in kept)
+    assert np.isfinite(alone.stages(*observe(1))["context"]).all(), "it encodes instructions still"

@@ -122,8 +122,8 @@ def test_the_smallest_padded_size_that_is_large_enough(rows, size):
 
 def test_batches_are_filled_with_their_first_row():
     rows = np.array([[1, 2], [3, 4]])
-    assert policy_lib._pad(rows, 4).tolist() == [[1, 2], [3, 4], [1, 2], [1, 2]]
-    assert policy_lib._pad(rows, 2).tolist() == rows.tolist()
+    assert policy_lib.pad_rows(rows, 4).tolist() == [[1, 2], [3, 4], [1, 2], [1, 2]]
+    assert policy_lib.pad_rows(rows, 2).tolist() == rows.tolist()
 
 
 def test_warming_up_compiles_each_padded_size_once(policy):

@@ -110,6 +110,45 @@ def test_what_a_limit_cuts_off_is_left_to_the_next_steps():
     np.testing.assert_allclose(np.array(actions(state, [0.4] * 2))[:, 0], [-8, -7])
 
 
+def test_a_rate_holds_from_command_to_command_also_at_the_seam():
+    state = make(rate=[2, 1.5, None])
+    late(state, chunk(10))  # planned after 3: 12 + 16, 13, ...
+    rest = np.array(actions(state, [0.4] * 6))
+    np.testing.assert_allclose(rest[:, 0], [5, 7, 9, 11, 13, 15])
+    assert (np.diff(rest[:, 1]) <= 1.5 + 1e-6).all() and rest[0, 1] == 4.5
+    np.testing.assert_allclose(rest[:, 2], np.arange(12, 18))
+    assert state.counts["limited"] == 6
+    still = state.action(0.9)  # stops at once; from standing still it starts slowly
+    np.testing.assert_allclose(still, [0, rest[-1, 1], 17])
+    begin(state, chunk(100), 1.0)
+    np.testing.assert_allclose(state.action(1.0), [2, rest[-1, 1] + 1.5, 100])
+    state.reset()
+    begin(state, chunk(100), 2.0)
+    assert state.action(2.0).tolist() == [100] * 3, "nothing was sent before an episode"
+
+
+def test_what_a_rate_cut_off_is_made_up_for():
+    state = make(rate=[1, None, None])
+    plan = chunk(0)
+    plan[2:, 0] = 9  # 0, 1, then 2, 3 in place of 9, 9
+    done = late(state, chunk(3), plan=plan)
+    assert done[:, 0].tolist() == [0, 1, 2, 3]
+    # Rows 0 and 1 wanted 3 + 4, moved were 2 + 3: 2 more on 5, and no more than 1 beyond 3.
+    assert [row.action[0] for row in state._queue][:2] == [7, 6]
+    assert state.action(0.4)[0] == 4
+
+
+def test_without_binding_a_rate_changes_no_bit():
+    plan = np.random.default_rng(0).normal(size=(8, 3)).astype(np.float32)
+    done = []
+    for rate in (None, [100] * 3, [None] * 3):
+        state = make(rate=rate)
+        done.append(np.concatenate([late(state, plan), actions(state, [0.4] * 6)]))
+        assert state.counts["limited"] == 0
+    np.testing.assert_array_equal(done[0], done[1])
+    np.testing.assert_array_equal(done[0], done[2])
+
+
 def test_absolute_targets_fade_and_grippers_do_not():
     state, new = make(), chunk(10)
     late(state, new)  # rows 4 to 7 of the old plan are left
@@ -298,6 +337,9 @@ def test_holding_still_ends_with_an_error_after_hold_s():
         (dict(replan=0), "replan=0"),
         (dict(trained_steps=0), "trained_steps=0"),
         (dict(spread=0), "spread=0"),
+        (dict(rate=(1, 2)), "expected 3 numbers above 0"),
+        (dict(rate=(1, 0, None)), "expected 3 numbers above 0"),
+        (dict(rate=(1, np.nan, 1)), "expected 3 numbers above 0"),
     ],
 )
 def test_refuses_what_makes_no_sense(changes, said):

@@ -136,6 +136,18 @@ def test_errors_before_the_first_motion():
     assert not robot.sent
 
 
+def test_stopped_while_the_latency_is_measured_nothing_moves():
+    hang, robot = threading.Event(), Robot()
+    client = Client(script={3: lambda: hang.wait(20)})
+    with Runner(make(), client, robot.observe, robot.step) as runner:
+        threading.Timer(0.1, runner.stop).start()
+        began = time.monotonic()
+        assert runner.run() == 0
+        assert time.monotonic() - began < 10, "not the 20 s of the call, nor those of the start"
+        hang.set()
+    assert client.calls == 3 and not robot.sent
+
+
 def test_an_error_of_the_robot_is_not_followed_by_another_step():
     sent = []
 

@@ -61,6 +61,23 @@ def test_rates_hold_from_step_to_step_and_from_the_state():
     np.testing.assert_allclose(free[0], chunk[0])
 
 
+def test_the_limits_hold_whatever_the_rate():
+    """A robot that stands beyond them is not led along them from outside."""
+    guard = safety.Guard(limits(low=(-1,) * 3, high=(1,) * 3, rate=(0.1,) * 3, start=(0, 1, 2)), 4)
+    for state in ([5.0, -5, 0.3], [1.05, -1.05, 1]):
+        for chunk in (np.zeros((4, 3)), np.full((4, 3), 9.0), np.full((4, 3), -0.95)):
+            plan, _ = guard.check(chunk, np.array(state))
+            assert (np.abs(plan) <= 1).all()
+            assert (np.abs(np.diff(plan, axis=0)) <= 0.1 + 1e-6).all()
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        low, rate = -rng.uniform(0, 3, 3), rng.uniform(1e-3, 2, 3)
+        high = low + rng.uniform(0, 3, 3)
+        guard = safety.Guard(limits(low, high, rate, (0, 1, -1)), 6)
+        plan, _ = guard.check(rng.normal(size=(6, 3)) * 4, rng.normal(size=3) * 4)
+        assert (plan >= guard.limits.low).all() and (plan <= guard.limits.high).all()
+
+
 def test_grippers():
     def check(column, **gripper):
         given = safety.Gripper((0,), **gripper)
@@ -112,6 +129,12 @@ def test_the_trainings_range_becomes_the_robots_again():
     np.testing.assert_allclose(made.low, [-1.2, 1.5 - 0.275, -1, -0.008], rtol=1e-6)
     np.testing.assert_allclose(made.high, [1.2, 4.25 + 0.275, 11, 0.088], rtol=1e-6)
     assert np.isinf(made.rate).all() and made.start.tolist() == [-1, 4, -1, -1]
+    # Targets that the model sees as they are start from the state that the config names.
+    kinds = ("absolute", "delta", "absolute", "gripper")
+    data = served.config(action_kinds=kinds, action_state_dims=(3, 0, 9, 1)).data
+    made = safety.from_statistics(action, state, data)
+    assert made.start.tolist() == [3, -1, -1, -1]
+    assert made.low.tolist() == pytest.approx([-1.2, -0.575, -1, -0.1])
 
 
 def test_a_file_of_limits(tmp_path):
@@ -121,10 +144,36 @@ def test_a_file_of_limits(tmp_path):
     assert made.low.tolist() == [-1, -5, -INF] and made.high.tolist() == [1, 1, 1]
     assert made.rate[0] == np.float32(0.1) and np.isinf(made.rate[1:]).all()
     assert json.loads(json.dumps(made.as_dict()))["low"] == [-1, -5, None]
-    for wrong, message in (({"low": [1]}, "expected 3 numbers"), ({"lo": []}, "other keys")):
-        path.write_text(json.dumps(wrong))
-        with pytest.raises(ValueError, match=message):
+
+
+def test_a_file_of_limits_that_is_none_says_where_and_why(tmp_path):
+    path = tmp_path / "limits.json"
+    three = "expected a list of 3, one for each action dimension"
+    for wrong, message in (
+        ("{", "is no JSON file"),
+        ("[1]", r"the file is \[1\], 1 of them; expected a map of low, high and rate"),
+        ('{"lo": []}', "the key 'lo'; expected low, high, rate and made_from"),
+        ('{"low": [1]}', rf"low is \[1\], 1 of them; {three}"),
+        ('{"low": []}', f"low is .*, 0 of them; {three}"),
+        ('{"high": "none"}', f"high is 'none'; {three}"),
+        ('{"rate": 0}', f"rate is 0; {three}"),
+        ('{"rate": false}', f"rate is False; {three}"),
+        ('{"low": {"0": 1}}', f"low is .*; {three}"),
+        ('{"low": [1, "2", 3]}', r"low\[1\] is '2'; expected a number, null or \"none\""),
+        ('{"rate": [1, true, 3]}', r"rate\[1\] is True; expected a number"),
+        ('{"rate": [1, 1, [3]]}', r"rate\[2\] is \[3\], 1 of them; expected a number"),
+        ('{"high": [NaN, 1, 1]}', r"high\[0\] is nan; expected a number"),
+        ('{"high": [Infinity, 1, 1]}', r"high\[0\] is inf; expected a number"),
+        ('{"high": [1e39, 1, 1]}', r"high\[0\] is 1e\+39; expected a number"),
+        (f'{{"high": [1{"0" * 400}, 1, 1]}}', r"high\[0\] is 1000.*; expected a number"),
+    ):
+        path.write_text(wrong)
+        with pytest.raises(ValueError, match=message) as caught:
             safety.from_file(path, limits())
+        assert str(caught.value).startswith(str(path)) and "\n" not in str(caught.value)
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match="is no JSON file"):
+        safety.from_file(path, limits())
 
 
 def test_proposed_rates_are_taken_from_recorded_plans_and_tried_on_others():

@@ -317,7 +317,7 @@ def test_a_client_that_does_not_read_is_let_go():
         with raw:
             raw.setsockopt(sockets.SOL_SOCKET, sockets.SO_RCVBUF, 4096)
             handshake = (
-                "GET / HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+                "GET / HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
                 "Sec-WebSocket-Key: MDEyMzQ1Njc4OWFiY2RlZg==\r\nSec-WebSocket-Version: 13\r\n\r\n"
             )
             raw.sendall(handshake.encode())
@@ -358,3 +358,23 @@ def test_new_image_sizes_are_compiled_beside_the_requests_and_bounded():
         assert len(policy.sizes) == 2
         reply = running.ask(one, observe(size=(21, 20)))
         assert reply.startswith("bad_image: ") and "2 new sizes came before" in reply
+
+
+def test_an_image_size_that_fails_uses_up_nothing():
+    policy, fail = StandIn(), [True]
+
+    def compile_(sizes, batch_sizes):
+        if fail[0]:
+            raise MemoryError("no room for it")
+
+    with serving(policy, max_new_sizes=1) as running:
+        policy.warm_up_images = compile_
+        for side in (20, 21, 22):
+            with running.connect() as socket:
+                reply = running.ask(socket, observe(size=(side, 20)))
+                assert reply.startswith("internal: MemoryError")
+        fail[0] = False
+        with running.connect() as socket:
+            asked = observe(size=(23, 20))
+            np.testing.assert_array_equal(running.ask(socket, asked)["actions"], wanted(asked))
+            assert "1 new sizes came before" in running.ask(socket, observe(size=(24, 20)))
