@@ -250,7 +250,7 @@ def read_meta(directory):
     """
     directory = pathlib.Path(directory)
     try:
-        meta = json.loads((directory / "meta" / "metadata").read_text())
+        meta = json.loads((directory / "meta" / "metadata").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DamagedCheckpointError(f"{directory}/meta cannot be read: {error}") from error
     if meta.get("checksum") != meta_checksum(meta):

@@ -44,7 +44,7 @@ def check_same_run(config, workdir):
     path = workdir / "config.json"
     if not path.exists() or not any(p.name.isdigit() for p in (workdir / "checkpoints").glob("*")):
         return
-    old, new = json.loads(path.read_text()), json.loads(config_lib.to_json(config))
+    old, new = json.loads(path.read_text(encoding="utf-8")), json.loads(config_lib.to_json(config))
     config_read.refuse_old(old, workdir)
     changed = checkpoint.config_differences(old, new)
     fatal = {key: values for key, values in changed.items() if not MAY_CHANGE.match(key)}

@@ -110,7 +110,7 @@ def _info(root, file):
             f"config.data.path={str(root)!r} has no meta/info.json: it is not a LeRobot dataset, "
             "or its writing was interrupted"
         )
-    info = _json(file.read_text(), file)
+    info = _json(file.read_text(encoding="utf-8"), file)
     version = info.get("codebase_version")
     if version not in VERSIONS:
         raise ValueError(
@@ -178,7 +178,7 @@ def _json_lines(file, *keys):
     """Yields the dicts of a JSON-lines file, each with `keys`."""
     if not file.exists():
         raise ValueError(f"{file} does not exist; the dataset cannot be read without it")
-    for number, line in enumerate(file.read_text().splitlines(), 1):
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
         if line.strip():
             place = f"{file}, line {number}"
             yield _require(_json(line, place), place, *keys)

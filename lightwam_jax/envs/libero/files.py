@@ -62,7 +62,9 @@ def tasks(suite):
             f"suite {suite!r} belongs to {need}, and the package in {package()} is {have}: they "
             "have the same name, so that each needs an environment of its own (docs/libero.md)"
         )
-    tree = ast.parse((package() / "benchmark" / "libero_suite_task_map.py").read_text())
+    tree = ast.parse(
+        (package() / "benchmark" / "libero_suite_task_map.py").read_text(encoding="utf-8")
+    )
     table = next(
         node.value
         for node in tree.body
@@ -90,7 +92,7 @@ def perturbations():
     """Returns {task: what is perturbed in it} as LIBERO-Plus classifies them; {} for LIBERO."""
     if not is_plus():
         return {}
-    suites = json.loads(_classification().read_text())
+    suites = json.loads(_classification().read_text(encoding="utf-8"))
     return {task["name"]: task["category"] for tasks in suites.values() for task in tasks}
 
 
@@ -106,7 +108,7 @@ def instruction(task):
     """
     if is_plus():
         if "_language_" in task:
-            text = bddl_file(task.split("_view_")[0], suite_of(task)).read_text()
+            text = bddl_file(task.split("_view_")[0], suite_of(task)).read_text(encoding="utf-8")
             return re.search(r"\(:language ([^)]*)\)", text)[1].strip()
         task = re.sub(r"_(view|table|tb|light|add|noise|level)_?-?\d.*$", "", task)
     return re.sub(r"^[A-Z_]+SCENE\d+_", "", task).replace("_", " ")
@@ -242,7 +244,7 @@ def prepare(assets):
     directory = pathlib.Path(tempfile.gettempdir(), f"lightwam_libero_{os.getuid()}_{name}")
     directory.mkdir(mode=0o700, exist_ok=True)
     partial = directory / f"config.{os.getpid()}"
-    partial.write_text(content)
+    partial.write_text(content, encoding="utf-8")
     partial.replace(directory / "config.yaml")  # several workers may do this at once
     os.environ["LIBERO_CONFIG_PATH"] = str(directory)
     for variable in ("MPLCONFIGDIR", "MESA_SHADER_CACHE_DIR", "NUMBA_CACHE_DIR"):
