@@ -116,13 +116,15 @@ def test_the_trainings_range_becomes_the_robots_again():
 
 def test_a_file_of_limits(tmp_path):
     path = tmp_path / "limits.json"
-    path.write_text(json.dumps({"low": [None, -5, "none"], "rate": [0.1, None, None]}))
+    path.write_text(
+        json.dumps({"low": [None, -5, "none"], "rate": [0.1, None, None]}), encoding="utf-8"
+    )
     made = safety.from_file(path, limits(low=(-1,) * 3, high=(1,) * 3))
     assert made.low.tolist() == [-1, -5, -INF] and made.high.tolist() == [1, 1, 1]
     assert made.rate[0] == np.float32(0.1) and np.isinf(made.rate[1:]).all()
     assert json.loads(json.dumps(made.as_dict()))["low"] == [-1, -5, None]
     for wrong, message in (({"low": [1]}, "expected 3 numbers"), ({"lo": []}, "other keys")):
-        path.write_text(json.dumps(wrong))
+        path.write_text(json.dumps(wrong), encoding="utf-8")
         with pytest.raises(ValueError, match=message):
             safety.from_file(path, limits())
 
