@@ -96,3 +96,16 @@ def test_json_is_written_and_read_alike_in_every_locale(tmp_path):
         f"print(locale.getpreferredencoding(False), ascii(atomic.read_json('{tmp_path}/t')))"
     )
     assert in_the_c_locale(code) == f"ANSI_X3.4-1968 {text!a}"
+
+
+@pytest.mark.parametrize("name", ["tasks.jsonl", "info.json"])
+def test_a_dataset_is_read_alike_in_every_locale(name, tmp_path):
+    text = "d\u00e9placer \u628a\u7ea2\u8272"
+    content = json.dumps({"task_index": 0, "task": text}, ensure_ascii=False)
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    how = "next(checked.json_lines(file))" if name == "tasks.jsonl" else "checked.json_object(file)"
+    code = (
+        "import pathlib; from lightwam_jax.data.formats import checked; "
+        f"file = pathlib.Path('{tmp_path}/{name}'); print(ascii({how}.text('task')))"
+    )
+    assert in_the_c_locale(code) == ascii(text)

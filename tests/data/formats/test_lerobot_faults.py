@@ -239,7 +239,7 @@ def test_broken_metadata(single, name, content, reason):
     if content is not None:
         (single / "meta" / name).write_text(content, encoding="utf-8")
     with pytest.raises(ValueError, match=reason):
-        episodes.read(configure(single))
+        episodes.load_episodes(configure(single))
 
 
 def test_broken_packed_metadata(packed):
