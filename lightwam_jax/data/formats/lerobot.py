@@ -60,6 +60,13 @@ class LeRobotEpisode(stored.StoredEpisode):
             return None
         return place.file, round(place.begin * self.fps)
 
+    def files(self, camera):
+        """Returns the video, or the parquet file and the images that it names."""
+        place = self.images_of(camera)
+        if isinstance(place, lerobot_listed.Video):
+            return (place.file,)
+        return (place.file, *_named_files(place))
+
     def frames(self, camera, indices):
         """Returns uint8 [k, H, W, 3]; see `episodes.Episode.frames`."""
         place, indices = self.images_of(camera), np.arange(self.length)[indices]
@@ -93,6 +100,36 @@ def _cells(path, keys, first, stop):
         return {key: rows.column(key).to_pylist() for key in keys}
     except (pa.ArrowException, OSError) as error:
         raise FrameError(path, None, f"unreadable: {error}") from error
+
+
+def _named_files(place):
+    """Returns the files of the images that the rows of an `Images` name and do not hold.
+
+    Where they do hold them, the names are those of before, and reading the images takes long.
+    """
+    try:
+        with pq.ParquetFile(place.file) as file:
+            leaves = [file.schema.column(i).path for i in range(len(file.schema.names))]
+            names = f"{place.key}.path" if f"{place.key}.path" in leaves else place.key
+            if _holds(file, leaves, f"{place.key}.bytes"):
+                return ()
+            table = file.read(columns=[names]).slice(place.first, place.stop - place.first)
+            cells = table.column(place.key).to_pylist()
+    except (pa.ArrowException, OSError):  # whoever reads the images says why
+        return ()
+    paths = [cell.get("path") if isinstance(cell, dict) else cell for cell in cells]
+    return tuple(place.root / path for path in paths if isinstance(path, str))
+
+
+def _holds(file, leaves, name):
+    """Whether a leaf of an open parquet file has a value, by its statistics; False without one."""
+    if name not in leaves:
+        return False
+    number = leaves.index(name)
+    if file.schema.column(number).logical_type.type in ("NULL", "UNKNOWN"):  # only nulls
+        return False
+    parts = [file.metadata.row_group(i).column(number) for i in range(file.num_row_groups)]
+    return any(p.statistics is None or p.statistics.num_values for p in parts)  # nulls aside
 
 
 def _decoded(cell, root):

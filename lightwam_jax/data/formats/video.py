@@ -204,7 +204,10 @@ def _open(path):
         # delays its frames.
         stream.codec_context.thread_count = 1
         stream.codec_context.options = {"err_detect": "explode"}
-        yield container, stream
+        try:
+            yield container, stream
+        except av.FFmpegError as error:  # of seeking, or of the packets
+            raise FrameError(path, None, f"cannot be read: {error.strerror}") from error
 
 
 @contextlib.contextmanager
