@@ -164,13 +164,14 @@ def read(config):
     for file, rows in tables.items():
         for index, first, stop in lerobot_rows.runs(rows.episode_index):
             spans[index].append((file, first, stop))
-    found, problems = [], []
+    found, problems, known = [], [], {entry.index for entry in listed}
     for entry in wanted:
         if faults := [f for f in entry.faults if f.feature in (None, *data.needed)]:
             problems += [Problem.error(f.kind, entry.id, entry.data, f.message) for f in faults]
             continue
         try:
-            file, first, stop = _span(data, entry, tables, broken, spans.get(entry.index, ()))
+            runs = spans.get(entry.index, ())
+            file, first, stop = _span(data, entry, tables, broken, runs, known)
         except BadEpisode as error:
             problems.append(Problem.error(error.kind, entry.id, entry.data, str(error)))
             continue
@@ -187,12 +188,12 @@ def read(config):
     return found, problems
 
 
-def _span(data, entry, tables, broken, spans):
+def _span(data, entry, tables, broken, spans, known):
     """Returns (file, first row, row behind the last) of an episode; `BadEpisode`: there are none.
 
     In v3.0 the column episode_index decides which rows are whose, not the file numbers of meta/:
     LeRobot's first converter to v3.0 wrote wrong ones (corrected in its commit 0d1be72). Before,
-    the file is the episode's, and its column has to agree.
+    the file is the episode's, and its column has to agree. `known`: the numbers that are listed.
     """
     if data.packed and len(spans) > 1:
         places = ", ".join(f"{file} from row {first} on" for file, first, _ in spans)
@@ -204,15 +205,15 @@ def _span(data, entry, tables, broken, spans):
     if entry.data not in tables:
         raise BadEpisode("missing data file", "no such file; copy it again")
     index = tables[entry.data].episode_index
-    said = sorted(set(index.tolist()) - {entry.index})
-    if said and (not data.packed or entry.index not in index):
+    said = sorted(set(index.tolist()) - (known if data.packed else {entry.index}))
+    if said:
         words = ", ".join("no whole number" if i < 0 else str(i) for i in said[:8])
         raise BadEpisode(
             "wrong episode",
             f"its rows say episode_index {words}; expected {entry.index}: correct the column (and "
             "task_index, where sets were put together), or exclude the episode",
         )
-    return entry.data, 0, len(index)
+    return entry.data, 0, 0 if data.packed else len(index)
 
 
 def _episode(data, entry, file, first, rows):
