@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from lightwam_jax import atomic, config_read
+from lightwam_jax import atomic, config_read, folders
 from lightwam_jax import config as config_lib
 from lightwam_jax.checkpoint import run as checkpoint
 from lightwam_jax.checkpoint import storage
@@ -62,7 +62,7 @@ def check_same_run(config, workdir):
             *changed["train.steps"],
         )
     source, kept = _cache_assets(config), workdir / "assets"
-    for file in sorted(source.rglob("*")) if source else ():
+    for file in folders.files_below(source) if source else ():
         copy = kept / file.relative_to(source)
         if file.is_file() and copy.is_file() and not _same_content(file, copy):
             raise ValueError(

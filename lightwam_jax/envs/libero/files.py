@@ -18,6 +18,8 @@ import zipfile
 
 import numpy as np
 
+from lightwam_jax import folders
+
 SUITES = ("spatial", "object", "goal", "10", "90")
 PLUS = tuple(f"plus_{suite}" for suite in SUITES[:4])  # of LIBERO-Plus, where that is installed
 _MESHES = (".msh", ".obj", ".stl")
@@ -205,7 +207,7 @@ def assets_directory(directory=None):
 
 def describe_assets(directory):
     """Returns {"assets": "LIBERO" or "stand-in", "assets_hash": 16 hex digits of all files}."""
-    files = [path for path in pathlib.Path(directory).rglob("*") if path.is_file()]
+    files = folders.files_below(directory)
     # LIBERO's objects are scanned meshes. Without any, whatever stands there is not LIBERO.
     real = any(path.suffix in _MESHES for path in files)
     return {"assets": "LIBERO" if real else "stand-in", "assets_hash": _hash(files, directory)}

@@ -63,6 +63,9 @@ def configure(root, **overrides):
     return synthetic.make_config("", **{"data.path": str(root)} | short | overrides)
 
 
+EVERY = {NAME, *OTHERS}
+
+
 def read(root, **overrides):
     """Returns ({ids of sound episodes}, [error], [warning])."""
     found, problems = episodes.read(configure(root, **overrides))
