@@ -38,7 +38,7 @@ def first_step(arguments, folder, cache):
     folder.mkdir()
     environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(cache)}
     start = time.perf_counter()
-    with log.open("w") as out:
+    with log.open("w", encoding="utf-8") as out:
         process = subprocess.Popen(
             [
                 sys.executable,
@@ -59,11 +59,11 @@ def first_step(arguments, folder, cache):
     try:
         while not (metrics.exists() and metrics.stat().st_size):
             if process.poll() is not None or time.perf_counter() - start > TIMEOUT_S:
-                raise RuntimeError(f"no step was made:\n{log.read_text()[-3000:]}")
+                raise RuntimeError(f"no step was made:\n{log.read_text(encoding='utf-8')[-3000:]}")
             time.sleep(0.02)
         seconds = time.perf_counter() - start
         if process.wait(TIMEOUT_S):
-            raise RuntimeError(f"the run failed:\n{log.read_text()[-3000:]}")
+            raise RuntimeError(f"the run failed:\n{log.read_text(encoding='utf-8')[-3000:]}")
         return seconds
     finally:
         process.kill()
@@ -75,7 +75,7 @@ def main(argv):
     with tempfile.TemporaryDirectory() as place:
         place = pathlib.Path(place)
         seconds = [first_step(argv[1:], place / str(i), place / "cache") for i in range(1 + f.warm)]
-        config = json.loads((place / "0" / "run" / "config.json").read_text())
+        config = json.loads((place / "0" / "run" / "config.json").read_text(encoding="utf-8"))
     results.write(
         f.out,
         "cold_start",

@@ -117,7 +117,7 @@ def _peak(pid):
     Not `ru_maxrss`: that of a child begins with its parent's memory.
     """
     try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+        lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8").split("\n")
     except OSError:
         return 0
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), 0)

@@ -165,7 +165,7 @@ def memory(config, samples, points=10):
 
 
 def _resident():
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").split("\n")
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS"))
 
 

@@ -277,7 +277,7 @@ def collect(path, out=RESULTS):
 
     lines = [
         json.loads(line)
-        for line in pathlib.Path(path).read_text(encoding="utf-8").splitlines()
+        for line in pathlib.Path(path).read_text(encoding="utf-8").split("\n")
         if line
     ]
     seen = [line["device"] for line in lines if "device" in line]

@@ -156,7 +156,7 @@ def read_json(path):
     """The content of a JSON file."""
     path = existing(path)
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is no JSON file: {error}") from error
 

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 from converters import rules
+from lightwam_jax import folders
 
 # Where each kind's weights lie in a repository of Wan, of diffusers or of Light-WAM, first first.
 _DIT = ("diffusion_pytorch_model*.safetensors.index.json", "diffusion_pytorch_model*.safetensors")
@@ -48,7 +49,7 @@ def locate(place, kind):
         raise FileNotFoundError(f"{place}: no such file or folder")
     if place.is_file():
         return place, revision
-    names = [path.relative_to(place).as_posix() for path in place.rglob("*") if path.is_file()]
+    names = [path.relative_to(place).as_posix() for path in folders.files_below(place)]
     return place / _choose(names, kind, place), revision
 
 

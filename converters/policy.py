@@ -76,7 +76,8 @@ def _config(place, fields, vae, text):
 
 
 def _write_texts(directory, config, prompts):
-    data, lines = config.data, files.existing(prompts).read_text().splitlines() if prompts else []
+    data = config.data
+    lines = files.existing(prompts).read_text(encoding="utf-8").split("\n") if prompts else []
     tasks = filter(None, map(str.strip, lines))
     prompts = [text_lib.prompt(task, data.prompt_template) for task in tasks]
     encoder = encoders_lib.make_text_encoder(

@@ -13,7 +13,7 @@ class InUse(RuntimeError):
 def read_json(path):
     """Returns the content of a JSON file, None where there is none."""
     try:
-        with open(path) as f:
+        with open(path, encoding="utf-8") as f:
             return json.load(f)
     except FileNotFoundError:
         return None
@@ -26,7 +26,7 @@ def write_json(path, content):
 
 def write_text(path, text):
     """Writes a text file; it is the old one or the new one, never half of it."""
-    with writing(path) as partial, open(partial, "w") as f:
+    with writing(path) as partial, open(partial, "w", encoding="utf-8") as f:
         f.write(text)
 
 

@@ -121,6 +121,7 @@ class DataConfig:
     exclude: tuple[str, ...] = ()  # ids of episodes to leave out; nothing else is ever left out
     # What `precompute --what stats` decodes of each episode.
     check_frames: Literal["none", "ends", "all"] = "ends"
+    tolerance_s: float = 0.0  # seconds from a LeRobot row to its frame; 0: 1/4 frame; LeRobot: 1e-4
     fields: FieldsConfig = FieldsConfig()
     state_dim: int = 0  # width in the data where it is less than the model's; 0: equal
     action_dim: int = 0  # the same for actions

@@ -61,6 +61,11 @@ def _check_data(d, model, frames_per_latent):
                 f"{'camera' if key == 'orientation' else 'action dimension'}, or ()"
             )
     _check_kinds(d)
+    if not 0 <= d.tolerance_s < 1e6:
+        raise ValueError(
+            f"config.data.tolerance_s={d.tolerance_s}; expected seconds, or 0 for a quarter of the "
+            "time between two frames"
+        )
     for key, width, most in (
         ("state_dim", d.state_dim, model.proprio_dim),
         ("action_dim", d.action_dim, model.action_dim),

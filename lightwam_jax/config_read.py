@@ -19,7 +19,7 @@ RENAMED = {
 }
 
 # Keys that came later, with the value that keeps the meaning of a config saved without them.
-ADDED = {"data.action_kinds": ()}
+ADDED = {"data.action_kinds": (), "data.tolerance_s": 0.0}
 
 
 def section(cls, tree, path):

@@ -139,8 +139,14 @@ class Data:
 def _statistics(data):
     if data.index:
         return "left to process 0"
-    for source in data.sets:
-        _examine(source)
+    refused = []
+    for source in data.sets:  # a report on each, before the errors of any
+        try:
+            _examine(source)
+        except ValueError as error:
+            refused.append(str(error))
+    if refused:
+        raise ValueError("\n".join(refused))
     files = {}
     for source in data.sets:
         files.setdefault(assets.statistics_file(source.config), []).append(source)
@@ -159,7 +165,9 @@ def _examine(source):
         keys = dataclasses.asdict(source.config.data)
         for key in ("cache", "workers", "threads", "prefetch"):
             del keys[key]
-        asked = json.loads(json.dumps({"data": source.everything, "config": keys}))
+        # Not `source.everything`: a split that fails is no reason for no report.
+        data = latent_cache.fingerprint(source.found, source.config)
+        asked = json.loads(json.dumps({"data": data, "config": keys}))
         if atomic.read_json(done) == asked:
             return
     report = examine.examine(source.config, (source.found, source.problems))

@@ -84,7 +84,7 @@ def _start(config, index, count):
     child = os.fork()
     if child:
         return child
-    with open(os.devnull, "w") as silent:
+    with open(os.devnull, "w", encoding="utf-8") as silent:
         os.dup2(silent.fileno(), 1)
         os.dup2(silent.fileno(), 2)
         try:

@@ -130,7 +130,9 @@ class Pod:
     def output(self):
         """Returns what the processes have said so far, in all runs of this workdir."""
         return "\n".join(
-            f"--- {log.name}\n{log.read_text()[-6000:]}" for log in self.logs if log.exists()
+            f"--- {log.name}\n{log.read_text(encoding='utf-8')[-6000:]}"
+            for log in self.logs
+            if log.exists()
         )
 
 

@@ -49,7 +49,9 @@ def chosen(only):
     return [
         (path.stem, slip)
         for path in sorted((ROOT / "tests" / "slips_table").glob("*.toml"))
-        for slip in (Slip(**entry) for entry in tomllib.loads(path.read_text())["slip"])
+        for slip in (
+            Slip(**entry) for entry in tomllib.loads(path.read_text(encoding="utf-8"))["slip"]
+        )
         if only in path.stem or any(only in text for text in slip)
     ]
 
@@ -57,7 +59,7 @@ def chosen(only):
 def is_stale(slip):
     """Whether the text of a slip is not exactly once in its file, or a test file is not there."""
     path = ROOT / slip.file
-    found = path.is_file() and path.read_text().count(slip.old) == 1
+    found = path.is_file() and path.read_text(encoding="utf-8").count(slip.old) == 1
     return not found or not all((ROOT / name).is_file() for name in files_of(slip.tests))
 
 
@@ -112,12 +114,12 @@ def try_slip(tree, slip, timeout):
     if is_stale(slip):
         return STALE
     path = tree / slip.file
-    whole = path.read_text()
-    path.write_text(whole.replace(slip.old, slip.new))
+    whole = path.read_text(encoding="utf-8")
+    path.write_text(whole.replace(slip.old, slip.new), encoding="utf-8")
     try:
         return SURVIVED if passes(tree, files_of(slip.tests), timeout) else CAUGHT
     finally:
-        path.write_text(whole)
+        path.write_text(whole, encoding="utf-8")
 
 
 def run(slips, jobs, timeout, baseline):

@@ -6,7 +6,7 @@ from lightwam_jax import config, config_docs
 
 
 def test_the_page_is_current():
-    assert config_docs.PAGE.read_text() == config_docs.page(), "run make docs"
+    assert config_docs.PAGE.read_text(encoding="utf-8") == config_docs.page(), "run make docs"
 
 
 def test_a_comment_above_and_behind_a_key_are_its_meaning():

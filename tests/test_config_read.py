@@ -91,13 +91,13 @@ def test_keys_that_came_later_have_their_defaults_in_saved_configs(tmp_path):
     with pytest.raises(ValueError, match=r"config\.data lacks action_kinds"):
         config_lib.from_config_dict(without)  # a config that is written now has to have it
     (tmp_path / "checkpoints" / "7").mkdir(parents=True)
-    (tmp_path / "config.json").write_text(json.dumps(without))
+    (tmp_path / "config.json").write_text(json.dumps(without), encoding="utf-8")
     workdir.check_same_run(config_lib.from_config_dict(tree()), tmp_path)
 
 
 def test_old_runs_are_not_continued(tmp_path):
     (tmp_path / "checkpoints" / "7").mkdir(parents=True)
-    (tmp_path / "config.json").write_text(json.dumps(OLD))
+    (tmp_path / "config.json").write_text(json.dumps(OLD), encoding="utf-8")
     with pytest.raises(ValueError, match=REFUSED):
         workdir.check_same_run(config_lib.from_config_dict(tree()), tmp_path)
 
@@ -109,14 +109,14 @@ def test_old_logs_of_episodes_are_not_called_damaged(tmp_path):
         raise ValueError(entry)
 
     path = tmp_path / "trained.jsonl"
-    path.write_text('{"manifest": {"replan": 4}}\n{"digest": 3}\n')
+    path.write_text('{"manifest": {"replan": 4}}\n{"digest": 3}\n', encoding="utf-8")
     before = path.read_bytes()
     with pytest.raises(
         ValueError, match=r"before version 0\.2\.0.*replan_steps\): delete it, or go"
     ):
         journal.Journal(path, {"replan_steps": 4}, "go elsewhere", damaged)
     assert path.read_bytes() == before
-    path.write_text('{"manifest": {"replan_steps": 4}}\n{"digest": 3}\n')
+    path.write_text('{"manifest": {"replan_steps": 4}}\n{"digest": 3}\n', encoding="utf-8")
     with pytest.raises(ValueError, match="line 2 is damaged"):
         journal.Journal(path, {"replan_steps": 4}, "go elsewhere", damaged)
 

@@ -105,7 +105,9 @@ def test_one_process_does_not_wait():
 
 def test_nothing_private_of_jax_is_used():
     package = pathlib.Path(distributed.__file__).parent
-    assert not [path for path in package.rglob("*.py") if "jax._src" in path.read_text()]
+    assert not [
+        path for path in package.rglob("*.py") if "jax._src" in path.read_text(encoding="utf-8")
+    ]
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 
 def steps():
     """[(instruction, arguments)] of the Dockerfile, continued lines joined."""
-    text = re.sub(r"^\s*#.*\n", "", (ROOT / "Dockerfile").read_text(), flags=re.M)
+    text = re.sub(r"^\s*#.*\n", "", (ROOT / "Dockerfile").read_text(encoding="utf-8"), flags=re.M)
     lines = text.replace("\\\n", " ").splitlines()
     return [tuple(line.split(None, 1)) for line in lines if line.strip()]
 
@@ -31,7 +31,7 @@ def test_instructions_are_known_and_in_order():
 
 
 def test_what_is_copied_exists_and_reaches_the_builder():
-    ignored = (ROOT / ".dockerignore").read_text().splitlines()
+    ignored = (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
     kept = [line[1:] for line in ignored if line.startswith("!")]
     for arguments in of("COPY"):
         *sources, _ = arguments.split()
@@ -44,7 +44,9 @@ def test_what_is_copied_exists_and_reaches_the_builder():
 def test_the_extras_are_those_of_the_package(extra):
     import tomllib
 
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["dynamic"]
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"][
+        "setuptools"
+    ]["dynamic"]
     assert '".${EXTRA:+[$EXTRA]}"' in of("RUN")[0]
     assert not extra or extra in extras["optional-dependencies"]
 

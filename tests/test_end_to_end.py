@@ -59,7 +59,7 @@ def test_demo_pipeline(tmp_path):
     assert "expert" in out
     skew = ("-m", "lightwam_jax.inference.skew", "--samples", "4", "--brief")
     assert "4 windows in process" in run(*skew, "--workdir", str(workdir))
-    summary = json.loads((workdir / "summary.json").read_text())
+    summary = json.loads((workdir / "summary.json").read_text(encoding="utf-8"))
     assert {
         "success_rate",
         "interval",
@@ -69,15 +69,18 @@ def test_demo_pipeline(tmp_path):
         "seconds",
     } <= set(summary)
     assert summary["episodes"] == 2 and summary["errors"] == 0
-    page = (workdir / "report.html").read_text()
+    page = (workdir / "report.html").read_text(encoding="utf-8")
     assert "data:video/mp4;base64," in page and "data:image/png;base64," in page
     assert "http://" not in page.replace("http://www.w3.org", "")
 
-    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line)
+        for line in (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     logged = [row for row in rows if row["kind"] == "eval"][-1]
     printed = run("evaluate.py", "--workdir", str(workdir), "--mode", "open_loop")
     assert "open_loop" in printed and "gripper" in printed
-    alone = json.loads((workdir / "open_loop" / "open_loop.json").read_text())
+    alone = json.loads((workdir / "open_loop" / "open_loop.json").read_text(encoding="utf-8"))
     timing = {name: logged[f"gripper/3/{name}"] for name in alone["grippers"]["3"]}
     assert alone["grippers"] == {"3": timing} and timing["changing"] + timing["still"] > 0
     assert alone["l1_step"] == pytest.approx(logged["l1_step"], rel=1e-4)

@@ -144,7 +144,7 @@ def test_two_processes_survive_what_kills_them(whole_of_two, tmp_path):
         print(f"killed {victims}: exit codes {codes} after {time.monotonic() - clock:.1f} s")
         assert all(codes), codes
         if victims != (0, 1):
-            survivor = started.logs[1 - victims[0]].read_text()
+            survivor = started.logs[1 - victims[0]].read_text(encoding="utf-8")
             assert re.search("another task died|Socket closed|Connection|heartbeat", survivor)
 
     # SIGTERM to one: both save the same step, say so and leave.

@@ -33,7 +33,7 @@ def test_parity(run, group):
 
 
 def test_manifest_lists_what_is_there(golden):
-    manifest = json.loads((golden / "manifest.json").read_text())
+    manifest = json.loads((golden / "manifest.json").read_text(encoding="utf-8"))
     there = {str(path.relative_to(golden)): path for path in golden.rglob("*") if path.is_file()}
     del there["manifest.json"]
     assert set(manifest["files"]) == set(there)
@@ -137,7 +137,7 @@ def test_the_references_caches_are_checked(data):
     directory, run = data
     rng = np.random.default_rng(0)
     samples = dict(np.load(directory / "dataset_samples.npz"))
-    told = json.loads((directory / "dataset_info.json").read_text())["samples"]
+    told = json.loads((directory / "dataset_info.json").read_text(encoding="utf-8"))["samples"]
     latents = torch.from_numpy(rng.normal(size=(int(samples["length"]), 4, 3, 2, 4))).bfloat16()
     for name in ("text_cache", "latent_single", "latent_sharded/shards"):
         (directory / name).mkdir(parents=True)

@@ -38,13 +38,13 @@ def check_arguments(words):
 @pytest.mark.parametrize("name", ["slurm.sh", "tpu_vm.sh"])
 def test_scripts_parse_and_pass_flags_that_exist(name):
     subprocess.run(["bash", "-n", LAUNCH / name], check=True)
-    text = (LAUNCH / name).read_text()
+    text = (LAUNCH / name).read_text(encoding="utf-8")
     check_arguments(shlex.split(re.search(r"TRAIN=[(\"](.*)[)\"]", text)[1]))
 
 
 @pytest.mark.parametrize("name", ["gke_tpu.yaml", "gke_gpu.yaml"])
 def test_manifests_are_consistent(name):
-    jobset = yaml.safe_load((LAUNCH / name).read_text())
+    jobset = yaml.safe_load((LAUNCH / name).read_text(encoding="utf-8"))
     job = jobset["spec"]["replicatedJobs"][0]
     spec = job["template"]["spec"]
     pod_spec = spec["template"]["spec"]
@@ -84,7 +84,7 @@ def test_the_slurm_script_trains_with_two_tasks_and_is_queued_again_when_told_to
     commands = tmp_path / "bin"
     commands.mkdir()
     for name, text in (("srun", SRUN), ("scontrol", f"#!/bin/bash\necho $@ >> {tmp_path}/said\n")):
-        (commands / name).write_text(text)
+        (commands / name).write_text(text, encoding="utf-8")
         (commands / name).chmod(0o755)
     here = tmp_path / "repository"
     here.mkdir()
@@ -92,13 +92,14 @@ def test_the_slurm_script_trains_with_two_tasks_and_is_queued_again_when_told_to
         (here / name).symlink_to(ROOT / name)
     python = here / ".venv" / "bin" / "python"
     python.parent.mkdir(parents=True)
-    python.write_text(f'#!/bin/bash\nexec {sys.executable} "$@"\n')
+    python.write_text(f'#!/bin/bash\nexec {sys.executable} "$@"\n', encoding="utf-8")
     python.chmod(0o755)
     (here / "tiny.py").write_text(
         "import json, os, ml_collections\ndef get_config():\n"
-        "    return ml_collections.ConfigDict(json.loads(os.environ['LIGHTWAM_TEST_CONFIG']))\n"
+        "    return ml_collections.ConfigDict(json.loads(os.environ['LIGHTWAM_TEST_CONFIG']))\n",
+        encoding="utf-8",
     )
-    script = (LAUNCH / "slurm.sh").read_text()
+    script = (LAUNCH / "slurm.sh").read_text(encoding="utf-8")
     trains = f'TRAIN=(--config "{here}/tiny.py" --workdir "{tmp_path}/run" --config.mesh.fsdp=2)'
     script = re.sub(r"^TRAIN=.*$", trains, script, flags=re.M)
 
@@ -126,4 +127,4 @@ def test_the_slurm_script_trains_with_two_tasks_and_is_queued_again_when_told_to
     stopped = re.sub(r"srun .*", "( exit 143 )", script)
     done = subprocess.run(["bash", "-c", stopped], cwd=here, env=environ, check=False)
     assert done.returncode == 143
-    assert (tmp_path / "said").read_text() == "requeue 4711\n"
+    assert (tmp_path / "said").read_text(encoding="utf-8") == "requeue 4711\n"

@@ -16,7 +16,7 @@ from packaging.version import Version
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "lightwam_jax"
-PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 EXTRAS = {"cuda", "tpu", "torch", "rerun", "sim", "dev"}
 # Modules whose distribution has another name.
 DISTRIBUTIONS = {
@@ -35,7 +35,10 @@ IN_A_CHECKOUT = {"ablations.py"}
 
 def requirements(name):
     """The `Requirement`s of a file: as setuptools reads it, without full-line and end comments."""
-    lines = [line.partition(" #")[0].strip() for line in (ROOT / name).read_text().splitlines()]
+    lines = [
+        line.partition(" #")[0].strip()
+        for line in (ROOT / name).read_text(encoding="utf-8").splitlines()
+    ]
     return [Requirement(line) for line in lines if line and not line.startswith("#")]
 
 
@@ -53,7 +56,7 @@ def dynamic():
 
 def imports(path):
     """First parts of the names of modules that a file imports, wherever the import stands."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name.split(".")[0] for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and not node.level:

@@ -169,7 +169,7 @@ def hold_the_loader_of_one(index):
 def test_every_process_says_where_it_stands(tmp_path):
     config = on(MESHES["data"], **{"train.stuck_after_s": 2.0, "train.log_every": 1})
     pod.run(config, tmp_path / "run", processes=2, devices=2, before=hold_the_loader_of_one)
-    waits, held = ((tmp_path / f"run.{i}.log").read_text() for i in (0, 1))
+    waits, held = ((tmp_path / f"run.{i}.log").read_text(encoding="utf-8") for i in (0, 1))
     assert re.search("process 0 has made .* after step [34], in phase 'device'", waits), waits
     assert re.search("process 1 has made .* after step 3, in phase 'data'", held), held
     assert "the loader gives no batch" in held and "__next__" in held

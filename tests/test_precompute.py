@@ -143,7 +143,7 @@ def test_with_pixels_only_the_codec_is_made(config, capsys):
 
 def test_given_statistics_are_kept(config, capsys):
     path = os.path.join(assets.assets_directory(config), "dataset_stats.json")
-    with open(path) as f:
+    with open(path, encoding="utf-8") as f:
         statistics = json.load(f)
     del statistics["made_from"]
     statistics["action"]["default"]["global_max"][2] = 8.5  # not of these data

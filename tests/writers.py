@@ -70,7 +70,7 @@ def robotwin(directory, episodes, cameras=("scene", "wrist")):
                 images = [encoded(p[..., ::-1]) for p in episode.frames(camera, last)]
                 file[f"observation/{camera}/rgb"] = np.array(images)  # dtype S: zero-padded
         (path / f"instructions/episode{number}.json").write_text(
-            json.dumps({"seen": [episode.task], "unseen": ["something else"]})
+            json.dumps({"seen": [episode.task], "unseen": ["something else"]}), encoding="utf-8"
         )
     width = episodes[0].state.shape[1]
     return {

@@ -162,7 +162,7 @@ def b_state_fusion(fixtures):
     count, sources = len(matching(states, "adapted_*")), ("backbone", "adapted", "delta")
     states = [{source: states[f"{source}_{i}"] for source in sources} for i in range(count)]
     for path in sorted((fixtures.root / "b_state_fusion").glob("*.json")):
-        case, told = path.stem, json.loads(path.read_text())
+        case, told = path.stem, json.loads(path.read_text(encoding="utf-8"))
         tensors = fixtures.tensors(f"b_state_fusion/{case}.safetensors")
         fields = lightwam.expert_fields(
             rules.shapes_of(tensors),

@@ -20,8 +20,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from lightwam_jax import folders, sharding
 from lightwam_jax import params as params_lib
-from lightwam_jax import sharding
 from lightwam_jax.checkpoint import streamed
 
 FORMAT = 1
@@ -220,8 +220,8 @@ def copy_files(source, target, link_from=None):
     source, target = pathlib.Path(source), pathlib.Path(target)
     if not source.is_dir():
         raise FileNotFoundError(f"{source} is not there to be copied to {target}")
-    for file in sorted(source.rglob("*")):
-        if not file.is_file() or file.name == COMMIT_FILE:
+    for file in folders.files_below(source):
+        if file.name == COMMIT_FILE:
             continue
         place = target / file.relative_to(source)
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -250,7 +250,7 @@ def read_meta(directory):
     """
     directory = pathlib.Path(directory)
     try:
-        meta = json.loads((directory / "meta" / "metadata").read_text())
+        meta = json.loads((directory / "meta" / "metadata").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DamagedCheckpointError(f"{directory}/meta cannot be read: {error}") from error
     if meta.get("checksum") != meta_checksum(meta):

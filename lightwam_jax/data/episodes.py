@@ -59,6 +59,10 @@ class Episode(typing.Protocol):
         """Returns (file, index of its first frame in it) of a camera that is a video, or None."""
         return None
 
+    def files(self, camera):
+        """Returns the files that hold the images of one camera; () where they are in memory."""
+        return ()
+
     def images_of(self, camera):
         """Returns `images[camera]` of a source that has `images`; KeyError names the cameras."""
         if camera not in self.images:
@@ -221,7 +225,7 @@ def read(config):
         )
     found = [e for e in found if e.id not in config.data.exclude]
     problems = [p for p in problems if p.episode not in config.data.exclude]
-    if not found and not problems:
+    if not found and not any(problem.severity == "error" for problem in problems):
         raise ValueError(f"config.data.path={path!r} holds no episode{_recorded(config)}")
     return found, problems + [p for e in found for p in check(e, config)] + _duplicates(found)
 

@@ -73,7 +73,7 @@ def run(config, directory):
     evaluation = json.loads(json.dumps(dataclasses.asdict(config.evaluation)))
     if path.exists():
         workdir.check_same_run(config, directory)
-        result = json.loads(path.read_text())
+        result = json.loads(path.read_text(encoding="utf-8"))
         if (result["steps"], result["evaluation"]) == (config.train.steps, evaluation):
             return result
     if loop.train(config, directory).signal:
@@ -92,7 +92,7 @@ def run(config, directory):
         "evaluation": evaluation,
         "manifest": manifest,
     }
-    path.write_text(json.dumps(result, indent=2) + "\n")
+    path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     return result
 
 
@@ -159,14 +159,15 @@ def collect(out, names):
         files = sorted(out.glob(f"{name}/*/result.json"), key=lambda path: int(path.parent.name))
         if files:
             found[name] = [
-                json.loads(path.read_text()) | {"parameters": _parameters(path.parent)}
+                json.loads(path.read_text(encoding="utf-8"))
+                | {"parameters": _parameters(path.parent)}
                 for path in files
             ]
     return found
 
 
 def _parameters(directory):
-    rows = json.loads((directory / "params.json").read_text())
+    rows = json.loads((directory / "params.json").read_text(encoding="utf-8"))
     return next(row["total"] for row in rows if row["group"] == "total")
 
 
@@ -222,9 +223,9 @@ def markdown(results, about):
 def write_table(out, about):
     """Writes ablations.md, .json and .png into `out`; returns the first. See `markdown`."""
     results = collect(out, about)
-    (out / "ablations.json").write_text(json.dumps(results, indent=1) + "\n")
+    (out / "ablations.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     table = markdown(results, about)
-    (out / "ablations.md").write_text(table)
+    (out / "ablations.md").write_text(table, encoding="utf-8")
     if all("success" in means(cell) for cell in results.values()):
         _chart(out / "ablations.png", results, about)
     return table

@@ -341,4 +341,4 @@ def draw_future(policy, directory, episodes):
         title = f"{unit} (mean of {len(windows)} windows)"
         path = directory / f"{kind}.png"
         html_report.curve_chart(path, series, title, xlabel="steps ahead", width=9.4)
-    (directory / "future.json").write_text(json.dumps(numbers, indent=2) + "\n")
+    (directory / "future.json").write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")

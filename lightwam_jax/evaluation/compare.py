@@ -26,7 +26,7 @@ def compare(one, other, may_differ=()):
     """
     files = [pathlib.Path(path) for path in (one, other)]
     files = [path / "summary.json" if path.is_dir() else path for path in files]
-    summaries = [json.loads(path.read_text()) for path in files]
+    summaries = [json.loads(path.read_text(encoding="utf-8")) for path in files]
     unlike = journal.differences(*(summary["manifest"] for summary in summaries))
     allowed = (*FREE, *may_differ)
     told = {

@@ -66,7 +66,7 @@ def write_summaries(out, results, manifest, checkpoint):
             },
         }
         paths.append(pathlib.Path(out, f"summary_{place}.json"))
-        paths[-1].write_text(json.dumps(content, indent=4) + "\n")
+        paths[-1].write_text(json.dumps(content, indent=4) + "\n", encoding="utf-8")
     return paths
 
 

@@ -71,7 +71,7 @@ def write(directory, errors):
         name: value if isinstance(value, dict) else np.asarray(value).tolist()
         for name, value in errors.items()
     }
-    (directory / "open_loop.json").write_text(json.dumps(plain, indent=2) + "\n")
+    (directory / "open_loop.json").write_text(json.dumps(plain, indent=2) + "\n", encoding="utf-8")
     steps = np.arange(len(errors["l1_step"]))
     curve, unit = {"mean over dimensions": (steps, errors["l1_step"])}, "L1 error, normalised units"
     html_report.curve_chart(directory / "open_loop.png", curve, unit, xlabel="step of the chunk")

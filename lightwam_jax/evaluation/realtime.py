@@ -79,7 +79,7 @@ def latency_steps(text, fps):
         first = int(match[1])
         return tuple(range(first, int(match[2] or first) + 1)) or _no_latency(text)
     try:
-        measured = np.array(json.loads(pathlib.Path(text).read_text()), float)
+        measured = np.array(json.loads(pathlib.Path(text).read_text(encoding="utf-8")), float)
     except (OSError, ValueError, TypeError):
         return _no_latency(text)
     if measured.ndim != 1 or not len(measured):
@@ -258,7 +258,7 @@ def _write(out, config, manifest, setting, cells, seconds):
     about = {key: about[key] for key in ("kinds", "trained_steps", "full_steps", "spread")}
     content = {"cells": [cell.to_json() for cell in cells], "seconds": round(seconds, 1)}
     content |= {"execution": about, "fps": fps, "manifest": manifest}
-    (out / "realtime.json").write_text(json.dumps(content, indent=2) + "\n")
+    (out / "realtime.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     media = ()
     if any(cell.latency.isdigit() for cell in cells):
         chart(out / "realtime.png", cells, 1 / fps)

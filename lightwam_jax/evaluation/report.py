@@ -147,7 +147,7 @@ def write_summary(
     if groups and groups["trained"]:
         summary["groups"] = _turned(groups)
     summary |= {"tasks": _turned(tasks or {}), "manifest": manifest}
-    pathlib.Path(path).write_text(json.dumps(summary, indent=2) + "\n")
+    pathlib.Path(path).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     return summary
 
 

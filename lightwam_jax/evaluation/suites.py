@@ -99,7 +99,7 @@ def demonstrated_seeds(config):
         file = pathlib.Path(directory, "meta", "recording.json")
         if not file.exists():
             return None
-        about = json.loads(file.read_text())
+        about = json.loads(file.read_text(encoding="utf-8"))
         # Recordings from before there were starts have no "seeds".
         seeds = about.get("seeds") or {
             task: [(about["first_seed"], tried)] for task, tried in about["tried"].items()

@@ -67,7 +67,7 @@ def write(directory, result, canvases=()):
         "server": result.where,
         "about": result.about,
     }
-    (directory / "skew.json").write_text(json.dumps(content, indent=1) + "\n")
+    (directory / "skew.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     sections = [
         html_report.Section(
             "Stage by stage",

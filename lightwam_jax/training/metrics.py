@@ -35,7 +35,7 @@ class MetricsWriter:
         path = pathlib.Path(workdir) / "metrics.jsonl"
         rows = [row for row in read_rows(path) if row["step"] <= step]
         atomic.write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
-        self._file = path.open("a")
+        self._file = path.open("a", encoding="utf-8")
         self._board = tensorboardX.SummaryWriter(
             str(pathlib.Path(workdir) / "tensorboard"), purge_step=step + 1
         )
@@ -68,7 +68,7 @@ def read_rows(path):
     A last line without an end is what a killed writer leaves, and is dropped.
     """
     path = pathlib.Path(path)
-    lines = path.read_text().split("\n")[:-1] if path.exists() else []
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
     return [json.loads(line) for line in lines]
 
 

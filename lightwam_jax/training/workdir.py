@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from lightwam_jax import atomic, config_read
+from lightwam_jax import atomic, config_read, folders
 from lightwam_jax import config as config_lib
 from lightwam_jax.checkpoint import run as checkpoint
 from lightwam_jax.checkpoint import storage
@@ -44,7 +44,7 @@ def check_same_run(config, workdir):
     path = workdir / "config.json"
     if not path.exists() or not any(p.name.isdigit() for p in (workdir / "checkpoints").glob("*")):
         return
-    old, new = json.loads(path.read_text()), json.loads(config_lib.to_json(config))
+    old, new = json.loads(path.read_text(encoding="utf-8")), json.loads(config_lib.to_json(config))
     config_read.refuse_old(old, workdir)
     changed = checkpoint.config_differences(old, new)
     fatal = {key: values for key, values in changed.items() if not MAY_CHANGE.match(key)}
@@ -62,7 +62,7 @@ def check_same_run(config, workdir):
             *changed["train.steps"],
         )
     source, kept = _cache_assets(config), workdir / "assets"
-    for file in sorted(source.rglob("*")) if source else ():
+    for file in folders.files_below(source) if source else ():
         copy = kept / file.relative_to(source)
         if file.is_file() and copy.is_file() and not _same_content(file, copy):
             raise ValueError(

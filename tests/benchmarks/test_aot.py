@@ -331,10 +331,10 @@ def test_complaints_and_tables(tmp_path):
         == 1
     )
     page = tmp_path / "pods.md"
-    page.write_text("nothing")
+    page.write_text("nothing", encoding="utf-8")
     with pytest.raises(ValueError, match="lacks the lines"):
         aot_tables.write(page)
-    page.write_text(f"before\n{aot_tables.BEGIN}\nold\n{aot_tables.END}\nafter\n")
+    page.write_text(f"before\n{aot_tables.BEGIN}\nold\n{aot_tables.END}\nafter\n", encoding="utf-8")
     aot_tables.write(page)
-    text = page.read_text()
+    text = page.read_text(encoding="utf-8")
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text

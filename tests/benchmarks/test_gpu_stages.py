@@ -67,9 +67,9 @@ def test_lines_become_a_file_of_results(tmp_path, capsys):
         {"stage": "profile", "skipped": "no time"},
     ]
     path = tmp_path / "results.jsonl"
-    path.write_text("\n".join(map(json.dumps, lines)) + "\n")
+    path.write_text("\n".join(map(json.dumps, lines)) + "\n", encoding="utf-8")
     gpu_stages.collect(path, tmp_path / "gpu.json")
-    found = json.loads((tmp_path / "gpu.json").read_text())
+    found = json.loads((tmp_path / "gpu.json").read_text(encoding="utf-8"))
     assert found["device"] == device
     assert found["versions"] == {"jax": "0.11.2", "torch": "2.11.0"}
     assert found["stages"] == [
@@ -85,7 +85,7 @@ def run_script(out, **environment):
     script = ["bash", "benchmarks/gpu.sh"]
     done = subprocess.run(script, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    lines = (out / "results.jsonl").read_text().splitlines()
+    lines = (out / "results.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]
 
 

@@ -93,7 +93,7 @@ def saved(tmp_path_factory, state):
     """A run with checkpoints 1, 2, 3 whose parameters differ by their step."""
     workdir = tmp_path_factory.mktemp("run")
     (workdir / "assets").mkdir()
-    (workdir / "assets" / "dataset_stats.json").write_text("{}")
+    (workdir / "assets" / "dataset_stats.json").write_text("{}", encoding="utf-8")
     checkpoints = checkpoint.Checkpoints(workdir, CONFIG, assets=workdir / "assets")
     save(checkpoints, state, 1, 2, 3)
     checkpoints.close()
@@ -157,7 +157,7 @@ def test_checkpoint_is_a_whole_policy(saved, state):
     policy = checkpoint.load_params(saved)
     assert policy.config == CONFIG
     assert policy.meta["step"] == 3 and policy.path.name == "3"
-    assert (policy.assets / "dataset_stats.json").read_text() == "{}"
+    assert (policy.assets / "dataset_stats.json").read_text(encoding="utf-8") == "{}"
     in_memory = params_lib.segmented(policy.params, policy.config.model)
     jax.tree.map(np.testing.assert_array_equal, in_memory, step_lib.eval_params(state))  # the EMA
     assert checkpoint.load_params(saved / "checkpoints" / "2").meta["step"] == 2
@@ -275,14 +275,14 @@ def _lose_item(directory):
 
 
 def _break_meta(directory):
-    (directory / "meta" / "metadata").write_text('{"format": 1, "st')
+    (directory / "meta" / "metadata").write_text('{"format": 1, "st', encoding="utf-8")
 
 
 def _alter_meta(directory):
     file = directory / "meta" / "metadata"
-    text = file.read_text()
-    file.write_text(text.replace('"format": 1', '"format": 3'))  # one bit
-    assert file.read_text() != text
+    text = file.read_text(encoding="utf-8")
+    file.write_text(text.replace('"format": 1', '"format": 3'), encoding="utf-8")  # one bit
+    assert file.read_text(encoding="utf-8") != text
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax's threads

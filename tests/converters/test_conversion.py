@@ -51,7 +51,7 @@ def shards(tensors, folder, count=2):
     for name in set(place.values()):
         save({key: tensors[key] for key in keys if place[key] == name}, folder / name)
     index = folder / "diffusion_pytorch_model.safetensors.index.json"
-    index.write_text(json.dumps({"metadata": {}, "weight_map": place}))
+    index.write_text(json.dumps({"metadata": {}, "weight_map": place}), encoding="utf-8")
     return index
 
 
@@ -105,9 +105,9 @@ def test_parts_larger_than_memory_allows_are_written_piece_by_piece(
 
 def test_files_beside_the_weights_come_along(text_encoder, tmp_path, capsys):
     shutil.copy(text_encoder, tmp_path / "model.safetensors")
-    (tmp_path / "tokenizer.json").write_text("{}")
+    (tmp_path / "tokenizer.json").write_text("{}", encoding="utf-8")
     assert run(capsys, "t5", "--in", tmp_path, "--out", tmp_path / "w")[0] == 0
-    assert (tmp_path / "w" / "assets" / "tokenizer.json").read_text() == "{}"
+    assert (tmp_path / "w" / "assets" / "tokenizer.json").read_text(encoding="utf-8") == "{}"
     code, error = run(
         capsys,
         "t5",
@@ -126,7 +126,9 @@ def test_statistics_of_another_robot_are_refused(golden, tmp_path, capsys):
     stats = tmp_path / "dataset_stats.json"
     one = {"min": [0.0], "max": [1.0], "mean": [0.5], "std": [1.0], "q01": [0.0], "q99": [1.0]}
     numbers = {f"global_{key}": value for key, value in one.items()}
-    stats.write_text(json.dumps({name: {"default": numbers} for name in ("state", "action")}))
+    stats.write_text(
+        json.dumps({name: {"default": numbers} for name in ("state", "action")}), encoding="utf-8"
+    )
     code, error = run(
         capsys,
         "lightwam",
@@ -208,7 +210,7 @@ def test_another_kind_is_refused(text_encoder, tmp_path, capsys):
 
 def test_bad_indices_are_refused(transformer, tmp_path, capsys):
     index = shards(transformer, tmp_path)
-    content = json.loads(index.read_text())
+    content = json.loads(index.read_text(encoding="utf-8"))
     second = tmp_path / "diffusion_pytorch_model-00002-of-00002.safetensors"
     kept = second.read_bytes()
     second.unlink()
@@ -219,11 +221,11 @@ def test_bad_indices_are_refused(transformer, tmp_path, capsys):
     assert code == 2 and second.name in error and "truncated" in error
     second.write_bytes(kept)
     content["weight_map"]["blocks.9.norm3.bias"] = second.name
-    index.write_text(json.dumps(content))
+    index.write_text(json.dumps(content), encoding="utf-8")
     code, error = run(capsys, "dit", "--in", index, "--out", tmp_path / "w", *HEADS)
     assert code == 2 and "blocks.9.norm3.bias" in error
     content["weight_map"]["blocks.9.norm3.bias"] = "../elsewhere.safetensors"
-    index.write_text(json.dumps(content))
+    index.write_text(json.dumps(content), encoding="utf-8")
     code, error = run(capsys, "dit", "--in", index, "--out", tmp_path / "w", *HEADS)
     assert code == 2 and "beside the index" in error
 

@@ -294,7 +294,8 @@ def test_command_line(reference, weights, tmp_path, capsys):
     tree = dataclasses.asdict(make_config(tmp_path, weights, **{"data.codec_weights": ""}))
     config.write_text(
         "import ml_collections\n\ndef get_config():\n"
-        f"    return ml_collections.ConfigDict({tree!r})\n"
+        f"    return ml_collections.ConfigDict({tree!r})\n",
+        encoding="utf-8",
     )
     flags = [
         "--config",

@@ -43,9 +43,11 @@ def policy_directory(golden, tmp_path_factory):
         name: {"default": {f"global_{key}": [value] * width for key, value in ends.items()}}
         for name, width in (("state", 8), ("action", 7))
     }
-    (root / "dataset_stats.json").write_text(json.dumps({**stats, "num_episodes": 1}))
-    (root / "tiny.py").write_text(CONFIG)
-    (root / "prompts.txt").write_text("open the top drawer\n")
+    (root / "dataset_stats.json").write_text(
+        json.dumps({**stats, "num_episodes": 1}), encoding="utf-8"
+    )
+    (root / "tiny.py").write_text(CONFIG, encoding="utf-8")
+    (root / "prompts.txt").write_text("open the top drawer\n", encoding="utf-8")
     told = ["--head_dim", 20, "--pool_heads", 2, "--stats", root / "dataset_stats.json"]
     parts = ["--vae", root / "vae", "--text", root / "t5", "--prompts", root / "prompts.txt"]
     config, tokens = f"{root}/tiny.py:all", ["--tokenizer", root / "tokenizer.json"]

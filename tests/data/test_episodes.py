@@ -230,7 +230,9 @@ def test_an_unknown_camera_lists_the_known_ones():
 def test_probe_windows_of_the_reference_dataset():
     """Pads of samples that the reference's own dataset class returned."""
     golden = np.load(GOLDEN / "dataset_samples.npz")
-    lengths = json.loads((GOLDEN / "dataset_info.json").read_text())["episode_lengths"]
+    lengths = json.loads((GOLDEN / "dataset_info.json").read_text(encoding="utf-8"))[
+        "episode_lengths"
+    ]
     ends = np.cumsum(lengths)
     for row, index in enumerate(golden["index"]):
         episode = int(np.searchsorted(ends, index, side="right"))
@@ -241,5 +243,5 @@ def test_probe_windows_of_the_reference_dataset():
 
 
 def test_golden_statistics_count_the_same_episodes():
-    statistics = json.loads((GOLDEN / "dataset_stats.json").read_text())
+    statistics = json.loads((GOLDEN / "dataset_stats.json").read_text(encoding="utf-8"))
     assert (statistics["num_episodes"], statistics["num_transition"]) == (3, 96)

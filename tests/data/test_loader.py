@@ -179,7 +179,7 @@ sys.meta_path.insert(0, Guard())
 
 
 def test_a_fresh_train_py_reads_a_cache_without_tensorflow_and_torch(config, tmp_path):
-    (tmp_path / "config.json").write_text(config_lib.to_json(config))
+    (tmp_path / "config.json").write_text(config_lib.to_json(config), encoding="utf-8")
     code = (
         GUARD
         + """

@@ -235,10 +235,11 @@ def test_killed_training_resumes_with_exactly_the_samples_that_were_left(tmp_pat
             "model.lora_layers": (0,),
         },
     )
-    (tmp_path / "recorder.py").write_text(RECORDER)
+    (tmp_path / "recorder.py").write_text(RECORDER, encoding="utf-8")
     (tmp_path / "tiny.py").write_text(
         "import json\nimport ml_collections\n\ndef get_config():\n"
-        f"    return ml_collections.ConfigDict(json.loads({config_lib.to_json(config)!r}))\n"
+        f"    return ml_collections.ConfigDict(json.loads({config_lib.to_json(config)!r}))\n",
+        encoding="utf-8",
     )
     logs, log = [], tmp_path / "seen.jsonl"
     for at, code in ((kill, -signal.SIGKILL), (-1, 0)):
@@ -252,7 +253,7 @@ def test_killed_training_resumes_with_exactly_the_samples_that_were_left(tmp_pat
             check=False,
         )
         assert done.returncode == code, done.stderr
-        logs.append([json.loads(line) for line in log.read_text().splitlines()])
+        logs.append([json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()])
         log.unlink()
 
     single = dataclasses.replace(config, data=dataclasses.replace(config.data, workers=0))

@@ -94,7 +94,7 @@ def test_every_mode_but_the_references_is_safe_for_constant_dimensions(length):
 
 def test_statistics_do_not_depend_on_the_shape_of_the_table():
     """A file of the release with a table per data key, joined in the order of the file."""
-    whole = json.loads((GOLDEN / "dataset_stats.json").read_text())
+    whole = json.loads((GOLDEN / "dataset_stats.json").read_text(encoding="utf-8"))
     parts = {"zeta": {}, "alpha": {}}
     for key, values in whole["action"]["default"].items():
         values = np.asarray(values)

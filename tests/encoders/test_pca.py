@@ -104,7 +104,7 @@ def test_save_and_load(fitted, videos, tmp_path):
     (tmp_path / "other" / "codec.npz").replace(tmp_path / "codec" / "codec.npz")
     with pytest.raises(ValueError, match="one of them was replaced"):
         encoders.load_codec(tmp_path / "codec")
-    (tmp_path / "codec" / "codec.json").write_text('{"kind": "wan23", "id": ""}')
+    (tmp_path / "codec" / "codec.json").write_text('{"kind": "wan23", "id": ""}', encoding="utf-8")
     with pytest.raises(ValueError, match="'wan23' is unknown; known kinds"):
         encoders.load_codec(tmp_path / "codec")
 

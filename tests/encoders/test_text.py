@@ -33,7 +33,7 @@ def test_prompt_fills_the_template():
 
 @pytest.mark.parametrize("mode", text_lib.CLEANING)
 def test_cleaning_is_the_references(golden, mode):
-    cases = json.loads((golden / "g_text" / "cleaning.json").read_text())["cases"]
+    cases = json.loads((golden / "g_text" / "cleaning.json").read_text(encoding="utf-8"))["cases"]
     assert {case["raw"]: text_lib.clean(case["raw"], mode) for case in cases} == {
         case["raw"]: case[mode] for case in cases
     }

@@ -120,7 +120,9 @@ def test_wrong_weights_are_refused(weights, tmp_path):
         wan.WanCodec(tmp_path, "wan21", "float32")
     save_vae(tmp_path / "later", latent_std=(1.0,) * 16)
     meta = tmp_path / "later" / "meta" / "metadata"
-    values = json.loads(meta.read_text().replace("latent_std", "tile_size"))
-    meta.write_text(json.dumps(values | {"checksum": storage.meta_checksum(values)}))
+    values = json.loads(meta.read_text(encoding="utf-8").replace("latent_std", "tile_size"))
+    meta.write_text(
+        json.dumps(values | {"checksum": storage.meta_checksum(values)}), encoding="utf-8"
+    )
     with pytest.raises(ValueError, match="WanVAE has no field tile_size; convert again"):
         wan.WanCodec(tmp_path / "later", "wan21", "float32")

@@ -75,8 +75,11 @@ def test_the_projects_own_reader_and_doctor_accept_it(recorded):
     assert len(found) == 16 and not problems
     assert [e.length for e in found[12:]] == [3] * 4 and min(e.length for e in found[:12]) > 10
     assert not [p for p in examine.examine(config).problems if p.severity == "error"]
-    assert json.loads((path / "meta" / "info.json").read_text())["codebase_version"] == "v2.1"
-    about = json.loads((path / "meta" / "recording.json").read_text())
+    assert (
+        json.loads((path / "meta" / "info.json").read_text(encoding="utf-8"))["codebase_version"]
+        == "v2.1"
+    )
+    about = json.loads((path / "meta" / "recording.json").read_text(encoding="utf-8"))
     tried = about["tried"]["tabletop"]
     assert about["first_seed"] == 5 and tried >= 12
     assert about["seeds"] == {"tabletop": [[5, tried], [500_005, 4]]}
@@ -274,7 +277,7 @@ def test_failed_seeds_are_replaced(toy, tmp_path):
     assert [e.task for e in found] == ["do stack"] * 3 + ["do juggle"] * 3 + [
         "do stack", "do stack", "do juggle", "do juggle",
     ]  # fmt: skip
-    about = json.loads((tmp_path / "set" / "meta" / "recording.json").read_text())
+    about = json.loads((tmp_path / "set" / "meta" / "recording.json").read_text(encoding="utf-8"))
     assert about["seeds"]["juggle"] == [[1, 6], [half + 1, 2]]
 
 

@@ -84,9 +84,11 @@ def test_table_has_every_cell_with_a_result(tmp_path):
     for name, seed, successes in (("base", 0, 4), ("base", 10, 6), ("base", 2, 5), ("mean", 0, 1)):
         path = tmp_path / name / str(seed) / "result.json"
         path.parent.mkdir(parents=True)
-        path.write_text(json.dumps(result(successes, 10 if name == "base" else 5, seed)))
+        path.write_text(
+            json.dumps(result(successes, 10 if name == "base" else 5, seed)), encoding="utf-8"
+        )
         rows = [{"group": "adapters", "total": 1000}, {"group": "total", "total": 1_230_000}]
-        (path.parent / "params.json").write_text(json.dumps(rows))
+        (path.parent / "params.json").write_text(json.dumps(rows), encoding="utf-8")
     table = ablations.write_table(tmp_path, ablations_lib.CELLS).splitlines()
     assert table[2] == (
         "| base | as configured | 50 ± 25 % | 40, 50, 60 |  | 0.2500 ± 0.0000 | 1.00 | 1.23 M |"
@@ -120,7 +122,7 @@ def test_two_cells_from_the_command_line_and_again(tmp_path):
     ]
     first = run(*command)
     assert "[4/4] concat, seed 3" in first
-    results = json.loads((tmp_path / "out" / "ablations.json").read_text())
+    results = json.loads((tmp_path / "out" / "ablations.json").read_text(encoding="utf-8"))
     assert list(results) == ["video_off", "concat"]
     assert [r["seed"] for r in results["concat"]] == [42, 45]
     assert all(r["success"]["episodes"] == 2 for cell in results.values() for r in cell)

@@ -38,7 +38,8 @@ def write_metrics(workdir):
             )
             + "\n"
             for step in (1, 2)
-        )
+        ),
+        encoding="utf-8",
     )
 
 
@@ -48,12 +49,12 @@ def test_evaluation_writes_numbers_report_and_logs_and_continues(policy, tmp_pat
     rates = closed_loop.evaluate(policy, "demo", tmp_path, out, began=0.0)
     assert list(rates) == ["trained", "untrained", "expert"]
     assert [r["tabletop"].episodes for r in rates.values()] == [2, 2, 2]
-    summary = json.loads((out / "summary.json").read_text())
+    summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
     manifest = summary["manifest"]
     assert manifest["suite"] == "demo" and manifest["tasks"] == ["tabletop"]
     assert len(manifest["environment"]["reset_frame"]["sha256"]) == 16
     assert summary["tasks"]["tabletop"]["trained"]["episodes"] == 2
-    page = (out / "report.html").read_text()
+    page = (out / "report.html").read_text(encoding="utf-8")
     assert "data:video/mp4;base64," in page and "tabletop/0/1000000" in page
 
     logs = {name: (out / "report" / f"{name}.jsonl").read_bytes() for name in rates}
@@ -91,8 +92,8 @@ def test_tasks_without_an_expert_are_evaluated_and_the_report_says_so(
     write_metrics(tmp_path)
     rates = closed_loop.evaluate(policy, "demo", tmp_path, tmp_path, began=0.0)
     assert [rates[name]["all"].episodes for name in ("trained", "untrained")] == [4, 4]
-    summary = json.loads((tmp_path / "summary.json").read_text())
-    page = (tmp_path / "report.html").read_text()
+    summary = json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert rates["trained"]["toys"].episodes == 4 and rates["untrained"]["balls"].episodes == 2
     assert summary["groups"]["balls"]["trained"]["episodes"] == 2 and "<td>toys</td>" in page
     assert summary["episodes"] == 4 and set(summary["tasks"]["juggle"]) == {"trained", "untrained"}

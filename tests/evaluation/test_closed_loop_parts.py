@@ -164,7 +164,7 @@ def test_means_of_imagined_futures_leave_out_what_is_past_the_end(monkeypatch, t
     assert [start for episode, start in asked if episode is found[0]] == [4, 10, 16, 0, 20, 7, 13]
     assert {start for episode, start in asked if episode is found[1]} == {0} and len(asked) == 14
     assert drawn[0][1] == [0, 3, 6], "other episodes, and other moments of them"
-    numbers = json.loads((tmp_path / "future.json").read_text())
+    numbers = json.loads((tmp_path / "future.json").read_text(encoding="utf-8"))
     assert numbers["offsets"] == [2, 4] and numbers["windows"] == [14, 1]
     assert numbers["psnr"] == {"codec": [66, 2], "predicted": [67, 3], "still": [68, 4]}
     assert numbers["ssim"]["predicted"] == [-67, -3]
@@ -176,7 +176,7 @@ def test_learning_curves_are_of_training_and_of_validation(monkeypatch, tmp_path
         {"kind": "eval", "step": 2, "l1": [0.5, 0.25], "l1_step": [9.0]},
     ]
     metrics = tmp_path / "metrics.jsonl"
-    metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    metrics.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     drawn = {}
     monkeypatch.setattr(
         html_report,
@@ -188,5 +188,5 @@ def test_learning_curves_are_of_training_and_of_validation(monkeypatch, tmp_path
         "loss.png": {"total": ([1], [3.0]), "video": ([1], [1.0]), "action": ([1], [2.0])},
         "validation.png": {"dimension 0": ([2], [0.5]), "dimension 1": ([2], [0.25])},
     }
-    metrics.write_text(json.dumps(rows[0]) + "\n")
+    metrics.write_text(json.dumps(rows[0]) + "\n", encoding="utf-8")
     assert len(closed_loop._curves(tmp_path, tmp_path)) == 1

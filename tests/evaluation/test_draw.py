@@ -127,7 +127,7 @@ def test_future_video_shows_imagined_beside_real(policy):
 def test_future_is_written_as_images_video_and_numbers(policy, tmp_path):
     recorded = [recordings(14), recordings(14, seed=1)]
     closed_loop.draw_future(policy, tmp_path, recorded)
-    numbers = json.loads((tmp_path / "future.json").read_text())
+    numbers = json.loads((tmp_path / "future.json").read_text(encoding="utf-8"))
     assert numbers["offsets"] == [2, 4, 6, 8] and numbers["windows"][0] == 14
     assert set(numbers["psnr"]) == set(numbers["ssim"]) == {"codec", "predicted", "still"}
     assert all(len(means) == 4 for kind in ("psnr", "ssim") for means in numbers[kind].values())

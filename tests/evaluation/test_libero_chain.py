@@ -64,7 +64,9 @@ def test_record_precompute_train_evaluate(tmp_path):
         str(tmp_path / "episodes"),
     )
     assert said.count("2 kept of") == 2
-    about = json.loads((tmp_path / "episodes" / "meta" / "recording.json").read_text())
+    about = json.loads(
+        (tmp_path / "episodes" / "meta" / "recording.json").read_text(encoding="utf-8")
+    )
     assert about["environment"]["assets"] == "stand-in" and {*about["tried"]} == {*TASKS}
 
     config = [
@@ -91,7 +93,7 @@ def test_record_precompute_train_evaluate(tmp_path):
     out = run(*evaluate, json.dumps({"image_size": 32}))
     assert all(name in out for name in ("expert", "spatial ", "object ", *TASKS))
 
-    summary = json.loads((workdir / "summary.json").read_text())
+    summary = json.loads((workdir / "summary.json").read_text(encoding="utf-8"))
     assert summary["episodes"] == 2 and summary["errors"] == 0
     assert {*summary["tasks"]} == {*TASKS} and [*summary["groups"]] == ["object", "spatial"]
     assert all(task["expert"]["episodes"] == 1 for task in summary["tasks"].values())
@@ -100,11 +102,11 @@ def test_record_precompute_train_evaluate(tmp_path):
     for suite in summary["groups"]:
         unlike = summary["published"][suite]
         assert [*unlike] == ["not_comparable"] and "stand-in" in unlike["not_comparable"][0]
-    page = (workdir / "report.html").read_text()
+    page = (workdir / "report.html").read_text(encoding="utf-8")
     assert "stand-in" in page and "not comparable" in page and "data:video/mp4;base64," in page
     assert "498/500" not in page and "491/500" not in page, "those published of LIBERO itself"
     for suite, (task, number) in zip(summary["groups"], TASKS.items()):
-        theirs = json.loads((workdir / f"summary_libero_{suite}.json").read_text())
+        theirs = json.loads((workdir / f"summary_libero_{suite}.json").read_text(encoding="utf-8"))
         assert theirs["assets"] == "stand-in"
         (name,) = theirs["task_results"]
         assert name == f"libero_{suite}_{number}"

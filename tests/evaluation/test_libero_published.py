@@ -30,7 +30,9 @@ def package(tmp_path, monkeypatch):
     (tmp_path / "benchmark").mkdir()
     table = {f"libero_{suite}": [] for suite in libero_files.SUITES}
     table |= {"libero_object": list(OBJECT), "libero_90": ["KITCHEN_SCENE1_open_the_drawer"]}
-    (tmp_path / "benchmark" / "libero_suite_task_map.py").write_text(f"libero_task_map = {table}\n")
+    (tmp_path / "benchmark" / "libero_suite_task_map.py").write_text(
+        f"libero_task_map = {table}\n", encoding="utf-8"
+    )
     monkeypatch.setattr(libero_files, "package", lambda: tmp_path)
     libero_files.tasks.cache_clear()
     yield
@@ -86,7 +88,7 @@ def test_the_reference_could_have_written_it(package, tmp_path):
     assert libero_published.write_summaries(tmp_path, played, manifest(), "runs/x") == [
         tmp_path / "summary_libero_object.json"
     ]
-    content = json.loads((tmp_path / "summary_libero_object.json").read_text())
+    content = json.loads((tmp_path / "summary_libero_object.json").read_text(encoding="utf-8"))
     assert list(content) == ["run_id", "ckpt", "config", "suite_stats", "task_results", "overall"]
     assert content["run_id"] == "libero_object_step_012500" and content["ckpt"] == "runs/x"
     assert content["suite_stats"] == {
@@ -121,14 +123,14 @@ def test_every_suite_has_its_file_and_stand_ins_and_errors_are_told(package, tmp
         tmp_path, played, manifest(environment={"assets": "stand-in"}), "runs/x"
     )
     assert [path.name for path in paths] == ["summary_libero_object.json", "summary_libero_90.json"]
-    content = json.loads(paths[0].read_text())
+    content = json.loads(paths[0].read_text(encoding="utf-8"))
     assert content["assets"] == "stand-in"
     assert list(content["task_results"]) == ["libero_object_3", "libero_object_4"]
     assert content["task_results"]["libero_object_3"]["errors"] == 3
     assert content["suite_stats"]["libero_object"]["total_trials"] == 5
     nothing = [worker.failed_to_run(one.episode, "broken") for one in played_of(OBJECT[:1], 2)]
     (path,) = libero_published.write_summaries(tmp_path, nothing, manifest(), "runs/x")
-    assert json.loads(path.read_text())["overall"]["average_success_rate"] is None
+    assert json.loads(path.read_text(encoding="utf-8"))["overall"]["average_success_rate"] is None
     assert libero_published.write_summaries(tmp_path, played, manifest(suite="metaworld"), "") == []
 
 

@@ -138,7 +138,7 @@ def test_open_loop_tables_and_images(tmp_path):
     assert "0.1500" in dimensions.splitlines()[-1] and "4.0000" in dimensions
     assert steps.splitlines()[1].split() == ["L1", "0.1000", "0.1500", "0.2000"]
     assert grippers.splitlines()[1].split() == ["1", "4", "0.750", "-1.000", "1.000", "2", "0.500"]
-    written = json.loads((tmp_path / "open_loop.json").read_text())
+    written = json.loads((tmp_path / "open_loop.json").read_text(encoding="utf-8"))
     assert written["l1_step"] == [0.1, 0.15, 0.2] and written["l1_step_dim"] == by_dim.tolist()
     assert written["grippers"] == {"1": timing}
     names = ("open_loop.png", "open_loop_dimensions.png", "open_loop_gripper.png")

@@ -101,13 +101,13 @@ def test_latencies():
 
 def test_measured_latencies(tmp_path):
     file = tmp_path / "measured.json"
-    file.write_text("[0, 99.5, 100, 101, 300]")
+    file.write_text("[0, 99.5, 100, 101, 300]", encoding="utf-8")
     assert realtime.latency_steps(str(file), 10) == (0, 1, 1, 2, 3)
     for text in ("", "-1", "3-1", "1.5", str(tmp_path / "absent.json")):
         with pytest.raises(ValueError, match="--latency"):
             realtime.latency_steps(text, 10)
     for content in ("[]", "{}", "[-1]", "[[1]]", '["x"]', "3"):
-        file.write_text(content)
+        file.write_text(content, encoding="utf-8")
         with pytest.raises(ValueError, match="milliseconds"):
             realtime.latency_steps(str(file), 10)
 
@@ -216,17 +216,17 @@ def test_a_whole_evaluation_writes_its_files_and_continues(tmp_path, monkeypatch
     cells = realtime.evaluate(*arguments)
     direct = rollout.run(policy.act, fakes.spec(), run.episodes, policy.config.evaluation)
     log = tmp_path / "report" / "realtime_conserve_0.jsonl"
-    first, *lines = [json.loads(line) for line in log.read_text().splitlines()]
+    first, *lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
     assert first["manifest"]["realtime"]["kinds"] == list(KINDS)
     found = {line["seed"]: line["checksum"] for line in lines}
     assert found == {r.episode.seed: r.checksum for r in direct}, "as without `Realtime`"
     assert [(c.latency, c.execution) for c in cells] == [("0", "conserve"), ("2", "conserve")]
     assert cells[1].skipped > 0 and cells[0].skipped == 0
-    content = json.loads((tmp_path / "realtime.json").read_text())
+    content = json.loads((tmp_path / "realtime.json").read_text(encoding="utf-8"))
     assert [cell["rate"] for cell in content["cells"]] == [report.numbers(c.rate) for c in cells]
     assert content["execution"]["trained_steps"] == 8 and content["manifest"]["step"] == 7
     assert (tmp_path / "realtime.png").exists()
-    assert "conserve" in (tmp_path / "realtime.html").read_text()
+    assert "conserve" in (tmp_path / "realtime.html").read_text(encoding="utf-8")
     policy.act = None  # everything is in the logs
     again = realtime.evaluate(*arguments)
     assert again == cells

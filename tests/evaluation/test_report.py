@@ -58,7 +58,9 @@ def test_episodes_that_could_not_run_count_for_nothing():
 def test_the_driver_of_a_gpu_is_asked_for(tmp_path, monkeypatch, script, expected):
     marks = tmp_path / "asked"
     if script is not None:
-        (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\n: > {marks}\n{script}\n")
+        (tmp_path / "nvidia-smi").write_text(
+            f"#!/bin/sh\n: > {marks}\n{script}\n", encoding="utf-8"
+        )
         (tmp_path / "nvidia-smi").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=None if script is None else ":")
     assert report.gpu_driver("cpu") is None and not marks.exists(), "asked where there is no GPU"
@@ -105,7 +107,7 @@ def test_page_is_one_file_that_needs_nothing_else(tmp_path):
         sections,
         {"packages": {"jax": "1.2"}},
     )
-    text = (tmp_path / "report.html").read_text()
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert not re.search(r'(src|href)="(?!data:)', text) and "http" not in text
     assert "Videos &lt;here&gt;" in text and "packages.jax" in text and "“a &amp; b”" in text
     assert '<i class="not">not solved</i>' in text
@@ -204,7 +206,7 @@ def test_demonstrated_seeds_are_refused(tmp_path):
     )
     about = {"seeds": {"tabletop": [[0, 200], [500_000, 50]]}}
     (tmp_path / "meta").mkdir()
-    (tmp_path / "meta" / "recording.json").write_text(json.dumps(about))
+    (tmp_path / "meta" / "recording.json").write_text(json.dumps(about), encoding="utf-8")
     with pytest.raises(ValueError, match=r"seeds 190\.\.209 are not held out"):
         suites.of_config(config, "demo")
     config.evaluation.first_seed = 500_049
@@ -222,7 +224,7 @@ def test_demonstrated_seeds_are_refused(tmp_path):
 def test_recorded_seeds_are_refused(tmp_path):
     (tmp_path / "meta").mkdir()
     about = {"first_seed": 0, "tried": {"reach-v3": 12, "push-v3": 10}}
-    (tmp_path / "meta" / "recording.json").write_text(json.dumps(about))
+    (tmp_path / "meta" / "recording.json").write_text(json.dumps(about), encoding="utf-8")
     config = types.SimpleNamespace(
         evaluation=types.SimpleNamespace(
             first_seed=11, episodes=2, suite="metaworld", env={}, tasks=("push-v3",)

@@ -30,7 +30,7 @@ def demo_config(tmp_path, first_seed):
     """Demonstrations of five episodes from seed 30 on, of which ten were tried."""
     (tmp_path / "meta").mkdir()
     about = {"seeds": {"tabletop": [[30, 10]]}}
-    (tmp_path / "meta" / "recording.json").write_text(json.dumps(about))
+    (tmp_path / "meta" / "recording.json").write_text(json.dumps(about), encoding="utf-8")
     return types.SimpleNamespace(
         evaluation=types.SimpleNamespace(
             first_seed=first_seed, episodes=1, suite="demo", tasks=(), env={}

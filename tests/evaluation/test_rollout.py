@@ -146,7 +146,7 @@ def test_each_episode_once_and_logged_as_it_comes(two_workers, expected):
         "the fake should tell good episodes from bad ones"
     )
     assert {r.steps for r in results if not r.success} == {60}
-    first, *lines = [json.loads(line) for line in log.read_text().splitlines()]
+    first, *lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
     assert first == {"manifest": {"policy": "a"}}
     assert sorted(line["seed"] for line in lines) == list(range(9))
     again = {r.episode: r for r in map(worker.EpisodeResult.from_json, lines)}
@@ -212,7 +212,10 @@ def test_logs_of_other_evaluations_are_refused(tmp_path, two_workers):
     with pytest.raises(ValueError, match="being written by another"):
         rollout.run(policy, spec(), NINE, evaluation(), log, {"policy": "a"})
     open_one.close()
-    log.write_text(log.read_text().replace('"actions": "', '"actions": "AAAA', 1))
+    log.write_text(
+        log.read_text(encoding="utf-8").replace('"actions": "', '"actions": "AAAA', 1),
+        encoding="utf-8",
+    )
     with pytest.raises(ValueError, match=r"line 2 is damaged .*do not fit their checksum"):
         rollout.run(policy, spec(), NINE, evaluation(), log, {"policy": "a"})
 

@@ -105,7 +105,7 @@ def test_summary_holds_what_the_project_promises(tmp_path):
     summary = report.write_summary(
         path, trained, untrained, expert, 12.34, manifest, tasks, groups, {"paper": 1}
     )
-    assert json.loads(path.read_text()) == summary
+    assert json.loads(path.read_text(encoding="utf-8")) == summary
     # Of Wilson's formula with 1.96, worked out elsewhere.
     near = lambda *bounds: pytest.approx(bounds, abs=1e-4)
     assert summary.pop("interval") == near(0.66964, 0.88758)

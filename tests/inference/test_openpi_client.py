@@ -57,7 +57,7 @@ def ask(running, observations, **options):
 
 
 def test_the_client_is_the_one_that_the_frames_were_made_with():
-    made_by = json.loads((FRAMES / "fixtures.json").read_text())["made_by"]
+    made_by = json.loads((FRAMES / "fixtures.json").read_text(encoding="utf-8"))["made_by"]
     wanted_name = f"openpi_client-{made_by['openpi-client']}.dist-info"
     assert [path.name for path in INSTALLED] == [wanted_name]
 

@@ -7,7 +7,6 @@ import json
 import socket
 import threading
 import time
-import urllib.error
 import urllib.request
 
 import numpy as np
@@ -143,7 +142,7 @@ def test_errors_warnings_and_the_guard_are_shown(served):
 
 def test_guard_counts_come_by_dimension(tmp_path):
     path = tmp_path / "limits.json"
-    path.write_text(json.dumps({"low": [-0.01] * 4, "high": [0.01] * 4}))
+    path.write_text(json.dumps({"low": [-0.01] * 4, "high": [0.01] * 4}), encoding="utf-8")
     with shown(limits=str(path)) as running, running.connect() as robot:
         reply = running.ask(robot, observe())
         guard = page_events.counts(running.service)["guard"]

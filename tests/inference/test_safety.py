@@ -139,7 +139,9 @@ def test_the_trainings_range_becomes_the_robots_again():
 
 def test_a_file_of_limits(tmp_path):
     path = tmp_path / "limits.json"
-    path.write_text(json.dumps({"low": [None, -5, "none"], "rate": [0.1, None, None]}))
+    path.write_text(
+        json.dumps({"low": [None, -5, "none"], "rate": [0.1, None, None]}), encoding="utf-8"
+    )
     made = safety.from_file(path, limits(low=(-1,) * 3, high=(1,) * 3))
     assert made.low.tolist() == [-1, -5, -INF] and made.high.tolist() == [1, 1, 1]
     assert made.rate[0] == np.float32(0.1) and np.isinf(made.rate[1:]).all()
@@ -167,7 +169,7 @@ def test_a_file_of_limits_that_is_none_says_where_and_why(tmp_path):
         ('{"high": [1e39, 1, 1]}', r"high\[0\] is 1e\+39; expected a number"),
         (f'{{"high": [1{"0" * 400}, 1, 1]}}', r"high\[0\] is 1000.*; expected a number"),
     ):
-        path.write_text(wrong)
+        path.write_text(wrong, encoding="utf-8")
         with pytest.raises(ValueError, match=message) as caught:
             safety.from_file(path, limits())
         assert str(caught.value).startswith(str(path)) and "\n" not in str(caught.value)

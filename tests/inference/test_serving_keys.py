@@ -54,7 +54,8 @@ def test_a_file_overrides_camera_by_camera(tmp_path):
     path.write_text(
         json.dumps(
             {"images": {"wrist": ["obs.hand", "chw", "flip_vertical"]}, "state": ["a", "b.c"]}
-        )
+        ),
+        encoding="utf-8",
     )
     table = keys.choose(str(path), ("scene", "wrist"), 3)[0]
     request = {"images": {"scene": 1}, "obs/hand": 2, "a": 3, "b": {"c": 4}, "prompt": "go"}
@@ -67,7 +68,7 @@ def test_a_file_overrides_camera_by_camera(tmp_path):
         ({"state": "s"}, None),
         ({"state": []}, "expected a list of paths"),
     ):
-        path.write_text(json.dumps(content))
+        path.write_text(json.dumps(content), encoding="utf-8")
         if message:
             with pytest.raises(ValueError, match=message):
                 keys.from_file(path, ("scene", "wrist"))

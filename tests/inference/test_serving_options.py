@@ -57,14 +57,14 @@ def test_limits_are_the_trainings_range_unless_said(tmp_path):
     assert make().limits.as_dict()["high"] == pytest.approx([1.2] * 4)
     assert make(limits="none").limits.as_dict()["high"] == [None] * 4
     path = tmp_path / "limits.json"
-    path.write_text('{"high": [0.5, null, null, "none"]}')
+    path.write_text('{"high": [0.5, null, null, "none"]}', encoding="utf-8")
     found = make(limits=str(path)).limits.as_dict()["high"]
     assert found == [0.5, pytest.approx(1.2), pytest.approx(1.2), None]
 
 
 def test_the_key_comes_from_a_file_or_the_environment(tmp_path, monkeypatch):
     path = tmp_path / "key"
-    path.write_text("secret\n")
+    path.write_text("secret\n", encoding="utf-8")
     monkeypatch.setenv("LIGHTWAM_API_KEY", "other")
     assert server._key(str(path)) == "secret" and server._key("") == "other"
     monkeypatch.delenv("LIGHTWAM_API_KEY")

@@ -130,8 +130,10 @@ def test_clean_where_nothing_is_wrong(policy, config, server, tmp_path):
     assert (result.first, result.causes, result.notes) == (None, [], [])
     assert result.stages[-1].largest < 1e-4
     skew_report.write(tmp_path, result, result.canvases)
-    assert json.loads((tmp_path / "skew.json").read_text())["verdict"] == "pass"
-    assert "The server acts as training would." in (tmp_path / "skew.html").read_text()
+    assert json.loads((tmp_path / "skew.json").read_text(encoding="utf-8"))["verdict"] == "pass"
+    assert "The server acts as training would." in (tmp_path / "skew.html").read_text(
+        encoding="utf-8"
+    )
     assert skew_report.line(result).startswith("skew        pass: 4 windows in process")
     silent = check(policy, config, Silent(server))
     assert silent.verdict == "pass" and "did not tell" in silent.recomputed

@@ -15,7 +15,7 @@ from lightwam_jax.inference import wire
 from tests.mutations import mutations
 
 FRAMES = pathlib.Path(__file__).parents[1] / "serving"
-DESCRIBED = json.loads((FRAMES / "fixtures.json").read_text())
+DESCRIBED = json.loads((FRAMES / "fixtures.json").read_text(encoding="utf-8"))
 
 
 def describe(value):

@@ -66,7 +66,7 @@ def act(tiny):
 
 @pytest.mark.parametrize("suite, dims", [("libero", (7, 8)), ("robotwin", (14, 14))])
 def test_full_size_parameter_counts(golden, suite, dims):
-    told = json.loads((golden / "param_counts.json").read_text())[suite]
+    told = json.loads((golden / "param_counts.json").read_text(encoding="utf-8"))[suite]
     c = base.get_config("wan21_1_3b", action_dim=dims[0], proprio_dim=dims[1])
     config = config_lib.from_config_dict(c)
     model = build.build_model(config.model)

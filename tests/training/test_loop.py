@@ -104,7 +104,8 @@ def config_file(tmp_path_factory):
     path = tmp_path_factory.mktemp("config") / "tiny.py"
     path.write_text("import json\nimport ml_collections\n\ndef get_config():\n    text = "
                     f"{config_lib.to_json(CONFIG)!r}\n"
-                    "    return ml_collections.ConfigDict(json.loads(text))\n")  # fmt: skip
+                    "    return ml_collections.ConfigDict(json.loads(text))\n",
+                    encoding="utf-8")  # fmt: skip
     return path
 
 
@@ -120,8 +121,10 @@ def test_run_leaves_everything_it_should(whole):
     last = rows(whole)[-1]
     assert last["kind"] == "eval" and last["step"] == 18
     assert len(last["l1"]) == len(last["mse"]) == CONFIG.model.action_dim
-    assert config_lib.from_json((whole / "config.json").read_text()) == CONFIG
-    table = {row["group"]: row for row in json.loads((whole / "params.json").read_text())}
+    assert config_lib.from_json((whole / "config.json").read_text(encoding="utf-8")) == CONFIG
+    table = {
+        row["group"]: row for row in json.loads((whole / "params.json").read_text(encoding="utf-8"))
+    }
     assert 0 < table["total"]["trainable"] < table["total"]["total"]
     assert table["backbone"]["trainable"] == 0
     kept = sorted(int(path.name) for path in (whole / "checkpoints").iterdir())
@@ -220,10 +223,10 @@ def test_profile_and_utilisation_of_a_window(tmp_path, monkeypatch, capsys):
 
 
 def test_finished_run_is_left_alone(whole, capsys):
-    before = (whole / "metrics.jsonl").read_text()
+    before = (whole / "metrics.jsonl").read_text(encoding="utf-8")
     assert loop.train(CONFIG, whole) == loop.Outcome(18, None)
     assert "raise config.train.steps" in capsys.readouterr().out
-    assert (whole / "metrics.jsonl").read_text() == before
+    assert (whole / "metrics.jsonl").read_text(encoding="utf-8") == before
 
 
 def test_contradicting_config_is_refused(whole):
@@ -238,7 +241,7 @@ def test_contradicting_config_is_refused(whole):
         )
     assert "config.optimizer.lr: 0.001 so far, 5.0 now" in str(error.value)
     assert "log_every" not in str(error.value) and "moved" not in str(error.value)
-    assert config_lib.from_json((whole / "config.json").read_text()) == CONFIG
+    assert config_lib.from_json((whole / "config.json").read_text(encoding="utf-8")) == CONFIG
 
 
 def test_step_that_is_not_finite_stops_the_run_with_the_last_good_state(whole, tmp_path):
@@ -256,7 +259,7 @@ def test_step_that_is_not_finite_stops_the_run_with_the_last_good_state(whole, t
     for words in ("step 7 is not finite", "loss nan", "grad_norm nan", f"batch: {index}",
                   f"actions of [{index[2]}]", "rebuild the cache"):  # fmt: skip
         assert words in str(error.value)
-    kept = json.loads((tmp_path / "not_finite.json").read_text())
+    kept = json.loads((tmp_path / "not_finite.json").read_text(encoding="utf-8"))
     assert kept["step"] == 7 and kept["samples"] == index
     assert kept["metrics"]["grad_norm"] == "nan" and len(kept["not_finite_data"]) == 1
     good = checkpoint.load_params(tmp_path)

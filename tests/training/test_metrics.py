@@ -18,7 +18,9 @@ def test_rows_after_the_restored_step_are_removed(tmp_path):
     writer.sync()
     writer.close()
     path = tmp_path / "metrics.jsonl"
-    path.write_text(path.read_text() + '{"kind": "train", "st')  # killed while writing
+    path.write_text(
+        path.read_text(encoding="utf-8") + '{"kind": "train", "st', encoding="utf-8"
+    )  # killed while writing
 
     metrics_lib.MetricsWriter(tmp_path, 3).close()
     rows = metrics_lib.read_rows(path)
@@ -34,7 +36,8 @@ def test_metrics_of_a_killed_run_are_read(tmp_path):
     (tmp_path / "metrics.jsonl").write_text(
         '{"kind": "train", "step": 5, "loss": 2.0}\n'
         '{"kind": "eval", "step": 6, "l1": [0.5, 0.25], "loss": 3.0}\n'
-        '{"kind": "train", "step": 10, "loss": 1.0}\n{"kind": "tr'
+        '{"kind": "train", "step": 10, "loss": 1.0}\n{"kind": "tr',
+        encoding="utf-8",
     )
     assert metrics_lib.read_series(tmp_path / "metrics.jsonl") == {
         "train/loss": ([5, 10], [2.0, 1.0]),

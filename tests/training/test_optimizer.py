@@ -17,7 +17,9 @@ CONFIG = config_lib.from_config_dict(base.get_config("tiny")).optimizer
 
 
 def test_learning_rate_follows_the_reference_table(golden):
-    table = json.loads((golden / "d_train" / "info.json").read_text())["lr_schedule_base_1e-4"]
+    table = json.loads((golden / "d_train" / "info.json").read_text(encoding="utf-8"))[
+        "lr_schedule_base_1e-4"
+    ]
     assert len(table) == 5
     for name, rates in table.items():
         total, warmup = map(int, re.findall(r"\d+", name))

@@ -35,8 +35,8 @@ def config(tmp_path):
     made = synthetic.make_config(tmp_path)
     assets = tmp_path / "cache" / "assets"
     (assets / "text").mkdir(parents=True)
-    (assets / "stats.json").write_text("{}")
-    (assets / "text" / "prompts").write_text("a")
+    (assets / "stats.json").write_text("{}", encoding="utf-8")
+    (assets / "text" / "prompts").write_text("a", encoding="utf-8")
     return made
 
 
@@ -52,7 +52,7 @@ def test_assets_are_those_of_the_cache_and_one_row_of_a_batch(config, tmp_path):
     for _ in range(2):  # the second time in place of the first
         workdir.write_assets(config, tmp_path / "run", batch())
     assets = tmp_path / "run" / "assets"
-    assert (assets / "text" / "prompts").read_text() == "a"
+    assert (assets / "text" / "prompts").read_text(encoding="utf-8") == "a"
     assert sorted(p.name for p in assets.iterdir()) == ["example_batch.npz", "stats.json", "text"]
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["assets"]
     example = np.load(assets / "example_batch.npz")
@@ -65,8 +65,8 @@ def test_a_run_continues_on_its_own_cache_and_config_only(config, tmp_path, capl
     workdir.check_same_run(config, run)  # nothing there yet
     workdir.write_reports(config, run, [("lora", 5, 3), ("total", 5, 3)])
     workdir.write_assets(config, run, batch())
-    assert config_lib.from_json((run / "config.json").read_text()) == config
-    assert json.loads((run / "params.json").read_text())[0] == {
+    assert config_lib.from_json((run / "config.json").read_text(encoding="utf-8")) == config
+    assert json.loads((run / "params.json").read_text(encoding="utf-8"))[0] == {
         "group": "lora",
         "total": 5,
         "trainable": 3,
@@ -85,7 +85,7 @@ def test_a_run_continues_on_its_own_cache_and_config_only(config, tmp_path, capl
     prompts, copy = (
         place / "text" / "prompts" for place in (tmp_path / "cache/assets", run / "assets")
     )
-    prompts.write_text("b")  # of the same size, and as old
+    prompts.write_text("b", encoding="utf-8")  # of the same size, and as old
     os.utime(prompts, ns=(copy.stat().st_atime_ns, copy.stat().st_mtime_ns))
     with pytest.raises(ValueError, match=r"prompts is not what the run .* the cache was rebuilt"):
         workdir.check_same_run(config, run)
@@ -96,7 +96,7 @@ def test_what_is_known_of_a_bad_step_is_kept(tmp_path):
     row = {"loss": float("nan")}
     said = not_finite.report(synthetic.make_config(), tmp_path, tmp_path / "6", 7, batch, row)
     assert "step 7 is not finite: loss nan\n" in said and "Repair them, rebuild" in said
-    assert json.loads((tmp_path / "not_finite.json").read_text()) == {
+    assert json.loads((tmp_path / "not_finite.json").read_text(encoding="utf-8")) == {
         "step": 7,
         "samples": [1, 2],
         "not_finite_data": ["actions of [2]"],

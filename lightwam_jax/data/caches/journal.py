@@ -58,7 +58,7 @@ class Journal:
         whole = content.rfind(b"\n") + 1
         if whole < len(content):  # a kill cut the last line short
             os.ftruncate(self._file.fileno(), whole)
-        lines = content[:whole].splitlines()
+        lines = content[:whole].split(b"\n")[:-1]
         if not lines:
             self.add({"manifest": manifest})
             return

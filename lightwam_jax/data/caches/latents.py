@@ -9,6 +9,7 @@ Records hold raw windows; normalisation happens in the loader, so that other sta
 mode need no new cache. `build_latents.py` makes it. Neither writing nor reading imports TensorFlow.
 """
 
+import concurrent.futures
 import dataclasses
 import hashlib
 import os
@@ -20,6 +21,7 @@ import tensorflow_datasets as tfds
 from lightwam_jax import atomic
 from lightwam_jax import config as config_lib
 from lightwam_jax.data import assets, spec
+from lightwam_jax.data.caches import contents
 
 REBUILD = "python -m lightwam_jax.precompute --config CONFIG --what"
 TENSORS = ("latents", "proprio", "actions", "action_is_pad", "image_is_pad")  # of a record
@@ -89,9 +91,11 @@ def differences(have, config):
 
 
 def fingerprint(episodes, config):
-    """Returns a hash of the episodes: ids, tasks, states, actions, and the very first image.
+    """Returns a hash of the episodes: ids, tasks, states, actions, and the files of their images.
 
-    All images would take minutes to read; one tells another renderer or camera from this one.
+    No image is decoded: that would take minutes, and a damaged one would be in the way of the
+    report about it. See `contents` for what is read of a file. Of episodes without files, the very
+    first image tells another renderer or camera from this one.
     """
     digest = hashlib.sha256()
     for episode in episodes:
@@ -99,9 +103,20 @@ def fingerprint(episodes, config):
         digest.update(f"{episode.id}\0{episode.length}\0{tasks}\0".encode())
         digest.update(np.ascontiguousarray(episode.state, np.float32).tobytes())
         digest.update(np.ascontiguousarray(episode.action, np.float32).tobytes())
-    for camera in config.data.cameras:
-        digest.update(np.ascontiguousarray(episodes[0].frames(camera, [0])).tobytes())
+    places = [(episode, camera) for episode in episodes for camera in config.data.cameras]
+    with concurrent.futures.ThreadPoolExecutor(max(1, config.data.threads)) as pool:
+        for (episode, camera), content in zip(places, pool.map(_content, *zip(*places))):
+            digest.update(content)
+            if not content and episode is episodes[0]:
+                digest.update(np.ascontiguousarray(episode.frames(camera, [0])).tobytes())
     return digest.hexdigest()[:16]
+
+
+def _content(episode, camera):
+    """What stands for the images of a camera: where they begin in which content; b"" in memory."""
+    files, video = episode.files(camera), episode.video(camera)
+    first = f"{video[1]}\0".encode() if video else b""
+    return first + b"".join(map(contents.digest, files))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -118,7 +118,7 @@ class Build:
     def _finish(self, plan):
         """Moves the whole into place; of processes that come at once, one does."""
         path = os.path.join(self.growing, self.plan_file)
-        with open(path, "r+") as file:
+        with open(path, "r+", encoding="utf-8") as file:
             atomic.lock(file, wait=True)
             if os.path.exists(path):  # else another process finished while this one waited
                 replace(self.assemble(plan), self.directory)

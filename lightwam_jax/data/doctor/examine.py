@@ -21,7 +21,22 @@ from lightwam_jax.data.episodes import Problem
 ADVICE = {
     "missing video": "Copy the file again, or exclude the episode.",
     "undecodable image": "The file is cut short, damaged, or of other times than the rows: copy "
-    "it again, or exclude the episode.",
+    "it again, or exclude the episode. Where images are only late, see config.data.tolerance_s.",
+    "timestamp offset": "Subtract the offset from the column timestamp, so that every episode "
+    "begins at 0.",
+    "wrong timestamp": "Repair the column timestamp, or exclude the episode.",
+    "wrong episode": "Correct the column episode_index, or exclude the episode.",
+    "broken metadata": "Correct the file in meta/, or exclude the episode.",
+    "tasks disagree": "Correct the list of episodes, or the column task_index.",
+    "wrong count": "Was an episode deleted, or added, by hand? Correct meta/info.json.",
+    "wrong shape": "Correct meta/info.json.",
+    "broken rows": "Repair the column episode_index.",
+    "unknown task": "Correct the list of tasks, or the column task_index.",
+    "unlisted episode": "Was an episode deleted by hand? Delete its files, list it in meta/, or "
+    "exclude it.",
+    "missing filter": "Install it: pip install hdf5plugin has nearly all.",
+    "broken link": "Is a disk not mounted? Correct the link, or delete it.",
+    "unreadable folder": "Give yourself the right to read it.",
     "wrong number of frames": "Record or convert the episode again: images and actions may be "
     "out of step.",
     "wrong fps": "Correct the metadata or resample the episode: its windows would span another "

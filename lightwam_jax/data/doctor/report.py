@@ -57,7 +57,9 @@ def write(report, directory):
     directory = pathlib.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     paths = directory / "report.html", directory / "report.json"
-    paths[1].write_text(json.dumps(to_json(report), indent=2, allow_nan=False) + "\n")
+    paths[1].write_text(
+        json.dumps(to_json(report), indent=2, allow_nan=False) + "\n", encoding="utf-8"
+    )
     tone = "bad" if report.errors else "" if report.warnings else "good"
     title = f"Dataset doctor · {report.data.source} · {report.data.path}"
     meaning = f"in {_many(len(report.ids), 'episode')}. Images: {_seen(report.images)}."

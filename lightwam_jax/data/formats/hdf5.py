@@ -20,6 +20,7 @@ import collections
 import contextlib
 import fnmatch
 import json
+import math
 import os
 import pathlib
 import re
@@ -29,14 +30,33 @@ import h5py
 import numpy as np
 import tqdm
 
+from lightwam_jax import folders
 from lightwam_jax.data.episodes import Problem
 from lightwam_jax.data.formats import keys as keys_lib
 from lightwam_jax.data.formats.keys import no_task
 from lightwam_jax.data.formats.stored import BadEpisode
 
+with contextlib.suppress(ImportError):
+    import hdf5plugin  # noqa: F401 (where it is installed, its compression filters are known)
+
+_SUFFIXES = (".hdf5", ".h5")
 _OPEN_FILES = 16  # per thread
 _SHOWN = 40  # entries of a file that an error lists
 _DAMAGE = (OSError, KeyError, RuntimeError)  # what h5py raises for damaged files
+# What HDF5 says of files, and what a person can do; the first that is in the message counts.
+_MEANINGS = (
+    ("file signature not found", "it is no HDF5 file"),
+    ("truncated file", "the file is cut off; copy it again"),
+    (
+        "unable to lock file",
+        "another program writes it, or the file system has no locks: then set "
+        "HDF5_USE_FILE_LOCKING=FALSE",
+    ),
+    ("already open for write", "the program that recorded it did not close it: h5clear -s FILE"),
+    ("consistency flags", "the program that recorded it did not close it: h5clear -s FILE"),
+    ("filter", "a compression filter is missing: pip install hdf5plugin"),
+    ("plugin", "a compression filter is missing: pip install hdf5plugin"),
+)
 # If every episode has one of these problems, the config is wrong and not the data.
 _MISFIT = ("no episode", "missing dataset", "missing task", "missing fps", "wrong type")
 
@@ -49,7 +69,7 @@ class Hdf5Episode(keys_lib.KeyedEpisode):
         try:
             return _opened(self.file)[path]
         except _DAMAGE as error:
-            raise self.error(path, error) from error
+            raise self.error(path, _said(error)) from error
 
 
 class _OpenFiles(threading.local):
@@ -72,7 +92,7 @@ def _opened(path):
 
 
 def read(config):
-    """Returns (episodes, problems) of all *.hdf5 and *.h5 below config.data.path.
+    """Returns (episodes, problems) of all *.hdf5 and *.h5 below config.data.path, linked ones too.
 
     Ids are the paths of the files below it, without suffix, and of the groups in them. The order
     is natural: demo_2 comes before demo_10.
@@ -82,10 +102,10 @@ def read(config):
         lists what the first file holds.
     """
     root, fields = pathlib.Path(config.data.path), config.data.fields
-    files = [path for path in root.rglob("*") if path.suffix.lower() in (".hdf5", ".h5")]
-    files.sort(key=lambda path: _natural(path.relative_to(root).as_posix()))
+    files, missed = _files(root)
     if not files:
-        raise ValueError(f"no *.hdf5 or *.h5 file below config.data.path={str(root)!r}")
+        more = "".join(f"; {problem.line()}" for problem in missed)
+        raise ValueError(f"no *.hdf5 or *.h5 file below config.data.path={str(root)!r}{more}")
     missing = [name for name in ("state", "action", "image", "task") if not getattr(fields, name)]
     if missing:
         raise ValueError(
@@ -94,7 +114,7 @@ def read(config):
         )
     for key in (*fields.state, *fields.action, fields.image):
         keys_lib.parse(key)
-    found, problems = [], []
+    found, problems = [], missed
     for path in tqdm.tqdm(files, desc="columns", unit="file"):
         name = path.relative_to(root).with_suffix("").as_posix()
         with _noting(problems, name, path), h5py.File(path, "r") as file:
@@ -115,6 +135,22 @@ def read(config):
     return found, problems
 
 
+def _files(root):
+    """Returns (the recordings below a folder in natural order, `Problem`s of finding them)."""
+    found = folders.search(root)
+    files = [path for path in found.files if path.suffix.lower() in _SUFFIXES]
+    problems = []
+    for path, reason in found.missed:
+        name = path.relative_to(root).as_posix()
+        if path.suffix.lower() in _SUFFIXES:  # a link to a recording: opening it says the rest
+            files.append(path)
+        elif path.is_symlink() and not path.exists():
+            problems.append(Problem.warning("broken link", name, path, f"{name} is {reason}"))
+        else:
+            problems.append(Problem.error("unreadable folder", name, path, reason))
+    return sorted(files, key=lambda path: _natural(path.relative_to(root).as_posix())), problems
+
+
 @contextlib.contextmanager
 def _noting(problems, name, path):
     """Makes a `Problem` of what is wrong with a file or an episode."""
@@ -123,7 +159,14 @@ def _noting(problems, name, path):
     except BadEpisode as error:
         problems.append(Problem.error(error.kind, name, path, str(error)))
     except _DAMAGE as error:
-        problems.append(Problem.error("unreadable file", name, path, str(error)))
+        problems.append(Problem.error("unreadable file", name, path, _said(error)))
+
+
+def _said(error):
+    """What HDF5's own message means, and the message."""
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    meaning = next((words for mark, words in _MEANINGS if mark in text), "")
+    return f"{meaning} ({text})" if meaning else text
 
 
 def _natural(text):
@@ -164,10 +207,25 @@ def _dataset(group, key):
     dataset = group.get(path)
     if not isinstance(dataset, h5py.Dataset):
         raise BadEpisode("missing dataset", _not_there(path, group))
+    filters = dataset.id.get_create_plist()
+    for number in range(filters.get_nfilters()):
+        code, _, _, name = filters.get_filter(number)
+        if not h5py.h5z.filter_avail(code):
+            called = f" ({name.decode(errors='replace')})" if name else ""
+            raise BadEpisode(
+                "missing filter",
+                f"{dataset.name} is compressed with filter {code}{called}, which is not installed: "
+                "pip install hdf5plugin; it is found by itself",
+            )
     return dataset
 
 
 def _not_there(path, group):
+    link = group.get(path, getlink=True) if path.strip("/") else None
+    if isinstance(link, h5py.ExternalLink):
+        return f"{path} is a link to {link.path} in {link.filename}, which is not there"
+    if isinstance(link, h5py.SoftLink):
+        return f"{path} is a link to {link.path}, which is not there"
     return f"{path} is not there; there are {', '.join(_entries(group)[:_SHOWN])}"
 
 
@@ -197,19 +255,39 @@ def _fps(group, fps):
     while stated is None and node.name != "/":
         node = node.parent
         stated = node.attrs.get("fps")
-    if stated is None:
+    number = _number(stated)
+    if number is None or not 0 < number < math.inf:
         if fps:
             return fps
-        raise BadEpisode(
-            "missing fps", "nothing says how many steps a second has; set config.data.fields.fps"
-        )
-    if np.ndim(stated) or np.asarray(stated).dtype.kind not in "fiu" or (fps and stated != fps):
+        if stated is None:
+            said = "nothing says how many steps a second has"
+        else:
+            said = f"the attribute fps of {node.name} is {stated!r}; expected one number above 0"
+        kind = "missing fps" if stated is None else "wrong fps"
+        raise BadEpisode(kind, f"{said}; set config.data.fields.fps, which counts then")
+    if fps and not math.isclose(number, fps, rel_tol=1e-5):
         raise BadEpisode(
             "wrong fps",
-            f"the file says {stated!r}, config.data.fields.fps is {fps}; "
+            f"the file says {number:g}, config.data.fields.fps is {fps:g}; "
             "correct it, or set it to 0 to believe the file",
         )
-    return float(stated)
+    return number
+
+
+def _number(value):
+    """The number that an attribute holds: as it is, as an array of one, or as text; else None."""
+    try:
+        value = _scalar(value)
+        return None if isinstance(value, (bool, np.bool_, complex)) else float(value)
+    except (TypeError, ValueError, OverflowError):  # None, several numbers, h5py.Empty, words
+        return None
+
+
+def _scalar(value):
+    """An array of one value as that value, and bytes as text."""
+    if isinstance(value, np.ndarray) and value.size == 1:
+        value = value.reshape(-1)[0]
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else value
 
 
 def _instruction(group, path, key):
@@ -241,7 +319,7 @@ def _instruction(group, path, key):
 
 def _pointed(text, pointer, key):
     """The text at a JSON pointer; LIBERO's, spelt as a list of characters, is joined."""
-    value = None
+    text, value = _scalar(text), None
     try:
         value = json.loads(text)
         for part in pointer.strip("/").split("/"):

@@ -140,6 +140,10 @@ class KeyedEpisode(stored.StoredEpisode):
         error = functools.partial(self.error, path)
         return stored.stack_frames(np.arange(self.length)[indices], read, error)
 
+    def files(self, camera):
+        """Returns the file of the episode."""
+        return (self.file,)
+
     @abc.abstractmethod
     def encoded(self, path):
         """Returns what is at a path; [i] is uint8 [H, W, 3] or the bytes of an image."""

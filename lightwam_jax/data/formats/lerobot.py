@@ -9,19 +9,27 @@ import concurrent.futures
 import dataclasses
 import functools
 import pathlib
-import re
 import typing
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import tqdm
 
 from lightwam_jax.data.episodes import FrameError, Problem
-from lightwam_jax.data.formats import lerobot_meta, stored
+from lightwam_jax.data.formats import (
+    lerobot_checks,
+    lerobot_listed,
+    lerobot_meta,
+    lerobot_rows,
+    stored,
+)
 from lightwam_jax.data.formats import video as video_lib
 from lightwam_jax.data.formats.stored import BadEpisode
+
+# Share of a frame that the nearest image may be away from its row, where config.data.tolerance_s is
+# 0: beyond it, which image was meant is a guess.
+_NEAREST = 0.25
 
 
 class Images(typing.NamedTuple):
@@ -37,22 +45,35 @@ class Images(typing.NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class LeRobotEpisode(stored.StoredEpisode):
-    """An `episodes.Episode`; `images` maps a camera to its `Video` or `Images`."""
+    """An `episodes.Episode`; `images` maps a camera to its `Video` or `Images`.
+
+    tolerance_s: config.data.tolerance_s.
+    """
 
     timestamps: np.ndarray
+    tolerance_s: float = 0.0
 
     def video(self, camera):
         """Returns (file, index of its first frame in it) of a camera that is a video, or None."""
         place = self.images.get(camera)
-        if not isinstance(place, lerobot_meta.Video):
+        if not isinstance(place, lerobot_listed.Video):
             return None
         return place.file, round(place.begin * self.fps)
+
+    def files(self, camera):
+        """Returns the video, or the parquet file and the images that it names."""
+        place = self.images_of(camera)
+        if isinstance(place, lerobot_listed.Video):
+            return (place.file,)
+        return (place.file, *_named_files(place))
 
     def frames(self, camera, indices):
         """Returns uint8 [k, H, W, 3]; see `episodes.Episode.frames`."""
         place, indices = self.images_of(camera), np.arange(self.length)[indices]
-        if isinstance(place, lerobot_meta.Video):
-            return video_lib.frames(place.file, place.begin + self.timestamps[indices], indices)
+        if isinstance(place, lerobot_listed.Video):
+            times = place.begin + self.timestamps[indices]
+            tolerance = self.tolerance_s or _NEAREST / self.fps
+            return video_lib.frames(place.file, times, indices, tolerance=tolerance)
         return _images(place, indices)
 
 
@@ -81,6 +102,36 @@ def _cells(path, keys, first, stop):
         raise FrameError(path, None, f"unreadable: {error}") from error
 
 
+def _named_files(place):
+    """Returns the files of the images that the rows of an `Images` name and do not hold.
+
+    Where they do hold them, the names are those of before, and reading the images takes long.
+    """
+    try:
+        with pq.ParquetFile(place.file) as file:
+            leaves = [file.schema.column(i).path for i in range(len(file.schema.names))]
+            names = f"{place.key}.path" if f"{place.key}.path" in leaves else place.key
+            if _holds(file, leaves, f"{place.key}.bytes"):
+                return ()
+            table = file.read(columns=[names]).slice(place.first, place.stop - place.first)
+            cells = table.column(place.key).to_pylist()
+    except (pa.ArrowException, OSError):  # whoever reads the images says why
+        return ()
+    paths = [cell.get("path") if isinstance(cell, dict) else cell for cell in cells]
+    return tuple(place.root / path for path in paths if isinstance(path, str))
+
+
+def _holds(file, leaves, name):
+    """Whether a leaf of an open parquet file has a value, by its statistics; False without one."""
+    if name not in leaves:
+        return False
+    number = leaves.index(name)
+    if file.schema.column(number).logical_type.type in ("NULL", "UNKNOWN"):  # only nulls
+        return False
+    parts = [file.metadata.row_group(i).column(number) for i in range(file.num_row_groups)]
+    return any(p.statistics is None or p.statistics.num_values for p in parts)  # nulls aside
+
+
 def _decoded(cell, root):
     """A cell is the encoded image, its path, or a struct of the two with one of them empty."""
     if not isinstance(cell, dict):
@@ -98,151 +149,71 @@ def read(config):
       ValueError: what concerns the whole dataset; see `lerobot_meta.open_set`.
     """
     data = lerobot_meta.open_set(config)
-    listed = data.listed()
+    listed, unreadable = lerobot_listed.listed(data)
     excluded = [entry for entry in listed if entry.id in config.data.exclude]
     wanted = [entry for entry in listed if entry.id not in config.data.exclude]
-    files = set(data.root.glob(re.sub(r"\{[^}]*\}", "*", data.info["data_path"])))
+    files = data.data_files()
     files = sorted(files - ({entry.data for entry in excluded} - {entry.data for entry in wanted}))
     with concurrent.futures.ThreadPoolExecutor(max(1, config.data.threads)) as pool:
-        loading = pool.map(functools.partial(_load, data), files)
+        loading = pool.map(functools.partial(lerobot_rows.load, data), files)
         bar = tqdm.tqdm(loading, total=len(files), desc="data files", unit="file", delay=1)
         loaded = dict(zip(files, bar))
-    tables = {file: rows for file, rows in loaded.items() if isinstance(rows, _Rows)}
+    tables = {file: rows for file, rows in loaded.items() if isinstance(rows, lerobot_rows.Rows)}
     broken = {file: reason for file, reason in loaded.items() if file not in tables}
     spans = collections.defaultdict(list)
     for file, rows in tables.items():
-        for index, first, stop in _runs(rows.episode_index):
+        for index, first, stop in lerobot_rows.runs(rows.episode_index):
             spans[index].append((file, first, stop))
-    found, problems = [], []
+    found, problems, known = [], [], {entry.index for entry in listed}
     for entry in wanted:
+        if faults := [f for f in entry.faults if f.feature in (None, *data.needed)]:
+            problems += [Problem.error(f.kind, entry.id, entry.data, f.message) for f in faults]
+            continue
         try:
-            file, first, stop = _span(entry, tables, broken, spans.get(entry.index, ()))
+            runs = spans.get(entry.index, ())
+            file, first, stop = _span(data, entry, tables, broken, runs, known)
         except BadEpisode as error:
             problems.append(Problem.error(error.kind, entry.id, entry.data, str(error)))
             continue
         rows = tables[file].part(first, stop)
-        faults = list(_faults(data, entry, file, rows))
+        faults = list(lerobot_checks.faults(data, entry, file, rows))
         problems += faults
-        if not faults:
+        if not any(fault.severity == "error" for fault in faults):
             found.append(_episode(data, entry, file, first, rows))
     problems += [
         Problem.error("excluded", entry.id, entry.data, "as the config says") for entry in excluded
     ]
-    return found, problems + _unlisted(data, listed, broken, spans)
+    problems += lerobot_checks.unlisted(data, listed, broken, spans)
+    problems += lerobot_checks.of_the_set(data, listed, tables, unreadable)
+    return found, problems
 
 
-class _Rows(typing.NamedTuple):
-    """The columns of a data file: f32 [n, P], f32 [n, A], f64 [n], int [n] ..."""
-
-    state: np.ndarray
-    action: np.ndarray
-    timestamp: np.ndarray
-    frame_index: np.ndarray
-    episode_index: np.ndarray
-    task_index: np.ndarray
-
-    def part(self, first, stop):
-        """Returns the rows from `first` to `stop`."""
-        return _Rows(*(column[first:stop] for column in self))
-
-
-def _load(data, file):
-    """Returns the `_Rows` of a data file, or a sentence that says why there are none."""
-    columns = [*data.state, *data.action, *lerobot_meta.INDEX]
-    try:
-        with pq.ParquetFile(file) as parquet:
-            absent = sorted(set(columns) - set(parquet.schema_arrow.names))
-            if absent:
-                return f"it has no column {', '.join(absent)}, which meta/info.json promises"
-            table = parquet.read(columns=columns, use_threads=False)
-        state, action = (
-            np.concatenate([_numbers(table, key) for key in keys], 1).astype(np.float32)
-            for keys in (data.state, data.action)
-        )
-        timestamp, *index = (_numbers(table, key).reshape(-1) for key in lerobot_meta.INDEX)
-        index = [column.astype(np.int64) for column in index]
-        return _Rows(state, action, timestamp.astype(np.float64), *index)
-    except (pa.ArrowException, OSError, ValueError) as error:
-        return f"{error}; copy it again"
-
-
-def _numbers(table, key):
-    """Returns a column of numbers, or of lists of equally many numbers, as [n, D]."""
-    column = table.column(key).combine_chunks()
-    rows = len(column)
-    while not pa.types.is_primitive(column.type):
-        if isinstance(column, pa.ExtensionArray):
-            column = column.storage
-            continue
-        if column.null_count:
-            raise ValueError(f"column {key} has {column.null_count} empty rows")
-        width = pc.min_max(pc.list_value_length(column)).as_py()
-        if width["min"] != width["max"]:
-            raise ValueError(
-                f"column {key} has rows of {width['min']} and of {width['max']} numbers"
-            )
-        column = column.flatten()
-    if column.null_count and not pa.types.is_floating(column.type):
-        raise ValueError(f"column {key} has {column.null_count} empty cells")
-    return column.to_numpy(zero_copy_only=False).reshape(rows, len(column) // max(rows, 1))
-
-
-def _runs(episode_index):
-    """Yields (episode, first row, row behind the last) of rows [n] that belong together."""
-    ends = [*np.flatnonzero(np.diff(episode_index)) + 1, len(episode_index)]
-    for first, stop in zip([0, *ends], ends):
-        if stop > first:
-            yield int(episode_index[first]), int(first), int(stop)
-
-
-def _span(entry, tables, broken, spans):
+def _span(data, entry, tables, broken, spans, known):
     """Returns (file, first row, row behind the last) of an episode; `BadEpisode`: there are none.
 
-    The column episode_index decides which rows are whose, not the file numbers of meta/: LeRobot's
-    first converter to v3.0 wrote wrong ones (corrected in its commit 0d1be72).
+    In v3.0 the column episode_index decides which rows are whose, not the file numbers of meta/:
+    LeRobot's first converter to v3.0 wrote wrong ones (corrected in its commit 0d1be72). Before,
+    the file is the episode's, and its column has to agree. `known`: the numbers that are listed.
     """
-    if len(spans) > 1:
+    if data.packed and len(spans) > 1:
         places = ", ".join(f"{file} from row {first} on" for file, first, _ in spans)
         raise BadEpisode("scattered rows", f"its rows lie in several places: {places}")
-    if spans:
+    if data.packed and spans:
         return spans[0]
     if entry.data in broken:
         raise BadEpisode("unreadable data file", broken[entry.data])
     if entry.data not in tables:
         raise BadEpisode("missing data file", "no such file; copy it again")
-    return entry.data, 0, 0
-
-
-def _faults(data, entry, file, rows):
-    """Yields a `Problem` for everything that is wrong with the rows of an episode."""
-    length = len(rows.action)
-    if length not in (0, entry.length):
-        message = f"{length} rows, meta/ says {entry.length}"
-        yield Problem.error("wrong length", entry.id, file, message)
-    if (np.diff(rows.frame_index) != 1).any():
-        message = "frame_index does not count up by one"
-        yield Problem.error("rows out of order", entry.id, entry.data, message)
-    if unknown := sorted(set(rows.task_index.tolist()) - set(data.tasks)):
-        message = f"task_index {unknown} of {len(data.tasks)} tasks in meta/"
-        yield Problem.error("unknown task", entry.id, file, message)
-    for key in data.needed if length else ():
-        if key in entry.videos:
-            yield from _video_faults(data, entry, key, length)
-
-
-def _video_faults(data, entry, key, length):
-    """Yields a `Problem` for what is wrong with a video; it is not opened."""
-    file, frame = entry.videos[key].file, 1 / data.info["fps"]
-    if not file.is_file():
-        message = f"no such file ({key}); copy it again"
-        yield Problem.error("missing video", entry.id, file, message)
-    missing = length * frame - entry.seconds.get(key, np.inf)
-    if missing > frame / 2:  # the next episode in the file would be read as the end of this one
-        message = (
-            f"meta/ gives {key} {entry.seconds[key]:.3f} s, {missing:.3f} s less than its "
-            f"{length} rows last"
+    index = tables[entry.data].episode_index
+    said = sorted(set(index.tolist()) - (known if data.packed else {entry.index}))
+    if said:
+        words = ", ".join("no whole number" if i < 0 else str(i) for i in said[:8])
+        raise BadEpisode(
+            "wrong episode",
+            f"its rows say episode_index {words}; expected {entry.index}: correct the column (and "
+            "task_index, where sets were put together), or exclude the episode",
         )
-        yield Problem.error("wrong length", entry.id, file, message)
+    return entry.data, 0, 0 if data.packed else len(index)
 
 
 def _episode(data, entry, file, first, rows):
@@ -258,28 +229,10 @@ def _episode(data, entry, file, first, rows):
         id=entry.id,
         fps=float(data.info["fps"]),
         tasks=stored.one_or_each([data.tasks[index] for index in rows.task_index.tolist()]),
+        tolerance_s=data.tolerance_s,
         state=rows.state,
         action=rows.action,
         timestamps=rows.timestamp,
         file=str(file),
         images=images,
     )
-
-
-def _unlisted(data, listed, broken, spans):
-    """Returns a `Problem` for every episode, or data file, that meta/ does not list."""
-    known, files = {entry.index for entry in listed}, {entry.data for entry in listed}
-    total, name = data.info.get("total_episodes", 0), lerobot_meta.episode_id
-    lost = range(total) if total > len(known) else ()
-    extra, absent = sorted(spans.keys() - known), sorted(set(lost) - known - spans.keys())
-    forgotten = "it has rows, but meta/ does not list it"
-    counted = f"info.json counts {total} episodes, {len(known)} are listed and not this one"
-    return [
-        *(Problem.error("unlisted episode", name(i), spans[i][0][0], forgotten) for i in extra),
-        *(Problem.error("unlisted episode", name(i), data.root / "meta", counted) for i in absent),
-        *(
-            Problem.error("unreadable data file", file.stem, file, reason)
-            for file, reason in broken.items()
-            if file not in files
-        ),
-    ]

@@ -75,7 +75,7 @@ class Single(_Layout):
         }
         for name, content in lines.items():
             text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in content)
-            self._place(f"meta/{name}.jsonl").write_text(text)
+            self._place(f"meta/{name}.jsonl").write_text(text, encoding="utf-8")
 
 
 class Packed(_Layout):

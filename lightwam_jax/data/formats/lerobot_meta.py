@@ -1,60 +1,42 @@
-"""What a LeRobot dataset says of itself: meta/ of v2.0, v2.1 and v3.0."""
+"""What a LeRobot dataset says of itself: meta/info.json and the list of features it names.
 
-import json
+The episodes are listed by `lerobot_listed.py`, the instructions by `lerobot_tasks.py`.
+"""
+
+import glob
+import math
 import pathlib
 import re
 import typing
 
-import pyarrow as pa
-import pyarrow.parquet as pq
+from lightwam_jax.data.formats import checked, lerobot_tasks
+from lightwam_jax.data.formats import keys as keys_lib
 
 VERSIONS = ("v2.0", "v2.1", "v3.0")
 STATE, ACTION = ("observation.state",), ("action",)  # where config.data.fields names none
 IMAGE = "observation.images.{camera}"
 INDEX = ("timestamp", "frame_index", "episode_index", "task_index")  # columns of every dataset
-
-
-class Video(typing.NamedTuple):
-    """Where the frames of an episode begin: a file, and seconds into it."""
-
-    file: pathlib.Path
-    begin: float
-
-
-class Listed(typing.NamedTuple):
-    """An episode as meta/ describes it: its number, its steps and its files."""
-
-    index: int
-    length: int
-    data: pathlib.Path
-    videos: dict  # {feature: `Video`}
-    seconds: dict  # {feature: duration of the video}, v3.0 only
-
-    @property
-    def id(self):
-        """The id of the episode."""
-        return episode_id(self.index)
+_PARTS = {"v3.0": ("chunk_index", "file_index")}  # of the paths in info.json
+_OLD_PARTS = ("episode_chunk", "episode_index")
 
 
 class LeRobotInfo(typing.NamedTuple):
     """A dataset whose features are those that a config asks for."""
 
     root: pathlib.Path
-    info: dict  # meta/info.json
-    state: tuple  # features
+    info: dict  # meta/info.json; "features" holds those with a dtype
+    state: tuple  # features, cut as config.data.fields says
     action: tuple
     cameras: dict  # {camera: feature}
     needed: tuple  # the features of config.data.cameras
     tasks: dict  # {task_index: instruction}
+    task_faults: tuple = ()  # messages about instructions that cannot be used
+    tolerance_s: float = 0.0  # config.data.tolerance_s
 
-    def listed(self):
-        """Returns the `Listed` episodes in the order of their numbers.
-
-        Raises:
-          ValueError: a file of meta/ is missing, broken or incomplete.
-        """
-        found = _packed(self) if self.info["codebase_version"] == "v3.0" else _single(self)
-        return sorted(found, key=lambda entry: entry.index)
+    @property
+    def packed(self):
+        """Whether several episodes lie in a file, as in v3.0."""
+        return self.info["codebase_version"] == "v3.0"
 
     def videos(self):
         """Returns the features that are videos."""
@@ -65,10 +47,10 @@ class LeRobotInfo(typing.NamedTuple):
         """Returns the path of a file from its template in info.json, e.g. "data_path"."""
         return self.root / self.info[template].format(**place)
 
-
-def episode_id(index):
-    """Returns the id of episode number `index`."""
-    return f"episode_{index:06d}"
+    def data_files(self):
+        """Returns the set of all data files there are, whatever meta/ lists."""
+        parts = re.split(r"\{[^}]*\}", self.info["data_path"])
+        return set(self.root.glob("*".join(glob.escape(part) for part in parts)))
 
 
 def open_set(config):
@@ -86,21 +68,21 @@ def open_set(config):
             "config.data.fields.episodes, task and channel_order do nothing for LeRobot data, "
             "whose meta/ has all that; remove them"
         )
-    if fields.fps and fields.fps != info["fps"]:
+    if fields.fps and not math.isclose(fields.fps, info["fps"], rel_tol=1e-5):
         raise ValueError(
             f"config.data.fields.fps={fields.fps:g}, but {file} says {info['fps']:g}; "
             "remove the key"
         )
     state, action = fields.state or STATE, fields.action or ACTION
-    for key in (*state, *action, *INDEX):
-        if not re.match("float|int|uint|bool", info["features"].get(key, {}).get("dtype", "")):
-            raise ValueError(
-                f"{file} has no feature {key!r} of numbers; correct config.data.fields. "
-                f"It has {_names(info['features'])}"
-            )
+    for key in (*state, *action):
+        _check_numbers(key, info["features"], file)
     needed, others = _cameras(info, config, file)
-    tasks = _tasks(root, info["codebase_version"])
-    return LeRobotInfo(root, info, state, action, others | needed, tuple(needed.values()), tasks)
+    cameras = others | needed
+    if not _has_videos(info, file, needed.values()):
+        cameras = {c: k for c, k in cameras.items() if info["features"][k]["dtype"] != "video"}
+    tasks, faults = lerobot_tasks.read(root, info["codebase_version"])
+    more = tuple(faults), config.data.tolerance_s
+    return LeRobotInfo(root, info, state, action, cameras, tuple(needed.values()), tasks, *more)
 
 
 def _info(root, file):
@@ -110,17 +92,88 @@ def _info(root, file):
             f"config.data.path={str(root)!r} has no meta/info.json: it is not a LeRobot dataset, "
             "or its writing was interrupted"
         )
-    info = _json(file.read_text(), file)
-    version = info.get("codebase_version")
+    entry = checked.json_object(file)
+    version = entry.values.get("codebase_version")
     if version not in VERSIONS:
         raise ValueError(
             f"{file}: codebase_version is {version!r}; readable are {', '.join(VERSIONS)}: "
             "convert the dataset with LeRobot's own scripts"
         )
-    _require(info, file, "fps", "features", "data_path", *["chunks_size"] * (version != "v3.0"))
-    if any(f["dtype"] == "video" for f in info["features"].values()) and not info.get("video_path"):
-        raise ValueError(f"{file} has features of dtype video, but no video_path")
+    _check_layout(root, version, file)
+    info = {**entry.values, "fps": entry.number("fps", above=0)}
+    # A feature that nobody asks for may be described as badly as it likes.
+    features = entry.entry("features").values
+    info["features"] = {
+        key: {"dtype": "", **feature} | {"dtype": str(feature.get("dtype") or "")}
+        for key, feature in features.items()
+        if isinstance(feature, dict)
+    }
+    _check_template(entry, "data_path", _PARTS.get(version, _OLD_PARTS))
+    if version != "v3.0":
+        used = "{episode_chunk" in f"{info['data_path']} {info.get('video_path')}"
+        info["chunks_size"] = entry.whole("chunks_size", least=1) if used else 1000
     return info
+
+
+def _check_layout(root, version, file):
+    """Raises ValueError where the files lie as in another version than info.json names."""
+    there = {
+        "v3.0": (root / "meta" / "episodes").is_dir(),
+        "v2.1": (root / "meta" / "episodes.jsonl").exists(),
+    }
+    named, other = ("v3.0", "v2.1") if version == "v3.0" else ("v2.1", "v3.0")
+    if there[other] and not there[named]:
+        names = {"v3.0": "meta/episodes/", "v2.1": "meta/episodes.jsonl"}
+        raise ValueError(
+            f"{file}: codebase_version is {version!r}, but the files lie as in {other}: there is "
+            f"{names[other]} and no {names[named]}. Correct codebase_version, or convert the "
+            "dataset with LeRobot's own script"
+        )
+
+
+def _check_template(entry, key, parts):
+    """Raises `Wrong` where a path in info.json is no path with these parts."""
+    template = entry.text(key)
+    expected = f"a path below the dataset with {{{parts[0]}}} and {{{parts[1]}}}"
+    try:
+        path = pathlib.PurePosixPath(template.format(**dict.fromkeys(parts, 0), video_key="key"))
+    except (LookupError, ValueError, AttributeError, TypeError):
+        raise entry.wrong(key, expected) from None
+    if path.is_absolute() or ".." in path.parts:
+        raise entry.wrong(key, expected)
+
+
+def _has_videos(info, file, needed):
+    """Whether video_path can be used; `Wrong` if it cannot, and one of the features needs it."""
+    try:
+        parts = _PARTS.get(info["codebase_version"], _OLD_PARTS)
+        _check_template(checked.Entry(info, str(file)), "video_path", parts)
+        return True
+    except checked.Wrong:
+        if any(info["features"][key]["dtype"] == "video" for key in needed):
+            raise
+        return False
+
+
+def _check_numbers(text, features, file):
+    """Raises ValueError where a key of config.data.fields names no feature of numbers."""
+    key = keys_lib.parse(text)
+    if key.rows != slice(None):
+        raise ValueError(
+            f"config.data.fields has {text!r}; the rows of a LeRobot column belong to its times "
+            f"and images and cannot be cut, its dimensions can: '{key.path}[:, :7]'"
+        )
+    dtype = features.get(key.path, {}).get("dtype")
+    if dtype == "":
+        raise ValueError(
+            f"{file}: features.{key.path} has no dtype; expected the type of its numbers, e.g. "
+            "float32"
+        )
+    if not re.match("float|int|uint|bool", dtype or ""):
+        raise ValueError(
+            f"{file} has no feature {key.path!r} of numbers; correct config.data.fields. "
+            f"It has {_names(features)}"
+        )
 
 
 def _cameras(info, config, file):
@@ -150,92 +203,14 @@ def _cameras(info, config, file):
 
 
 def _is_depth(feature):
-    known = (feature.get("info") or {}) | (feature.get("video_info") or {})
+    known = {}
+    for key in ("info", "video_info"):
+        known |= feature[key] if isinstance(feature.get(key), dict) else {}
     return bool(known.get("is_depth_map") or known.get("video.is_depth_map"))
 
 
 def _names(features):
     return ", ".join(
-        f"{key} ({feature['dtype']} {list(feature['shape'])})" for key, feature in features.items()
+        f"{key} ({feature['dtype'] or 'no dtype'} {feature.get('shape', 'no shape')})"
+        for key, feature in features.items()
     )
-
-
-def _json(text, place):
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"{place} is not JSON ({error}); copy it again") from error
-
-
-def _require(entry, place, *keys):
-    absent = [key for key in keys if key not in entry]
-    if absent:
-        raise ValueError(f"{place} lacks {', '.join(absent)}; it has {', '.join(entry)}")
-    return entry
-
-
-def _json_lines(file, *keys):
-    """Yields the dicts of a JSON-lines file, each with `keys`."""
-    if not file.exists():
-        raise ValueError(f"{file} does not exist; the dataset cannot be read without it")
-    for number, line in enumerate(file.read_text().splitlines(), 1):
-        if line.strip():
-            place = f"{file}, line {number}"
-            yield _require(_json(line, place), place, *keys)
-
-
-def _rows(file, *keys, skip=()):
-    """Returns the dicts of a parquet file, each with `keys`; `skip`: beginnings of column names."""
-    try:
-        with pq.ParquetFile(file) as parquet:
-            names = parquet.schema_arrow.names
-            table = parquet.read(columns=[n for n in names if not n.startswith(skip)])
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{file} cannot be read, nor the dataset without it: {error}") from error
-    _require(dict.fromkeys(names), file, *keys)
-    return table.to_pylist()
-
-
-def _tasks(root, version):
-    if version != "v3.0":
-        lines = _json_lines(root / "meta" / "tasks.jsonl", "task_index", "task")
-        return {line["task_index"]: line["task"] for line in lines}
-    rows = _rows(root / "meta" / "tasks.parquet", "task_index")
-    # pandas wrote the instructions as its index, which does not always have a name.
-    return {row["task_index"]: row.get("task", row.get("__index_level_0__")) for row in rows}
-
-
-def _single(data):
-    """Yields the `Listed` of v2.0 and v2.1, where the number of an episode names its files."""
-    for line in _json_lines(data.root / "meta" / "episodes.jsonl", "episode_index", "length"):
-        index = line["episode_index"]
-        at = {"episode_chunk": index // data.info["chunks_size"], "episode_index": index}
-        videos = {
-            key: Video(data.file("video_path", video_key=key, **at), 0.0) for key in data.videos()
-        }
-        yield Listed(index, line["length"], data.file("data_path", **at), videos, {})
-
-
-def _packed(data):
-    """Yields the `Listed` of v3.0, where each row says where it lies, camera by camera."""
-    directory = data.root / "meta" / "episodes"
-    files = sorted(directory.glob("*/*.parquet"))
-    if not files:
-        raise ValueError(f"{directory} has no parquet file; copy it again")
-    parts = ("chunk_index", "file_index", "from_timestamp", "to_timestamp")
-    columns = {key: [f"videos/{key}/{part}" for part in parts] for key in data.videos()}
-    needed = ["episode_index", "length", "data/chunk_index", "data/file_index"]
-    needed += [name for names in columns.values() for name in names]
-    for row in (row for file in files for row in _rows(file, *needed, skip="stats/")):
-        videos, seconds = {}, {}
-        for key, names in columns.items():
-            chunk, number, begin, end = (row[name] for name in names)
-            if end is None:  # recorded, but never encoded: named as what is missing
-                videos[key] = Video(data.root / "videos" / key / "not encoded", 0.0)
-                continue
-            place = {"chunk_index": int(chunk), "file_index": int(number)}
-            videos[key] = Video(data.file("video_path", video_key=key, **place), begin)
-            seconds[key] = end - begin
-        place = {name: row[f"data/{name}"] for name in ("chunk_index", "file_index")}
-        file = data.file("data_path", **place)
-        yield Listed(row["episode_index"], row["length"], file, videos, seconds)

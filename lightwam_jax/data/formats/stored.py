@@ -67,7 +67,7 @@ def stack_frames(indices, read, error):
     for index in wanted.tolist():
         try:
             found.append(read(index))
-        except (OSError, RuntimeError, ValueError, LookupError) as reason:
+        except (OSError, RuntimeError, ValueError, LookupError, TypeError) as reason:
             raise error(reason, index) from reason
         shape, first = list(found[-1].shape), list(found[0].shape)
         if shape != first:
@@ -94,7 +94,10 @@ def decode_image(encoded, channel_order="rgb"):
             # Converting copies even what is RGB already.
             rgb = image if image.mode == "RGB" else image.convert("RGB")
             return in_rgb(np.asarray(rgb), channel_order)
-    except (OSError, SyntaxError, PIL.Image.DecompressionBombError) as error:  # damaged files
+    except PIL.UnidentifiedImageError:
+        kinds = "not a JPEG, PNG or WebP image, or cut off in its first bytes"
+        raise ValueError(f"{len(encoded)} bytes do not decode: {kinds}") from None
+    except (OSError, SyntaxError, EOFError, PIL.Image.DecompressionBombError) as error:  # damaged
         raise ValueError(f"{len(encoded)} bytes do not decode: {error}") from error
 
 

@@ -16,8 +16,8 @@ import numpy as np
 
 from lightwam_jax.data.episodes import FrameError
 
-# Seconds between the time asked for and the frame found. Rounding stays below it (float32 times up
-# to half an hour), a real drift does not; LeRobot tests its datasets with the same number.
+# Seconds between the time asked for and the frame found, where nobody says otherwise. Rounding
+# stays below it (float32 times up to half an hour); LeRobot tests its datasets with the same.
 TOLERANCE = 1e-4
 _SEEK_AHEAD = 2  # frames that must lie before the next keyframe for a seek to be worth its cost
 # Keyframes close together: a window is read from the middle of a file.
@@ -114,9 +114,13 @@ def _fault(path, stream, size, frame, time, tolerance):
     """Returns a sentence if a frame is not what is wanted at `time`, else ""."""
     tick = float(stream.time_base)
     if frame is None or abs(frame.pts * tick - time) > tolerance + tick / 2:
-        near = "" if frame is None else f"; the nearest is at {frame.pts * tick:.4f} s"
-        apart = "frames are missing, or the timestamps and the video do not belong together"
-        return f"no frame at {time:.4f} s{near}: {_cut_off(path, stream) or apart}"
+        reason = "frames are missing, or the timestamps and the video do not belong together"
+        reason, near = _cut_off(path, stream) or reason, ""
+        if frame is not None:
+            near, away = f"; the nearest is at {frame.pts * tick:.4f} s", frame.pts * tick - time
+            if stream.average_rate and abs(away) * stream.average_rate <= 0.5:
+                reason = f"{abs(away):.4f} s away; config.data.tolerance_s allows {tolerance:.4g}"
+        return f"no frame at {time:.4f} s{near}: {reason}"
     if frame.is_corrupt:
         return f"the frame at {time:.4f} s is damaged"
     if (frame.height, frame.width) != size:
@@ -200,7 +204,10 @@ def _open(path):
         # delays its frames.
         stream.codec_context.thread_count = 1
         stream.codec_context.options = {"err_detect": "explode"}
-        yield container, stream
+        try:
+            yield container, stream
+        except av.FFmpegError as error:  # of seeking, or of the packets
+            raise FrameError(path, None, f"cannot be read: {error.strerror}") from error
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ import zipfile
 
 import numpy as np
 
+from lightwam_jax import folders
 from lightwam_jax.envs.libero import pro as libero_pro
 
 SUITES = ("spatial", "object", "goal", "10", "90")
@@ -96,7 +97,9 @@ def tasks(suite):
             "have the same name, so that each needs an environment of its own (docs/libero.md)"
             + (": make setup-libero-pro, then .venv-pro/bin/python" if suite in PRO else "")
         )
-    tree = ast.parse((package() / "benchmark" / "libero_suite_task_map.py").read_text())
+    tree = ast.parse(
+        (package() / "benchmark" / "libero_suite_task_map.py").read_text(encoding="utf-8")
+    )
     table = next(
         node.value
         for node in tree.body
@@ -125,7 +128,7 @@ def perturbations():
     """Returns {task: what is perturbed in it} as LIBERO-Plus classifies them; {} for LIBERO."""
     if not is_plus():
         return {}
-    suites = json.loads(_classification().read_text())
+    suites = json.loads(_classification().read_text(encoding="utf-8"))
     return {task["name"]: task["category"] for tasks in suites.values() for task in tasks}
 
 
@@ -160,7 +163,7 @@ def instruction(task, wording="suite"):
 
 def _language(path):
     """Returns the instruction in a bddl file."""
-    return re.search(r"\(:language ([^)]*)\)", path.read_text())[1].strip()
+    return re.search(r"\(:language ([^)]*)\)", path.read_text(encoding="utf-8"))[1].strip()
 
 
 def bddl_file(task, suite=None):
@@ -293,7 +296,7 @@ def describe_assets(directory):
 
     What LIBERO-PRO adds is left out, so that the installed assets and LIBERO's own agree.
     """
-    files = [path for path in pathlib.Path(directory).rglob("*") if path.is_file()]
+    files = folders.files_below(directory)
     files = [path for path in files if not _is_of_pro(path.relative_to(directory))]
     # LIBERO's objects are scanned meshes. Without any, whatever stands there is not LIBERO.
     real = any(path.suffix in _MESHES for path in files)
@@ -339,7 +342,7 @@ def prepare(assets):
     directory = pathlib.Path(tempfile.gettempdir(), f"lightwam_libero_{os.getuid()}_{name}")
     directory.mkdir(mode=0o700, exist_ok=True)
     partial = directory / f"config.{os.getpid()}"
-    partial.write_text(content)
+    partial.write_text(content, encoding="utf-8")
     partial.replace(directory / "config.yaml")  # several workers may do this at once
     os.environ["LIBERO_CONFIG_PATH"] = str(directory)
     for variable in ("MPLCONFIGDIR", "MESA_SHADER_CACHE_DIR", "NUMBA_CACHE_DIR"):

@@ -209,7 +209,7 @@ def test_a_partial_cache_of_something_else_is_made_anew_and_says_why(
     plan["config"]["config.data.canvas"] = [64, 64]
     plan["codec"] = "pca-of-old"
     atomic.write_json(directory / "cache.json", plan)
-    (directory / "other").write_text("of the other plan")
+    (directory / "other").write_text("of the other plan", encoding="utf-8")
     precompute.precompute(config, STEPS)
     said = capsys.readouterr().err
     assert "made anew" in said and "config.data.canvas: [64, 64], now [32, 64]" in said

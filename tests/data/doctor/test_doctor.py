@@ -236,7 +236,7 @@ def test_the_report(tmp_path):
     found[4] = dataclasses.replace(found[4], task="<b>")
     report = examined(found, **{"data.exclude": ("episode_099",), "data.path": "/part"})
     html, data = doctor_report.write(report, tmp_path / "doctor")
-    page, kept = html.read_text(), json.loads(data.read_text())
+    page, kept = html.read_text(encoding="utf-8"), json.loads(data.read_text(encoding="utf-8"))
     assert page.index("1 error, 0 warnings") < page.index("episode_003 (3, frame 7)")
     assert not re.search(r'(src|href)="(?!data:)', page) and "http" not in page
     assert "&lt;b&gt;" in page and "<b></td>" not in page
@@ -372,7 +372,8 @@ def refused_until_excluded(config, report, monkeypatch):
         precompute.precompute(config, ("stats",))
     directory = pathlib.Path(doctor_report.directory(config))
     assert {
-        p["episode"] for p in json.loads((directory / "report.json").read_text())["problems"]
+        p["episode"]
+        for p in json.loads((directory / "report.json").read_text(encoding="utf-8"))["problems"]
     } == {p.episode for p in report.problems}
     for problem in report.errors:
         assert problem.line() in str(error.value)

@@ -109,12 +109,14 @@ def test_training_needs_another_config_only(layout, written, demonstrations, tmp
     config = ["--config", "configs/demo.py", *(f"--config.{k}={v}" for k, v in small.items())]
     test_end_to_end.run("-m", "lightwam_jax.precompute", *config, "--what", "all")
     test_end_to_end.run("train.py", *config, "--workdir", str(tmp_path / "run"))
-    meta = json.loads((tmp_path / "cache" / "latents" / "cache.json").read_text())
+    meta = json.loads((tmp_path / "cache" / "latents" / "cache.json").read_text(encoding="utf-8"))
     lengths = sorted(episode.length for episode in demonstrations)
     assert sum(meta["records"].values()) == sum(lengths)
     assert meta["records"]["val"] in lengths, "one of the four is held out"
     assert sorted(meta["tasks"]) == sorted({episode.task for episode in demonstrations})
-    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
+    rows = [
+        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open(encoding="utf-8")
+    ]
     losses = [row["loss"] for row in rows if row["kind"] == "train"]
     assert losses and np.isfinite(losses).all()
     stored = checkpoint.load_params(tmp_path / "run")

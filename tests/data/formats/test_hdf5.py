@@ -193,9 +193,9 @@ def test_where_the_instruction_may_be(key, text, tmp_path):
             }
         ),
     )
-    (tmp_path / "note.txt").write_text("seven\n")
-    (tmp_path / "a.json").write_text(json.dumps({"seen": ["x", "eight"]}))
-    (tmp_path / "all.json").write_text(json.dumps({"a": "nine"}))
+    (tmp_path / "note.txt").write_text("seven\n", encoding="utf-8")
+    (tmp_path / "a.json").write_text(json.dumps({"seen": ["x", "eight"]}), encoding="utf-8")
+    (tmp_path / "all.json").write_text(json.dumps({"a": "nine"}), encoding="utf-8")
     (episode,), problems = read_own(tmp_path, **{"data.fields.task": key})
     assert not problems and episode.task == text
     assert episode.task_at(5) == ("last" if text == "six" else text)
@@ -255,9 +255,11 @@ def layouts():
 def test_the_layouts_of_the_config(name, tmp_path):
     contents = layouts()[name]
     recording(tmp_path / "data" / "open_it.hdf5", **contents)
-    (tmp_path / "data" / "open_it.txt").write_text("open it")
+    (tmp_path / "data" / "open_it.txt").write_text("open it", encoding="utf-8")
     (tmp_path / "instructions").mkdir()
-    (tmp_path / "instructions" / "open_it.json").write_text('{"seen": ["open it"]}')
+    (tmp_path / "instructions" / "open_it.json").write_text(
+        '{"seen": ["open it"]}', encoding="utf-8"
+    )
     config = config_lib.from_config_dict(hdf5_robot.get_config(name))
     config = dataclasses.replace(
         config, data=dataclasses.replace(config.data, path=str(tmp_path / "data"))

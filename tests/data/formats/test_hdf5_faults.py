@@ -72,7 +72,7 @@ def test_files_that_do_not_open(tmp_path):
     recording(tmp_path / "good.hdf5", **own())
     whole = (tmp_path / "good.hdf5").read_bytes()
     (tmp_path / "short.hdf5").write_bytes(whole[: len(whole) // 2])
-    (tmp_path / "text.h5").write_text("no HDF5")
+    (tmp_path / "text.h5").write_text("no HDF5", encoding="utf-8")
     read, problems = read_own(tmp_path)
     assert [e.id for e in read] == ["good"]
     assert [(p.kind, p.episode) for p in problems] == [

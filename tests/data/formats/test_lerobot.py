@@ -40,10 +40,10 @@ def single(root, table):
         (root / f"data/chunk-00{i}").mkdir(parents=True)
         pq.write_table(table.slice(first, n), root / f"data/chunk-00{i}/episode_00000{i}.parquet")
     (root / "meta/tasks.jsonl").write_text(
-        '{"task_index": 4, "task": "reach"}\n{"task_index": 7, "task": "lift"}\n'
+        '{"task_index": 4, "task": "reach"}\n{"task_index": 7, "task": "lift"}\n', encoding="utf-8"
     )
     (root / "meta/episodes.jsonl").write_text(
-        '{"episode_index": 1, "length": 2}\n\n{"episode_index": 0, "length": 3}\n'
+        '{"episode_index": 1, "length": 2}\n\n{"episode_index": 0, "length": 3}\n', encoding="utf-8"
     )
     return "data/chunk-{episode_chunk:03d}/episode_{episode_index:06d}.parquet"
 
@@ -78,7 +78,7 @@ def by_hand(root, version, **changes):
     }
     files = packed if version == "v3.0" else single
     info["data_path"] = files(root, pa.table(columns))
-    (root / "meta/info.json").write_text(json.dumps(info))
+    (root / "meta/info.json").write_text(json.dumps(info), encoding="utf-8")
     return configure(
         root,
         **{

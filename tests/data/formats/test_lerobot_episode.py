@@ -7,7 +7,7 @@ import types
 import numpy as np
 import pytest
 
-from lightwam_jax.data.formats import lerobot, lerobot_meta
+from lightwam_jax.data.formats import lerobot, lerobot_checks, lerobot_listed, lerobot_rows
 
 
 def episode(begin, fps, length=6):
@@ -19,8 +19,8 @@ def episode(begin, fps, length=6):
         action=np.zeros((length, 3), np.float32),
         tasks=("reach", "reach", "lift", "lift", "reach", "lift"),
         images={
-            "top": lerobot_meta.Video(file, begin),
-            "side": lerobot_meta.Video(pathlib.Path("side.mp4"), 5.0),
+            "top": lerobot_listed.Video(file, begin),
+            "side": lerobot_listed.Video(pathlib.Path("side.mp4"), 5.0),
             "single": lerobot.Images(file, "single", ("single",), 10, 16, file),
         },
         timestamps=np.arange(length) / fps,
@@ -49,14 +49,19 @@ def test_a_video_begins_at_the_nearest_frame(begin, fps, frame):
 
 def test_frames_are_asked_for_by_time_in_the_file(monkeypatch):
     asked = []
-    monkeypatch.setattr(lerobot.video_lib, "frames", lambda *arguments: asked.append(arguments))
+    monkeypatch.setattr(
+        lerobot.video_lib, "frames", lambda *a, tolerance: asked.append((*a, tolerance))
+    )
     monkeypatch.setattr(lerobot, "_images", lambda *arguments: asked.append(arguments))
     one = episode(0.7, 10.0)
     one = dataclasses.replace(one, timestamps=one.timestamps + 0.01 * (np.arange(6) == 3))
     one.frames("top", [3, 0, -1])
-    ((file, times, numbers),) = asked
+    ((file, times, numbers, tolerance),) = asked
+    assert tolerance == 0.025  # a quarter of a frame
     assert file == pathlib.Path("top.mp4") and numbers.tolist() == [3, 0, 5]
     np.testing.assert_allclose(times, [0.7 + 0.31, 0.7, 0.7 + 0.5])
+    dataclasses.replace(one, tolerance_s=1e-4).frames("top", [0])
+    assert asked.pop()[3] == 1e-4
     one.frames("single", [2, 2])
     assert asked[1][0] is one.images["single"] and asked[1][1].tolist() == [2, 2]
     with pytest.raises(IndexError):
@@ -74,11 +79,15 @@ def test_every_step_has_its_own_instruction():
 def test_instructions_are_found_by_their_numbers():
     def tasks(*index):
         zeros = np.zeros((len(index), 1), np.float32)
-        rows = lerobot._Rows(zeros, zeros, zeros[:, 0], *3 * [np.array(index, int)])
+        rows = lerobot_rows.Rows(zeros, zeros, zeros[:, 0], *3 * [np.array(index, int)])
         data = types.SimpleNamespace(
-            info={"fps": 10}, needed=(), cameras={}, tasks={4: "reach", 7: "lift"}
+            info={"fps": 10},
+            needed=(),
+            cameras={},
+            tasks={4: "reach", 7: "lift"},
+            tolerance_s=0.0,
         )
-        entry = lerobot_meta.Listed(1, len(index), pathlib.Path("data.parquet"), {}, {})
+        entry = lerobot_listed.Listed(1, len(index), pathlib.Path("data.parquet"), {}, {})
         one = lerobot._episode(data, entry, entry.data, 0, rows)
         return one.task, [one.task_at(step) for step in range(one.length)]
 
@@ -97,7 +106,7 @@ def test_instructions_are_found_by_their_numbers():
     ],
 )
 def test_rows_that_belong_together(index, runs):
-    assert list(lerobot._runs(np.array(index, np.int64))) == runs
+    assert list(lerobot_rows.runs(np.array(index, np.int64))) == runs
 
 
 @pytest.mark.parametrize(
@@ -106,31 +115,31 @@ def test_rows_that_belong_together(index, runs):
 def test_a_video_may_end_half_a_frame_early(tmp_path, seconds, missing):
     """Six rows at ten frames per second last 0.6 s."""
     (tmp_path / "top.mp4").touch()
-    listed = lerobot_meta.Listed(
+    listed = lerobot_listed.Listed(
         1,
         6,
         tmp_path / "data.parquet",
-        {"top": lerobot_meta.Video(tmp_path / "top.mp4", 0.0)},
+        {"top": lerobot_listed.Video(tmp_path / "top.mp4", 0.0)},
         {} if seconds is None else {"top": seconds, "side": 0.1},
     )
     data = types.SimpleNamespace(info={"fps": 10})
-    found = list(lerobot._video_faults(data, listed, "top", 6))
+    found = list(lerobot_checks.video_faults(data, listed, "top", 6))
     assert [fault.kind for fault in found] == (["wrong length"] if missing else [])
     if missing:
         assert f"{missing} s less than its 6 rows" in found[0].message
     (tmp_path / "top.mp4").unlink()
-    assert next(iter(lerobot._video_faults(data, listed, "top", 6))).kind == "missing video"
+    assert next(iter(lerobot_checks.video_faults(data, listed, "top", 6))).kind == "missing video"
 
 
 def listed(*numbers):
-    return [lerobot_meta.Listed(n, 3, pathlib.Path(f"{n}.parquet"), {}, {}) for n in numbers]
+    return [lerobot_listed.Listed(n, 3, pathlib.Path(f"{n}.parquet"), {}, {}) for n in numbers]
 
 
 def test_what_meta_does_not_list_is_found():
-    data = types.SimpleNamespace(info={"total_episodes": 5}, root=pathlib.Path("root"))
+    data = types.SimpleNamespace(info={"total_episodes": 5}, root=pathlib.Path("root"), packed=True)
     broken = {pathlib.Path("0.parquet"): "broken", pathlib.Path("x.parquet"): "cut off"}
     spans = {9: [("nine.parquet", 0, 3)], 1: [("one.parquet", 0, 3)], 3: [("three.parquet", 4, 9)]}
-    found = lerobot._unlisted(data, listed(0, 1), broken, spans)
+    found = lerobot_checks.unlisted(data, listed(0, 1), broken, spans)
     assert [(p.kind, p.episode, p.file) for p in found] == [
         ("unlisted episode", "episode_000003", "three.parquet"),
         ("unlisted episode", "episode_000009", "nine.parquet"),
@@ -139,4 +148,4 @@ def test_what_meta_does_not_list_is_found():
         ("unreadable data file", "x", "x.parquet"),
     ]
     data.info = {"total_episodes": 2}
-    assert lerobot._unlisted(data, listed(0, 1), {}, {}) == []
+    assert lerobot_checks.unlisted(data, listed(0, 1), {}, {}) == []

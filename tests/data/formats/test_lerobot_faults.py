@@ -96,10 +96,10 @@ def test_faults_of_single_files(single):
 
 def test_episodes_that_meta_forgets(single):
     file = single / "meta/episodes.jsonl"
-    lines = file.read_text().splitlines(keepends=True)
-    file.write_text("".join(lines[:3] + lines[4:]))
+    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+    file.write_text("".join(lines[:3] + lines[4:]), encoding="utf-8")
     (single / "data/chunk-000/episode_000005.parquet").unlink()
-    file.write_text("".join(lines[:3] + lines[4:5]))
+    file.write_text("".join(lines[:3] + lines[4:5]), encoding="utf-8")
     sound, problems = fault(single)
     assert sound == ids(0, 1, 2, 4)
     assert set(problems) == {("unlisted episode", name) for name in ids(3, 5)}
@@ -216,10 +216,10 @@ def test_a_config_that_fits_no_episode(packed, overrides, reason):
 )
 def test_sets_that_are_not_readable(single, change, reason):
     file = single / "meta/info.json"
-    info = json.loads(file.read_text()) | change
+    info = json.loads(file.read_text(encoding="utf-8")) | change
     info.pop(change.get("delete"), None)
     info["features"]["observation.images.wrist"]["info"]["video.is_depth_map"] = "depth" in change
-    file.write_text(json.dumps(info))
+    file.write_text(json.dumps(info), encoding="utf-8")
     with pytest.raises(ValueError, match=reason):
         episodes.read(configure(single))
 
@@ -237,9 +237,9 @@ def test_sets_that_are_not_readable(single, change, reason):
 def test_broken_metadata(single, name, content, reason):
     (single / "meta" / name).unlink()
     if content is not None:
-        (single / "meta" / name).write_text(content)
+        (single / "meta" / name).write_text(content, encoding="utf-8")
     with pytest.raises(ValueError, match=reason):
-        episodes.read(configure(single))
+        episodes.load_episodes(configure(single))
 
 
 def test_broken_packed_metadata(packed):

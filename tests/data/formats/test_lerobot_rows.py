@@ -8,7 +8,14 @@ import PIL.Image
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lightwam_jax.data.formats import hdf5, lerobot, lerobot_meta
+from lightwam_jax.data.formats import (
+    hdf5,
+    lerobot,
+    lerobot_checks,
+    lerobot_listed,
+    lerobot_meta,
+    lerobot_rows,
+)
 
 
 def png(level):
@@ -29,10 +36,10 @@ def test_images_of_an_episode_that_begins_within_a_row_group(tmp_path):
 def test_a_single_row_out_of_order_is_a_fault(tmp_path):
     file = tmp_path / "file-000.parquet"
     data = types.SimpleNamespace(tasks={0: "go"}, needed=())
-    entry = lerobot_meta.Listed(0, 4, file, {}, {})
+    entry = lerobot_listed.Listed(0, 4, file, {}, {})
 
     def faults(*frames):
-        rows = lerobot._Rows(
+        rows = lerobot_rows.Rows(
             np.zeros((4, 2), np.float32),
             np.zeros((4, 2), np.float32),
             np.arange(4) / 10,
@@ -40,7 +47,7 @@ def test_a_single_row_out_of_order_is_a_fault(tmp_path):
             np.zeros(4, int),
             np.zeros(4, int),
         )
-        return [fault.kind for fault in lerobot._faults(data, entry, file, rows)]
+        return [fault.kind for fault in lerobot_checks.faults(data, entry, file, rows)]
 
     assert faults(0, 1, 2, 3) == []
     assert faults(0, 1, 3, 2) == ["rows out of order"]
@@ -79,7 +86,8 @@ def test_a_video_lasts_from_its_own_beginning_in_a_shared_file(tmp_path):
         "video_path": "{video_key}/{chunk_index}/{file_index}.mp4",
         "data_path": "{chunk_index}/{file_index}.parquet",
     }
-    listed = lerobot_meta.LeRobotInfo(tmp_path, info, (), (), {"top": key}, (key,), {}).listed()
+    data = lerobot_meta.LeRobotInfo(tmp_path, info, (), (), {"top": key}, (key,), {})
+    listed, _ = lerobot_listed.listed(data)
     assert [entry.seconds[key] for entry in listed] == [2.0, 1.5]
     file = tmp_path / key / "0/0.mp4"
     assert [entry.videos[key] for entry in listed] == [(file, 0.0), (file, 2.0)]

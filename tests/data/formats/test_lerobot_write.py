@@ -149,7 +149,7 @@ def test_fields_of_the_format(written):
         ("2.1 video", {"total_videos": 12, "total_chunks": 1}),
         ("3.0 video", {"data_files_size_in_mb": 1, "video_files_size_in_mb": 1}),
     ):
-        info = json.loads((written[name] / "meta/info.json").read_text())
+        info = json.loads((written[name] / "meta/info.json").read_text(encoding="utf-8"))
         features = info.pop("features")
         paths = info.pop("data_path"), info.pop("video_path")
         assert info == {
@@ -200,7 +200,7 @@ def test_fields_of_the_format(written):
 
 
 def test_fields_of_an_episode(written):
-    lines = (written["2.1 video"] / "meta/episodes.jsonl").read_text().splitlines()
+    lines = (written["2.1 video"] / "meta/episodes.jsonl").read_text(encoding="utf-8").splitlines()
     assert json.loads(lines[1]) == {
         "episode_index": 1,
         "tasks": [synthetic.TASKS[1], "go home"],
@@ -232,7 +232,7 @@ def test_fields_of_an_episode(written):
 def test_statistics_of_meta(written, recorded):
     state = np.concatenate([e.state for e in recorded])
     scene = np.concatenate([e.images["scene"] for e in recorded]) / 255
-    stats = json.loads((written["3.0 images"] / "meta/stats.json").read_text())
+    stats = json.loads((written["3.0 images"] / "meta/stats.json").read_text(encoding="utf-8"))
     for key, values, axes in (
         ("observation.state", state, 0),
         ("observation.images.scene", scene, (0, 1, 2)),
@@ -245,7 +245,11 @@ def test_statistics_of_meta(written, recorded):
         parts = np.split(values, np.cumsum(LENGTHS)[:-1])
         lower = [np.quantile(part, 0.1, axis=axes) for part in parts]
         np.testing.assert_allclose(found["q10"].ravel(), np.min(lower, 0), atol=1 / 255)
-    lines = (written["2.1 video"] / "meta/episodes_stats.jsonl").read_text().splitlines()
+    lines = (
+        (written["2.1 video"] / "meta/episodes_stats.jsonl")
+        .read_text(encoding="utf-8")
+        .splitlines()
+    )
     line = json.loads(lines[3])
     assert line["episode_index"] == 3 and len(line["stats"]) == 9
     assert set(line["stats"]["action"]) == {"min", "max", "mean", "std", "count"}
@@ -313,6 +317,6 @@ def test_columns_alone(recorded, tmp_path, version):
     )
     found = episodes.load_episodes(configure(tmp_path / "set", **{"data.cameras": ()}))
     assert [e.length for e in found] == list(LENGTHS)
-    info = json.loads((tmp_path / "set/meta/info.json").read_text())
+    info = json.loads((tmp_path / "set/meta/info.json").read_text(encoding="utf-8"))
     assert info["video_path"] is None and info["features"]["action"]["names"][6] == "joint 6"
     assert not list(tmp_path.rglob("*.mp4"))

@@ -85,7 +85,9 @@ def test_tensorflow_is_not_imported(data, written, tmp_path):
     """Even where it is installed; here it would stop the program."""
     for name in ("tensorflow", "torch"):
         (tmp_path / "installed" / name).mkdir(parents=True)
-        (tmp_path / "installed" / name / "__init__.py").write_text("import sys; sys.exit('stop')")
+        (tmp_path / "installed" / name / "__init__.py").write_text(
+            "import sys; sys.exit('stop')", encoding="utf-8"
+        )
     code = f"""
 import sys
 sys.path[:0] = [{str(tmp_path / "installed")!r}, {str(ROOT / "tests")!r}]
@@ -155,7 +157,7 @@ def test_where_the_data_set_is(data, tmp_path):
     above = str(data.path.parent)
     assert len(data(data__path=above)[0]) == 7
     (data.path.parent / "2.0.0").mkdir()
-    (data.path.parent / "2.0.0" / "features.json").write_text("{}")
+    (data.path.parent / "2.0.0" / "features.json").write_text("{}", encoding="utf-8")
     with pytest.raises(ValueError, match=r"no features.json and 1.0.0, 2.0.0 below it"):
         data(data__path=above)
     with pytest.raises(ValueError, match="no version of a dataset below it"):
@@ -259,9 +261,9 @@ def test_a_damaged_image_is_named_by_its_frame(tmp_path, monkeypatch):
 
 def test_a_data_set_without_steps(data):
     path = data.path / "features.json"
-    features = json.loads(path.read_text())
+    features = json.loads(path.read_text(encoding="utf-8"))
     del features["featuresDict"]["features"]["steps"]
-    path.write_text(json.dumps(features))
+    path.write_text(json.dumps(features), encoding="utf-8")
     with pytest.raises(ValueError, match=r"no nested steps, so it is not RLDS; .*episode_metadata"):
         data()
 

@@ -201,7 +201,7 @@ def test_a_damaged_frame_is_never_concealed(files, tmp_path):
 
 def test_missing_and_foreign_files(files, tmp_path):
     foreign, cut, sound = tmp_path / "a.mp4", tmp_path / "b.mp4", tmp_path / "c.wav"
-    foreign.write_text("no video at all")
+    foreign.write_text("no video at all", encoding="utf-8")
     cut.write_bytes(files["h264"].read_bytes()[:-700])  # the index lies at the end
     with av.open(str(sound), "w") as container:
         stream = container.add_stream("pcm_s16le", rate=8000)
