@@ -194,7 +194,22 @@ def _fit(path, sets):
     statistics["made_from"] = made_from
     atomic.write_json(path, statistics)
     print(normalize.describe(statistics))
+    _warn_of_normalization(statistics, config)
+    return f"wrote {path}"
+
+
+def _warn_of_normalization(statistics, config):
+    """What config.data.normalization makes of some dimensions, on stderr."""
     for name in ("state", "action"):
+        alike = normalize.without_quantiles(statistics, name, config.data.normalization)
+        for dim, (quantile, low, high) in alike.items():
+            print(
+                f"WARNING: {name}[{dim}] is {quantile:g} at its 1 % and at its 99 % quantile and "
+                f"ranges from {low:g} to {high:g}: config.data.normalization='quantile' cannot "
+                "scale it by quantiles and takes its min and max instead. Look whether its rare "
+                "values mean something (a gripper) or are glitches to repair.",
+                file=sys.stderr,
+            )
         unsafe = normalize.unsafe_dimensions(statistics, name, config.data.normalization)
         if unsafe:
             print(
@@ -203,7 +218,6 @@ def _fit(path, sets):
                 "config.data.normalization='z_score' does not scale such dimensions.",
                 file=sys.stderr,
             )
-    return f"wrote {path}"
 
 
 # ---- text ----------------------------------------------------------------------------------------
