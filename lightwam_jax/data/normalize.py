@@ -308,3 +308,23 @@ def unsafe_dimensions(statistics, name, mode):
         return []
     std = np.asarray(table_of(statistics, name)["global_std"])
     return np.flatnonzero(std < _MIN_RANGE).tolist()
+
+
+def warnings(statistics, mode):
+    """Returns what to know about dimensions that `mode` does not treat like the others, as text."""
+    found = []
+    for name in ("state", "action"):
+        for dim, (quantile, low, high) in without_quantiles(statistics, name, mode).items():
+            found.append(
+                f"{name}[{dim}] is {quantile:g} at its 1 % and at its 99 % quantile and ranges "
+                f"from {low:g} to {high:g}: config.data.normalization='quantile' cannot scale it "
+                "by quantiles and takes its min and max instead. Look whether its rare values mean "
+                "something (a gripper) or are glitches to repair."
+            )
+        if unsafe := unsafe_dimensions(statistics, name, mode):
+            found.append(
+                f"{name} dimensions {unsafe} never move, and z_score_reference divides by their "
+                "deviation of about 0: any other value at run time is clipped to +-5. "
+                "config.data.normalization='z_score' does not scale such dimensions."
+            )
+    return found
