@@ -16,12 +16,14 @@ Closed-loop modes append every episode to report/*.jsonl; run again, they contin
 import contextlib
 import dataclasses
 import pathlib
-import sys
 import time
 
 from absl import app, flags, logging
 
-# Simulator processes import this file again, so jax is imported inside the functions only.
+from lightwam_jax import command_line
+
+# Simulator processes import this file again, so jax is imported inside the functions only. The
+# flags are checked before that.
 
 CLOSED_LOOP = ("demo", "libero", "metaworld")
 MODES = (*CLOSED_LOOP, "open_loop", "realtime", "visualize")
@@ -103,13 +105,14 @@ def main(argv):
     if _MODE.value not in MODES:
         problem = f"{_MODE.value}: {ELSEWHERE.get(_MODE.value, 'unknown')}"
         problem = problem if _MODE.value else "is needed"
-        _fail(f"--mode {problem}; the modes are {', '.join(MODES)}")
+        command_line.fail(f"--mode {problem}; the modes are {', '.join(MODES)}")
     if _INSTRUCTION.value != "right" and _MODE.value not in (*CLOSED_LOOP, "realtime"):
-        _fail(f"--instruction acts in the modes {', '.join(CLOSED_LOOP)} and realtime")
+        command_line.fail(f"--instruction acts in the modes {', '.join(CLOSED_LOOP)} and realtime")
     if _SERVER.value and _MODE.value not in CLOSED_LOOP:
-        _fail(f"--server acts in the closed-loop modes: {', '.join(CLOSED_LOOP)}")
+        command_line.fail(f"--server acts in the closed-loop modes: {', '.join(CLOSED_LOOP)}")
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # Orbax reports every file it reads
+    _check_flags()
     from lightwam_jax import sharding
     from lightwam_jax.inference.policy import Policy
 
@@ -124,7 +127,22 @@ def main(argv):
         run(policy, workdir, out, began)
     except (ValueError, ImportError, OSError) as error:  # of a file, or of --server
         logging.debug("Where it was found:", exc_info=True)  # shown by --verbosity=1
-        _fail(error)
+        command_line.fail(error)
+
+
+def _check_flags():
+    """What can be wrong with the flags alone."""
+    from lightwam_jax import envs
+
+    try:
+        envs.parse_arguments(_ENV.value)
+    except ValueError as error:
+        raise app.UsageError(str(error)) from error
+    if "://" not in _WORKDIR.value and not pathlib.Path(_WORKDIR.value).is_dir():
+        raise app.UsageError(
+            f"--workdir={_WORKDIR.value}: no such directory; give the run directory of train.py"
+        )
+    command_line.check_directory(_OUT.value or _WORKDIR.value, "--out")
 
 
 def closed_loop(policy, workdir, out, began):
@@ -190,7 +208,7 @@ def compare(others):
     try:
         print(compare_lib.compare(_COMPARE.value, others[0], _MAY_DIFFER.value))
     except (ValueError, FileNotFoundError) as error:
-        _fail(error)
+        command_line.fail(error)
 
 
 def open_loop(policy, workdir, out, began):
@@ -255,10 +273,5 @@ def _with_flags(config):
     return dataclasses.replace(config, evaluation=dataclasses.replace(config.evaluation, **given))
 
 
-def _fail(error):
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
-
-
 if __name__ == "__main__":
-    app.run(main)
+    command_line.run(main)

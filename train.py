@@ -9,16 +9,14 @@ import errno
 import sys
 
 from absl import app, flags, logging
-from ml_collections import config_flags
 
+from lightwam_jax import command_line
 from lightwam_jax import config as config_lib
-from lightwam_jax import distributed
-from lightwam_jax.checkpoint import storage
-from lightwam_jax.training import loop
 
-_CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "Python file with get_config(); its keys: docs/config.md.", lock_config=True
-)
+# jax and the rest are imported when flags and config are right: they take seconds, and more where
+# PyTorch is installed (tensorboardX imports it).
+
+command_line.define_config()
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of checkpoints, metrics and reports.")
 _COORDINATOR = flags.DEFINE_string(
     "coordinator", "", "HOST:PORT of process 0, where TPU, SLURM or Open MPI do not tell it."
@@ -26,7 +24,7 @@ _COORDINATOR = flags.DEFINE_string(
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", 0, "With --coordinator: of the run.")
 _PROCESS_ID = flags.DEFINE_integer("process_id", -1, "With --coordinator: this one's number.")
 _HEARTBEAT = flags.DEFINE_integer(
-    "heartbeat_s", distributed.HEARTBEAT_S, "Silence after which another process counts as dead."
+    "heartbeat_s", None, "Silence after which another process counts as dead.", lower_bound=1
 )
 _PROFILE = flags.DEFINE_string(
     "profile", "", "FIRST:LAST: records these steps with jax.profiler, in WORKDIR/profile."
@@ -40,16 +38,23 @@ def main(argv):
         raise app.UsageError(
             f"unexpected arguments {argv[1:]}; config values are set as --config.key=value"
         )
+    profile = _profile_steps()
+    command_line.check_directory(_WORKDIR.value, "--workdir")
+    from lightwam_jax import distributed
+    from lightwam_jax.checkpoint import storage
+    from lightwam_jax.training import loop
+
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # Orbax reports every file it moves
         _hush_failing_writes()
     try:
         distributed.initialize(
-            _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _HEARTBEAT.value
+            _COORDINATOR.value,
+            _NUM_PROCESSES.value,
+            _PROCESS_ID.value,
+            _HEARTBEAT.value or distributed.HEARTBEAT_S,
         )
-        run = loop.prepare(
-            config_lib.from_config_dict(_CONFIG.value), _WORKDIR.value, _profile_steps()
-        )
+        run = loop.prepare(config_lib.from_config_dict(flags.FLAGS.config), _WORKDIR.value, profile)
     except (
         ValueError,
         FileNotFoundError,
@@ -58,15 +63,15 @@ def main(argv):
         MemoryError,
     ) as error:
         logging.debug("Where it was found:", exc_info=True)  # shown by --verbosity=1
-        _fail(error)
+        command_line.fail(error)
     try:
         outcome = loop.run(run)
     except (FloatingPointError, MemoryError, storage.SaveError) as error:
-        _fail(error)
+        command_line.fail(error)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        _fail(f"{error}; make room and run the same command again")
+        command_line.fail(f"{error}; make room and run the same command again")
     if outcome.signal:  # so that `train.py ... && evaluate.py ...` stops too
         sys.exit(128 + outcome.signal)
 
@@ -77,7 +82,7 @@ def _profile_steps():
         return None
     first, _, last = _PROFILE.value.partition(":")
     if not (first.isdigit() and last.isdigit()):
-        raise ValueError(f"--profile={_PROFILE.value}; expected FIRST:LAST, such as 10:14")
+        raise app.UsageError(f"--profile={_PROFILE.value}; expected FIRST:LAST, such as 10:14")
     return int(first), int(last)
 
 
@@ -94,10 +99,5 @@ def _hush_failing_writes():
     sys.unraisablehook = hook
 
 
-def _fail(error):
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
-
-
 if __name__ == "__main__":
-    app.run(main, flags_parser=config_lib.parse_flags)
+    command_line.run(main)

@@ -69,9 +69,8 @@ def play(task):
             steps += _timed(_env.step, [0.3, 0.2, -0.5, 0, 0, 0.2, step % 2])
             pictures += _timed(_env.observe)
     row |= {"step_s": steps / (2 * STEPS), "two_pictures_s": pictures / (2 * STEPS)}
-    status = dict(
-        line.split(":", 1) for line in pathlib.Path("/proc/self/status").read_text().splitlines()
-    )
+    text = pathlib.Path("/proc/self/status").read_text(encoding="utf-8")
+    status = dict(line.split(":", 1) for line in text.strip().split("\n"))
     row |= {"resident_mib": _mib(status["VmRSS"]), "peak_mib": _mib(status["VmHWM"])}
     return {key: round(x, 4) if isinstance(x, float) else x for key, x in row.items()}
 

@@ -19,8 +19,8 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from benchmarks import results
+from lightwam_jax import command_line, sharding
 from lightwam_jax import config as config_lib
-from lightwam_jax import sharding
 from lightwam_jax.data import loader
 from lightwam_jax.training import flops, loop, memory
 
@@ -108,4 +108,4 @@ if __name__ == "__main__":  # flags are global: importing this module must not d
     flags.DEFINE_integer("steps", 20, "Timed steps.", lower_bound=1)
     flags.DEFINE_string("out", None, "JSON file to write; the numbers are printed in any case.")
     flags.mark_flag_as_required("config")
-    app.run(main, flags_parser=config_lib.parse_flags)
+    command_line.run(main)

@@ -34,6 +34,8 @@ def get_config(suite="all"):
     c.data.normalization = "min_max"
     c.data.delta_mask = (True,) * 6 + (False,)  # the gripper is absolute
     c.data.action_kinds = ("delta",) * 6 + ("gripper",)
+    c.data.gripper_dims = (6,)
+    c.data.gripper_closed_open = (0.0, 1.0)  # as the release's data have it; the doctor compares
 
     # Only the first 8 of 32 steps get loss; the released evaluation executes 10. For plans that
     # come d steps late: replan_steps + d or more (docs/realtime.md).

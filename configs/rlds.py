@@ -36,7 +36,9 @@ def get_config(suite="spatial"):
         fps=20.0,
     )
     c.data.gripper_dims = (6,)
-    c.data.gripper_closed_open = (1.0, -1.0)  # as the simulator's command
+    # As the simulator's command. Other conversions of LIBERO hold 0 and 1: the doctor's warning of
+    # the gripper range says so, and which values to give here.
+    c.data.gripper_closed_open = (1.0, -1.0)
     c.data.gripper_snap = True
     c.evaluation.env = dict(protocol="openpi")  # whose gripper is the simulator's, as in these data
     c.evaluation.replan_steps = 5

@@ -32,6 +32,7 @@ KINDS = {
     "vae": "a Wan 2.1 or 2.2 VAE",
     "t5": "the umT5 text encoder",
 }
+_PART = "where the weights lie in a .pt that holds several sets, such as ema or model"
 
 
 def main(argv=None):
@@ -58,6 +59,7 @@ def _convert(args):
     from converters import convert
 
     names = ("head_dim", "variant", "pool_heads", "lora_alpha", "adapter_scale", "attention_mask")
+    names += ("part",)
     told = {name: getattr(args, name) for name in names if hasattr(args, name)}
     if args.command == "lightwam":
         told["sources"] = tuple(args.sources.split(",")) if args.sources else ()
@@ -104,7 +106,7 @@ def _import(args):
 def _inspect(args):
     from converters import inspect as inspect_lib
 
-    told = {"head_dim": args.head_dim, "pool_heads": args.pool_heads}
+    told = {"head_dim": args.head_dim, "pool_heads": args.pool_heads, "part": args.part}
     inspect_lib.inspect(args.path, {key: value for key, value in told.items() if value})
     return 0
 
@@ -150,6 +152,7 @@ def _parser():
     inspect.add_argument("path")
     inspect.add_argument("--head_dim", type=int, help="default: 128")
     inspect.add_argument("--pool_heads", type=int, help="default: 8")
+    inspect.add_argument("--part", help=_PART)
     return parser
 
 
@@ -158,6 +161,7 @@ def _conversion(name, command):
     command.add_argument("--out", required=True)
     verify = "read the result back and print each module's error"
     command.add_argument("--verify", action="store_true", help=verify)
+    command.add_argument("--part", help=_PART)
     command.set_defaults(beside=None)
     if name == "lightwam":
         stats = "dataset_stats.json of the release; default: beside --in"

@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 import tqdm
 
-from converters import files, layouts, locate, rules, umt5
+from converters import files, foreign, layouts, locate, rules, umt5, wrapped
 from lightwam_jax import params
 from lightwam_jax.checkpoint import run as checkpoint
 from lightwam_jax.checkpoint import storage, streamed
@@ -30,7 +30,8 @@ def convert(kind, place, out, told, beside=(), verify=False, say=print):
       kind: "lightwam", "dit", "vae" or "t5": what the file has to be.
       place: file, folder or `hf:` repository (`locate.locate`).
       out: directory; must not exist.
-      told: what the file does not tell; arguments of `lightwam.model_config`, and "variant".
+      told: what the file does not tell; arguments of `lightwam.model_config`, "variant", and
+        "part": which of several sets of weights in a .pt file.
       beside: files to keep with the weights: dataset_stats.json, tokenizer.json.
       verify: read the directory back and print what became of each module.
 
@@ -40,6 +41,8 @@ def convert(kind, place, out, told, beside=(), verify=False, say=print):
     out = files.absent(out)
     path, revision = locate.locate(place, kind)
     source, layout, meta = read(path, kind, told)
+    if note := wrapped.told(meta["source"]):
+        say(f"{path}: {note}")
     meta["source"].update(sha256=_sha256(path), revision=revision)
     beside = [*map(Path, beside), *_beside(path, kind)]
     check_beside(beside, meta["config"])
@@ -68,12 +71,9 @@ def read(path, kind, told):
     Raises:
       ValueError: not this kind; a missing or unexpected key, a wrong shape or dtype.
     """
-    if kind == "lightwam":
-        source, rest = files.open_checkpoint(path)
-    else:
-        source, rest = files.open_tensors(path), {}
-    source, prefix = _without_prefix(source)
-    layout = layouts.detect(source.entries, source.name)
+    told = dict(told)
+    part = told.pop("part", None) or ""
+    source, layout, origin, rest = identify(path, kind, part)
     if layout.kind != kind:
         raise ValueError(
             f"{path} is a {layout.kind} file ({layout.name} names), not {kind}; run: "
@@ -82,14 +82,54 @@ def read(path, kind, told):
     _drop_tied(source)
     for key, entry in source.entries.items():
         if str(entry.dtype) not in FLOATS:
-            expected = f"expected weights in {', '.join(FLOATS)}"
-            raise ValueError(f"{path}: {key} is {entry.dtype}; {expected}")
+            quantised = str(entry.dtype).startswith(("float8", "int8", "uint8"))
+            advice = "; quantised weights are not read: get the file they came from"
+            raise ValueError(
+                f"{path}: {key} is {entry.dtype}; expected weights in {', '.join(FLOATS)}"
+                f"{advice if quantised else ''}"
+            )
     config = read_config(source, layout, told)
-    origin = dict(file=path.name, kind=kind, layout=layout.name, version=layout.version)
-    meta = {"config": config, "source": {**origin, "prefix": prefix}}
+    meta = {"config": config, "source": origin}
     if kind == "lightwam":
         meta.update(checkpoint=rest, step=rest.get("step", 0))
     return source, layout, meta
+
+
+def identify(path, kind="", part=""):
+    """Opens a weight file under plain keys and finds its layout; sizes are not looked at.
+
+    Args:
+      kind: what it should be; "lightwam" alone makes a difference. part: see `convert`.
+
+    Returns:
+      (tensors to read, `Layout`, what meta["source"] keeps of it, what lay beside the tensors).
+
+    Raises:
+      ValueError: no weight file, or of no known layout.
+    """
+    if kind == "lightwam":
+        source, rest = files.open_checkpoint(path, part)
+    else:
+        source = files.open_tensors(path, part)
+        rest = dict(getattr(source, "rest", {}))
+    place, given = rest.pop("part", ""), source
+    source, prefix = wrapped.unwrap(source)
+    try:
+        layout = layouts.detect(source.entries, source.name)
+    except rules.UnknownLayout as error:
+        if not (shard := foreign.shard_of(path)):
+            raise
+        raise ValueError(
+            f"{path} is {shard} of a model; give the index that lies with the shards "
+            "(.index.json), or their folder"
+        ) from error
+    origin = dict(file=path.name, kind=layout.kind, layout=layout.name, version=layout.version)
+    origin |= dict(prefix=prefix)
+    if place:
+        origin |= dict(part=place)
+    if source is not given and not prefix:
+        origin |= dict(unwrapped=True)
+    return source, layout, origin, rest
 
 
 def read_config(source, layout, told):
@@ -103,7 +143,8 @@ def read_config(source, layout, told):
     except KeyError as error:
         raise ValueError(f"{source.name}: key {error} is missing: incomplete") from error
     except ValueError as error:
-        raise ValueError(f"{source.name}: {error}") from error
+        same = rules.Untold if isinstance(error, rules.Untold) else ValueError
+        raise same(f"{source.name}: {error}") from error
     if variant:
         config = layouts.of_variant(config, variant)
     _check_complete(source.name, shapes, layouts.expected_shapes(layout, config))
@@ -151,14 +192,6 @@ def export(place, out, layout=None, say=print):
 
 
 # ---- parts of it ---------------------------------------------------------------------------------
-
-
-def _without_prefix(source):
-    """Some files put "model." before every key; (the same tensors without it, the prefix)."""
-    prefix = "model."
-    if not all(key.startswith(prefix) for key in source.entries):
-        return source, ""
-    return rules.Renamed(source, prefix), prefix
 
 
 def _drop_tied(source):

@@ -1,7 +1,8 @@
 """Reading and writing weight files as numpy arrays, bit for bit, a tensor at a time.
 
 `.safetensors` needs nothing else. `.pt` and `.pth` need PyTorch (its CPU build is enough) and are
-read with `weights_only=True`, which refuses anything but tensors and plain containers.
+read with `weights_only=True`, which refuses anything but tensors and plain containers. What a file
+is tells its content, not its name (`foreign.py`).
 """
 
 import json
@@ -12,39 +13,34 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from converters import lightwam
+from converters import foreign, lightwam, rules, wrapped
 from converters.rules import Entry
 from lightwam_jax import atomic
 
 _NUMPY = {  # of the names in safetensors files
     **{"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16},
     **{"I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8, "U8": np.uint8},
+    **{"U16": np.uint16, "U32": np.uint32, "U64": np.uint64, "C64": np.complex64},
+    **{"F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2},
     "BOOL": np.bool_,
 }
 _REOPEN_BYTES = 256 << 20  # pages of a mapped file count as memory until it is closed
 
 
-class SafetensorsFiles:
-    """One `.safetensors` file, or the shards of one model."""
+class SafetensorsFile:
+    """One `.safetensors` file."""
 
-    def __init__(self, paths, name):
-        self.name, self.entries, self._path = name, {}, {}
-        for path in paths:
-            with _open_safetensors(path) as file:
-                for key in file.keys():  # noqa: SIM118 (no dictionary)
-                    if key in self._path:
-                        raise ValueError(
-                            f"{path.name} and {self._path[key].name} of {name} both hold {key}; "
-                            "delete the one that does not belong"
-                        )
-                    part = file.get_slice(key)
-                    dtype = _dtype(part.get_dtype(), key, path)
-                    self.entries[key] = Entry(tuple(part.get_shape()), dtype)
-                    self._path[key] = path
+    def __init__(self, path):
+        self.name, self.entries, self._path = str(path), {}, path
+        with _open_safetensors(path) as file:
+            for key in file.keys():  # noqa: SIM118 (no dictionary)
+                part = file.get_slice(key)
+                dtype = _dtype(part.get_dtype(), key, path)
+                self.entries[key] = Entry(tuple(part.get_shape()), dtype)
 
     def read(self, key, start=None, stop=None):
         """As `InMemory.read`. The file is open only here, so that its pages are given back."""
-        with _open_safetensors(self._path[key]) as file:
+        with _open_safetensors(self._path) as file:
             return file.get_slice(key)[start:stop] if start is not None else file.get_tensor(key)
 
 
@@ -79,24 +75,52 @@ class TorchFile:
         return to_numpy(tensor)
 
 
-def open_tensors(path):
-    """A flat weight file (or an index of shards) as tensors to read; "model_state" is opened.
+def open_tensors(path, part=""):
+    """A weight file (or an index of shards) as tensors to read.
 
     Keys come in the order of a PyTorch file; safetensors files keep none and give them sorted.
 
+    Args:
+      part: of a PyTorch file in which several dictionaries hold weights: which one.
+
     Raises:
-      FileNotFoundError: no such file, or a shard that an index names is absent.
-      ValueError: truncated, or not a weight file.
+      FileNotFoundError: no such file, or shards that an index names are absent.
+      ValueError: truncated, not a weight file, or LoRA adapters alone.
     """
     path = existing(path)
-    if path.name.endswith(".index.json"):
-        return _open_index(path)
-    if path.suffix == ".safetensors":
-        return SafetensorsFiles([path], str(path))
-    return TorchFile(path, lambda content: (content.get("model_state", content), {}))
+    source = _open_index(path) if path.name.endswith(".index.json") else _open_one(path, part)
+    foreign.refuse_adapters(source.entries, str(path), path.parent)
+    return source
 
 
-def open_checkpoint(path):
+def _open_one(path, part=""):
+    foreign.refuse(path)
+    if path.suffix == ".safetensors" or foreign.is_safetensors(path):
+        return SafetensorsFile(path)
+
+    def flatten(content):
+        if lightwam.SECTIONS[1] in content:
+            raise rules.LightwamCheckpoint(
+                f"{path} is a Light-WAM checkpoint; run: python -m converters lightwam --in {path} "
+                "..."
+            )
+        tensors, place = wrapped.tensors_of(content, part)
+        return tensors, {"part": place}
+
+    return _open_torch(path, flatten)
+
+
+def _open_torch(path, flatten):
+    try:
+        return TorchFile(path, flatten)
+    except rules.LightwamCheckpoint:
+        raise
+    except ValueError as error:
+        message = str(error)
+        raise ValueError(message if str(path) in message else f"{path}: {message}") from error
+
+
+def open_checkpoint(path, part=""):
     """A Light-WAM checkpoint -> (tensors to read, {"step", "torch_dtype", ...}).
 
     Flat keys are section.key: `mot.mixtures.video.head.modulation`. A `.safetensors` file holds
@@ -106,13 +130,12 @@ def open_checkpoint(path):
       FileNotFoundError: no such file. ValueError: truncated, foreign, or a section is missing.
     """
     path = existing(path)
-    if path.suffix == ".safetensors":
-        return SafetensorsFiles([path], str(path)), {}
-    try:
-        source = TorchFile(path, lightwam.flatten_checkpoint)
-    except ValueError as error:
-        message = str(error)
-        raise ValueError(message if str(path) in message else f"{path}: {message}") from error
+    foreign.refuse(path)
+    if path.suffix == ".safetensors" or foreign.is_safetensors(path):
+        source = SafetensorsFile(path)
+        foreign.refuse_adapters(source.entries, str(path), path.parent)
+        return source, {}
+    source = _open_torch(path, lambda content: wrapped.sections_of(content, part))
     rest = {key: value for key, value in source.rest.items() if key != "optimizer"}
     return source, rest  # the optimizer's state belongs to another optimizer
 
@@ -156,9 +179,12 @@ def read_json(path):
     """The content of a JSON file."""
     path = existing(path)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is no JSON file: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}; expected a dictionary")
+    return content
 
 
 def existing(path):
@@ -186,20 +212,20 @@ def absent(path):
 
 
 def _open_index(path):
-    place_of = read_json(path).get("weight_map")
-    if not isinstance(place_of, dict) or not place_of:
-        raise ValueError(f"{path} has no weight_map; expected an index of safetensors shards")
-    shards = {name: path.parent / name for name in sorted(set(place_of.values()))}
-    for name, shard in shards.items():
-        if Path(name).name != name:
+    place_of = keys_of_index(path)
+    for name in place_of.values():
+        if not isinstance(name, str) or Path(name).name != name:
             raise ValueError(f"{path} names the shard {name!r}; expected a file beside the index")
-        if not shard.is_file():
-            keys = [key for key, place in place_of.items() if place == name]
-            raise FileNotFoundError(
-                f"{path} names {name} for {len(keys)} tensors (such as "
-                f"{keys[0]}), and there is no {shard}; get the missing shard"
-            )
-    source = SafetensorsFiles(shards.values(), str(path))
+    shards = {name: path.parent / name for name in sorted(set(place_of.values()))}
+    lost = [name for name, shard in shards.items() if not shard.is_file()]
+    if lost:
+        keys = [key for key, place in place_of.items() if place in lost]
+        raise FileNotFoundError(
+            f"{path} names {rules.some_of(lost)} for {len(keys)} tensors (such as {keys[0]}), and "
+            f"{len(lost)} of its {len(shards)} shards are not in {path.parent}: get the missing "
+            "shards and put them there"
+        )
+    source = rules.Joined([_open_one(shard) for shard in shards.values()], str(path))
     absent = sorted(set(place_of) - set(source.entries))
     if absent:
         raise ValueError(f"{path} lists {absent[0]}, and {place_of[absent[0]]} does not hold it")
@@ -231,14 +257,19 @@ def read_torch(path):
             mapped = file.read(2) == b"PK"
         content = torch.load(path, mmap=mapped, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises pickle, zip, runtime and end-of-file errors here
-        raise ValueError(
-            f"{path} is truncated, no PyTorch file, or holds more than tensors (refused: loading "
-            f"it could run code): {str(error).splitlines()[0]}"
-        ) from error
+        raise ValueError(foreign.why_refused(path, error)) from None
     if not isinstance(content, dict):
         kind = type(content).__name__
         raise ValueError(f"{path} holds a {kind}, expected a dictionary of tensors")
     return content
+
+
+def keys_of_index(path):
+    """{key: shard} of an index of shards, whether they are there or not."""
+    place_of = read_json(path).get("weight_map")
+    if not isinstance(place_of, dict) or not place_of:
+        raise ValueError(f"{path} has no weight_map; expected an index of shards")
+    return place_of
 
 
 def _torch(path):

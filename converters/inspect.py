@@ -2,9 +2,10 @@
 
 import collections
 import math
+import types
 from pathlib import Path
 
-from converters import convert, files, layouts, locate
+from converters import convert, files, foreign, layouts, locate, rules, wrapped
 from lightwam_jax import params
 from lightwam_jax.checkpoint import run as checkpoint
 from lightwam_jax.checkpoint import storage
@@ -32,25 +33,58 @@ def inspect(place, told, say=print):
 
 
 def _file(path, told, say):
-    kind = _kind(path)
-    source, layout, meta = convert.read(path, kind, told)
-    say(f"{path}: {kind} {layout.version} ({layout.name} names)".replace("  ", " "))
-    _config(meta["config"], say)
-    if "checkpoint" in meta:
-        say(f"  step {meta['step']}, saved as {meta['checkpoint'].get('torch_dtype', 'unknown')}")
+    """Lists what is there first; what keeps it from being converted comes after that."""
+    told = dict(told)
+    part = told.pop("part", None) or ""
+    if path.name.endswith(".index.json"):
+        keys = files.keys_of_index(path)
+        shards = len(set(map(str, keys.values())))
+        say(f"{path}: index of {len(keys)} tensors in {shards} shards{_of_kind(keys)}")
+    try:
+        source, layout, origin, rest = _identified(path, part)
+    except rules.UnknownLayout as error:
+        source = files.open_tensors(path, part)
+        say(f"{path}: tensors of no known layout")
+        _tensors(source, say)
+        raise error
+    say(f"{path}: {layout.kind} {layout.version} ({layout.name} names)".replace("  ", " "))
+    if note := wrapped.told(origin):
+        say(f"  {note}")
+    problem = None
+    try:
+        source, layout, meta = convert.read(path, layout.kind, told | {"part": part})
+        _config(meta["config"], say)
+    except ValueError as error:
+        problem = error
+    if "step" in rest:
+        say(f"  step {rest['step']}, saved as {rest.get('torch_dtype', 'unknown')}")
+    _tensors(source, say)
+    if isinstance(problem, rules.Untold):
+        say(f"  to convert it: {problem}")
+    elif problem:
+        raise problem
+
+
+def _of_kind(keys):
+    """ ", of a dit" where keys alone tell it: shards may be missing."""
+    names = types.SimpleNamespace(name="the index", entries=dict.fromkeys(keys))
+    try:
+        return f", of a {layouts.detect(wrapped.unwrap(names)[0].entries, names.name).kind}"
+    except ValueError:
+        return ""
+
+
+def _identified(path, part):
+    """As `convert.identify`, of a Light-WAM checkpoint too."""
+    try:
+        return convert.identify(path, "", part)
+    except rules.LightwamCheckpoint:
+        return convert.identify(path, "lightwam", part)
+
+
+def _tensors(source, say):
     leaves = {key: (entry.shape, str(entry.dtype)) for key, entry in source.entries.items()}
     _counts(leaves, say, lambda key: key.split(".")[0])
-
-
-def _kind(path):
-    """The kind of a file, from its keys."""
-    try:
-        source = files.open_checkpoint(path)[0] if path.suffix == ".pt" else None
-    except ValueError:
-        source = None  # no Light-WAM checkpoint: a flat file of tensors, then
-    source = source or files.open_tensors(path)
-    keys = {key.removeprefix("model.") for key in source.entries}
-    return layouts.detect(keys, str(path)).kind
 
 
 def _kind_of_folder(folder):
@@ -67,8 +101,10 @@ def _kind_of_folder(folder):
         except FileNotFoundError:
             continue
     if len(found) != 1:
+        names = [path.relative_to(folder).as_posix() for path in folder.rglob("*")]
         raise ValueError(
             f"{folder} holds weights of {', '.join(found) or 'no known kind'}; give one file"
+            f"{foreign.hint(names, folder)}"
         )
     return found[0]
 

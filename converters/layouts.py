@@ -109,13 +109,13 @@ def detect(keys, name):
     """Returns the `Layout` whose signature is among a file's keys.
 
     Raises:
-      ValueError: none of them is.
+      UnknownLayout: none of them is.
     """
     for layout in LAYOUTS:
         if layout.signature in keys:
             return layout
     known = "; ".join(f"{x.kind} {x.version} ({x.name}): {x.signature}" for x in LAYOUTS)
-    raise ValueError(
+    raise rules.UnknownLayout(
         f"{name}: no layout is known that has keys like {rules.some_of(keys, 3)}; "
         f"expected a file with one of these keys: {known}"
     )

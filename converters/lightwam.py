@@ -4,7 +4,7 @@ import dataclasses
 import re
 
 from converters import wan_dit
-from converters.rules import KERNEL, Rule, linear_rows, norm_rows, some_of
+from converters.rules import KERNEL, Rule, Untold, linear_rows, norm_rows, some_of
 from lightwam_jax import config as config_lib
 from lightwam_jax.models import variants
 from lightwam_jax.models.action import SOURCES
@@ -117,8 +117,10 @@ def model_config(
       ValueError: a missing key, or a width that does not divide into the heads.
     """
     dit = _under(shapes, f"mot.{MOT_PREFIX}")
-    fields = wan_dit.model_fields(dit, head_dim)
     expert = _under(shapes, "state_fusion_action_expert.")
+    if untold := _untold(dit, expert, head_dim, pool_heads, sources):
+        raise Untold("; ".join(untold))  # all at once
+    fields = wan_dit.model_fields(dit, head_dim)
     fields.update(expert_fields(expert, fields["dim"], pool_heads, sources))
     if "proprio_encoder.weight" not in shapes:
         raise ValueError("key proprio_encoder.weight is missing")
@@ -146,6 +148,42 @@ _NOT_SIZES |= {"sources"}
 def _under(shapes, prefix):
     """The entries whose keys start with a prefix, without it."""
     return {key.removeprefix(prefix): x for key, x in shapes.items() if key.startswith(prefix)}
+
+
+def _untold(dit, expert, head_dim, pool_heads, sources):
+    """What to pass besides, each with its reason; of a file that lacks keys what they tell."""
+    query = dit.get("blocks.0.self_attn.q.weight", (0,))[0]
+    found, dim = [wan_dit.untold_heads(query, head_dim)], dit.get("patch_embedding.weight", (0,))[0]
+    layers = _numbers(expert, "layer_compressors")
+    if layers and dim and all(f"layer_compressors.{i}.norm.weight" in expert for i in layers):
+        pooled = bool(_pooled_sources(expert, layers)[0])
+        found.append(_untold_heads(dim, pool_heads) if pooled else "")
+        found.append("" if pooled else _untold_sources(expert, layers, dim, sources))
+    return [text for text in found if text]
+
+
+def _untold_heads(dim, pool_heads):
+    heads = pool_heads or 8
+    if not dim % heads:
+        return ""
+    return (
+        f"pooling width {dim} is not a multiple of {heads} heads; the file does not tell the "
+        "heads: pass --pool_heads"
+    )
+
+
+def _untold_sources(expert, layers, dim, sources):
+    counts = _source_counts(expert, layers, dim)
+    if all(_given(sources, i) or count == len(SOURCES) for i, count in enumerate(counts)):
+        return ""
+    return (
+        f"mean pooling over {counts} sources per layer: the file does not tell which; pass "
+        f"--sources with names of {SOURCES}"
+    )
+
+
+def _source_counts(expert, layers, dim):
+    return [expert[f"layer_compressors.{i}.norm.weight"][0] // dim for i in layers]
 
 
 def expert_fields(expert, dim, pool_heads=None, sources=()):
@@ -186,16 +224,12 @@ def _pooled_sources(expert, layers):
 
 def _query_fields(expert, pooler, dim, pool_heads):
     """Fields of learned-query pooling, from the keys under `pooler`."""
-    heads = pool_heads or 8
-    if dim % heads:
-        raise ValueError(
-            f"pooling width {dim} is not a multiple of {heads} heads; the file does not tell the "
-            "heads: pass --pool_heads"
-        )
+    if untold := _untold_heads(dim, pool_heads):
+        raise Untold(untold)
     return dict(
         pooling="learned_query",
         num_queries=expert[f"{pooler}.query_tokens"][0],
-        pool_heads=heads,
+        pool_heads=pool_heads or 8,
         merge_slots=expert.get(f"{pooler}.query_slot_merge_logits", (2,))[0],
         merge_dim=expert.get(f"{pooler}.query_merge_projector.1.weight", (0,))[0],
     )
@@ -203,14 +237,10 @@ def _query_fields(expert, pooler, dim, pool_heads):
 
 def _mean_sources(expert, layers, dim, sources):
     """The sources of each layer of mean pooling, where the widths leave no choice; else ()."""
-    counts = [expert[f"layer_compressors.{i}.norm.weight"][0] // dim for i in layers]
-    told = [SOURCES if count == len(SOURCES) else () for count in counts]
-    if not all(_given(sources, i) or names for i, names in zip(layers, told)):
-        raise ValueError(
-            f"mean pooling over {counts} sources per layer: the file does not tell which; pass "
-            f"--sources with names of {SOURCES}"
-        )
-    return told
+    if untold := _untold_sources(expert, layers, dim, sources):
+        raise Untold(untold)
+    counts = _source_counts(expert, layers, dim)
+    return [SOURCES if count == len(SOURCES) else () for count in counts]
 
 
 def _numbers(keys, prefix):

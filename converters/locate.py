@@ -4,12 +4,14 @@ import fnmatch
 import re
 from pathlib import Path
 
-from converters import rules
+from converters import foreign, rules
 from lightwam_jax import folders
 
 # Where each kind's weights lie in a repository of Wan, of diffusers or of Light-WAM, first first.
 _DIT = ("diffusion_pytorch_model*.safetensors.index.json", "diffusion_pytorch_model*.safetensors")
+_DIT += ("diffusion_pytorch_model*.bin.index.json", "diffusion_pytorch_model*.bin")
 _TEXT = ("model.safetensors.index.json", "model*.safetensors")
+_TEXT += ("pytorch_model.bin.index.json", "pytorch_model*.bin")
 PLACES = {
     "dit": (*_DIT, *(f"transformer/{place}" for place in _DIT)),
     "vae": (
@@ -67,6 +69,7 @@ def _choose(names, kind, where):
             return found[0]
     raise FileNotFoundError(
         f"{where} holds no {kind} weights; expected one of {', '.join(PLACES[kind])} in it"
+        f"{foreign.hint(names, where)}"
     )
 
 

@@ -31,6 +31,18 @@ SAME = Transform(lambda x: x, lambda x: x)
 KERNEL = Transform(lambda x: x.T, lambda x: x.T)  # torch [out, in] <-> [in, out]
 
 
+class UnknownLayout(ValueError):
+    """A file whose keys are those of no layout that we know."""
+
+
+class LightwamCheckpoint(ValueError):
+    """A Light-WAM checkpoint where another file was expected."""
+
+
+class Untold(ValueError):
+    """Flags are missing that say what a file does not tell."""
+
+
 class Rule(NamedTuple):
     """A row of a table."""
 
@@ -63,15 +75,35 @@ class InMemory:
 
 
 class Renamed:
-    """Tensors whose keys all start with a prefix, without it; else as `InMemory`."""
+    """Tensors under other keys, {key of the source: new key}; else as `InMemory`."""
 
-    def __init__(self, source, prefix):
-        self.name, self._source, self._prefix = source.name, source, prefix
-        self.entries = {key.removeprefix(prefix): x for key, x in source.entries.items()}
+    def __init__(self, source, names):
+        self.name, self._source = source.name, source
+        self.entries = {names[key]: x for key, x in source.entries.items()}
+        self._key = {new: key for key, new in names.items()}
 
     def read(self, key, start=None, stop=None):
         """As `InMemory.read`."""
-        return self._source.read(self._prefix + key, start, stop)
+        return self._source.read(self._key[key], start, stop)
+
+
+class Joined:
+    """The tensors of several sources (shards of one model); else as `InMemory`."""
+
+    def __init__(self, sources, name):
+        self.name, self.entries, self._source = name, {}, {}
+        for source in sources:
+            for key, entry in source.entries.items():
+                if key in self._source:
+                    raise ValueError(
+                        f"{source.name} and {self._source[key].name} of {name} both hold {key}; "
+                        "delete the one that does not belong"
+                    )
+                self.entries[key], self._source[key] = entry, source
+
+    def read(self, key, start=None, stop=None):
+        """As `InMemory.read`."""
+        return self._source[key].read(key, start, stop)
 
 
 def linear_rows(source, target, transform=KERNEL):
@@ -213,6 +245,11 @@ def source_shapes(rules, shapes, layers):
 def shapes_of(arrays):
     """{name: shape} of arrays, or of anything that has a shape."""
     return {name: tuple(array.shape) for name, array in arrays.items()}
+
+
+def known(rules, keys):
+    """How many of the keys a row of the table has as its source."""
+    return len(_claims(rules, keys, "source")[0])
 
 
 def some_of(names, most=8):

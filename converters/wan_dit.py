@@ -1,6 +1,6 @@
 """The Wan video transformer's table: keys of a file <-> our paths, LoRA and adapters included."""
 
-from converters.rules import KERNEL, Rule, Transform, linear_rows, norm_rows, some_of
+from converters.rules import KERNEL, Rule, Transform, Untold, linear_rows, norm_rows, some_of
 
 # Conv3d [D, C, 1, 2, 2] <-> linear over a flattened patch (row, column, channel) [4C, D].
 PATCH = Transform(
@@ -116,12 +116,9 @@ def model_fields(shapes, head_dim=None):
         raise ValueError(f"missing keys: {some_of(missing)}")
     dim, channels = shape("patch_embedding.weight")[:2]
     width = shape("blocks.0.self_attn.q.weight")[0]
+    if untold := untold_heads(width, head_dim):
+        raise Untold(untold)
     head_dim = head_dim or 128
-    if width % head_dim:
-        raise ValueError(
-            f"attention width {width} is not a multiple of the head dim {head_dim}; "
-            "the file does not tell it: pass --head_dim"
-        )
     fields = dict(
         dim=dim,
         latent_channels=channels,
@@ -133,6 +130,17 @@ def model_fields(shapes, head_dim=None):
         freq_dim=shape("time_embedding.0.weight")[1],
     )
     return {**fields, **_peft_fields(shapes)}
+
+
+def untold_heads(width, head_dim):
+    """What to pass where a width does not divide into heads of `head_dim` (None: 128), or ""."""
+    head_dim = head_dim or 128
+    if not width % head_dim:
+        return ""
+    return (
+        f"attention width {width} is not a multiple of the head dim {head_dim}; "
+        "the file does not tell it: pass --head_dim"
+    )
 
 
 def _peft_fields(shapes):

@@ -304,11 +304,6 @@ def from_config_dict(tree, made_in=None):
     return config
 
 
-def parse_flags(argv):
-    """Reads the flags, for `app.run`; an unknown --config.KEY ends the program with one line."""
-    return config_read.parse_flags(argv, Config)
-
-
 class Dataset(typing.NamedTuple):
     """One dataset of a run: its share of the samples, and the `Config` that describes it alone."""
 

@@ -1,11 +1,14 @@
 """Which values of a config contradict each other; `config.py` has what each alone may be."""
 
+import re
+
 
 def check(c, frames_per_latent):
     """Raises ValueError for a `config.Config` that contradicts itself.
 
     These would otherwise surface minutes later, inside a compiled function.
     """
+    _check_ranges(c)
     _check_data(c.data, c.model, frames_per_latent)
     if c.model.attention == "cudnn" and c.model.dtype != "bfloat16":
         raise ValueError(
@@ -17,10 +20,6 @@ def check(c, frames_per_latent):
             f"config.train.batch_size={c.train.batch_size} must be a multiple of "
             f"config.optimizer.accum_steps={c.optimizer.accum_steps}"
         )
-    if not 0 <= c.train.stuck_after_s <= 1e6:
-        raise ValueError(
-            f"config.train.stuck_after_s={c.train.stuck_after_s}: expected 0 (never) to 1e6 seconds"
-        )
     every = c.train.checkpoint_every
     if c.train.keep_every and (not every or c.train.keep_every % every):
         raise ValueError(
@@ -31,6 +30,89 @@ def check(c, frames_per_latent):
         raise ValueError(
             f"config.evaluation.replan_steps={c.evaluation.replan_steps} executes more steps than "
             f"the chunk of config.data.action_horizon={c.data.action_horizon} has"
+        )
+
+
+# What a number (or each of several) may be: (least, most, whether the most itself is too much).
+_COUNT, _ONE, _SOME = (1, None, False), (0, 1, False), (0, None, False)
+_RANGES = {
+    "data": {
+        **dict.fromkeys(("num_frames", "frame_stride", "action_horizon", "text_len"), _COUNT),
+        **dict.fromkeys(("canvas", "camera_size", "prefetch"), _COUNT),
+        **dict.fromkeys(("workers", "threads", "gripper_dims", "action_state_dims"), _SOME),
+        "val_fraction": (0, 1, True),
+    },
+    "data.fields": {"fps": _SOME},
+    "data.augment": dict.fromkeys(("crop", "brightness", "contrast", "saturation"), _ONE),
+    "optimizer": {
+        **dict.fromkeys(("warmup_steps", "weight_decay", "clip_norm", "lr"), _SOME),
+        **dict.fromkeys(("b1", "b2", "ema_decay"), (0, 1, True)),
+        **{"final_lr_ratio": _ONE, "accum_steps": _COUNT, "eps": _SOME},
+    },
+    "train": {
+        **dict.fromkeys(("steps", "batch_size", "log_every"), _COUNT),
+        **dict.fromkeys(("eval_every", "eval_batches", "checkpoint_every"), _SOME),
+        **dict.fromkeys(("keep_last", "keep_every"), _SOME),
+        "stuck_after_s": (0, 1e6, False),
+    },
+    "loss": {
+        **dict.fromkeys(("lambda_video", "lambda_action", "prefix_steps"), _SOME),
+        **dict.fromkeys(("prefix_weight", "tail_weight", "shift"), _SOME),
+    },
+    "evaluation": {
+        **dict.fromkeys(("episodes", "replan_steps", "max_steps", "workers", "batch"), _COUNT),
+        **dict.fromkeys(("first_seed", "videos"), _SOME),
+    },
+    "model": {
+        **dict.fromkeys(("dim", "num_heads", "head_dim", "ffn_dim", "num_layers"), _COUNT),
+        **dict.fromkeys(("text_dim", "freq_dim", "latent_channels", "num_queries"), _COUNT),
+        **dict.fromkeys(("pool_heads", "per_layer_dim", "trunk_dim", "action_dim"), _COUNT),
+        **dict.fromkeys(("proprio_dim", "scan_unroll"), _COUNT),
+        **dict.fromkeys(("lora_rank", "lora_layers", "adapter_layers", "adapter_dim"), _SOME),
+    },
+}  # fmt: skip
+_ABOVE_0 = ("optimizer.lr", "optimizer.eps", "loss.shift", "data.augment.crop")
+
+
+def _check_ranges(c):
+    """Each number alone, and the template of prompts."""
+    for path, ranges in _RANGES.items():
+        part = c
+        for name in path.split("."):
+            part = getattr(part, name)
+        for key, (least, most, open_end) in ranges.items():
+            value, name = getattr(part, key), f"{path}.{key}"
+            for x in value if isinstance(value, tuple) else (value,):
+                above = x > least if name in _ABOVE_0 else x >= least
+                below = most is None or (x < most if open_end else x <= most)
+                if not (above and below and x < float("inf")):  # NaN fails too
+                    more = f"above {least}" if name in _ABOVE_0 else f"{least}"
+                    end = " or more" if most is None else f" to {'below ' * open_end}{most:g}"
+                    raise ValueError(f"config.{name} is {value}; expected {more}{end}")
+    if c.seed < 0:
+        raise ValueError(f"config.seed is {c.seed}; expected 0 or more")
+    _check_template(c.data.prompt_template)
+    _check_layers(c.model)
+
+
+def _check_layers(model):
+    for key in ("lora_layers", "adapter_layers"):
+        wrong = [x for x in getattr(model, key) if x >= model.num_layers]
+        if wrong:
+            raise ValueError(
+                f"config.model.{key} names {wrong}; the {model.num_layers} blocks of "
+                f"config.model.num_layers are 0 to {model.num_layers - 1}"
+            )
+
+
+def _check_template(template):
+    """Without {task} all instructions would be the same prompt."""
+    others = sorted(set(re.findall(r"\{\w*\}", template)) - {"{task}"})
+    if others or "{task}" not in template:
+        has = f"has {', '.join(others)}" if others else "has no {task}"
+        raise ValueError(
+            f"config.data.prompt_template is {template!r}; it {has}: expected a text with {{task}} "
+            "where the instruction belongs, and no other field"
         )
 
 
@@ -65,6 +147,12 @@ def _check_data(d, model, frames_per_latent):
         raise ValueError(
             f"config.data.tolerance_s={d.tolerance_s}; expected seconds, or 0 for a quarter of the "
             "time between two frames"
+        )
+    wrong = sorted(set(d.gripper_dims) - set(range(action_width)))
+    if wrong:
+        raise ValueError(
+            f"config.data.gripper_dims names {wrong}; the actions have dimensions 0 to "
+            f"{action_width - 1}"
         )
     for key, width, most in (
         ("state_dim", d.state_dim, model.proprio_dim),

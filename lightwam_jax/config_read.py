@@ -3,10 +3,7 @@
 import dataclasses
 import difflib
 import re
-import sys
 import typing
-
-from absl import app
 
 # Config keys that had another name before version 0.2.0, and what has their place now.
 RENAMED = {
@@ -20,6 +17,10 @@ RENAMED = {
 
 # Keys that came later, with the value that keeps the meaning of a config saved without them.
 ADDED = {"data.action_kinds": (), "data.tolerance_s": 0.0}
+
+
+class ConfigError(ValueError):
+    """A mistake in a command's flags or config; its message is all that a person needs to see."""
 
 
 def section(cls, tree, path):
@@ -108,28 +109,12 @@ def _has(tree, keys):
     return True
 
 
-def parse_flags(argv, cls):
-    """Reads absl's flags; an unknown --config.KEY ends the program with one line.
-
-    Args:
-      argv: as of `app.run`. cls: the dataclass of the whole config.
-    """
-    try:
-        return app.parse_flags_with_usage(argv)
-    except (AttributeError, KeyError):  # from ml_collections, with a long traceback
-        for argument in argv:
-            if match := re.match(r"--?(?:no)?config\.([\w.]+)", argument):
-                try:
-                    _check_path(match[1].split("."), cls)
-                except ValueError as error:
-                    print(f"error: {error}", file=sys.stderr)
-                    sys.exit(2)
-        raise
-
-
-def _check_path(keys, cls, where="config"):
+def check_path(keys, cls, where="config"):
+    """Raises ValueError where `keys` (of --config.a.b) lead to no key of the dataclass `cls`."""
     for key in keys:
+        if cls is dict:
+            return  # which may have any key
         if not dataclasses.is_dataclass(cls):
-            return  # a dict, which may have any key
+            raise ValueError(f"{where} is a value and has no keys; set {where} itself")
         check_known(key, cls, where)
         where, cls = f"{where}.{key}", typing.get_type_hints(cls)[key]

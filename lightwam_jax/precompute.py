@@ -25,9 +25,20 @@ import shutil
 import sys
 import time
 
-import numpy as np
 from absl import app, flags, logging
-from ml_collections import config_flags
+
+from lightwam_jax import command_line
+
+if __name__ == "__main__":  # flags are global: importing this module must not define any
+    # They are checked before the imports that take seconds.
+    command_line.define_config()
+    flags.DEFINE_list("what", ["all"], "Steps, comma separated: stats, text, latents, all.")
+    flags.DEFINE_integer("process_index", 0, "Which of --process_count processes this one is.")
+    flags.DEFINE_integer("process_count", 1, "How many processes share the work.")
+    flags.mark_flag_as_required("config")
+    command_line.check()
+
+import numpy as np
 
 from lightwam_jax import atomic, encoders
 from lightwam_jax import config as config_lib
@@ -202,15 +213,8 @@ def _fit(path, sets):
     statistics["made_from"] = made_from
     atomic.write_json(path, statistics)
     print(normalize.describe(statistics))
-    for name in ("state", "action"):
-        unsafe = normalize.unsafe_dimensions(statistics, name, config.data.normalization)
-        if unsafe:
-            print(
-                f"WARNING: {name} dimensions {unsafe} never move, and z_score_reference divides by "
-                "their deviation of about 0: any other value at run time is clipped to +-5. "
-                "config.data.normalization='z_score' does not scale such dimensions.",
-                file=sys.stderr,
-            )
+    for warning in normalize.warnings(statistics, config.data.normalization):
+        print(f"WARNING: {warning}", file=sys.stderr)
     return f"wrote {path}"
 
 
@@ -374,20 +378,16 @@ def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}; steps go into --what")
     given = flags.FLAGS
+    if given.config.data.cache:
+        command_line.check_directory(given.config.data.cache, "--config.data.cache")
     try:
         config = config_lib.from_config_dict(given.config)
         precompute(config, given.what, given.process_index, given.process_count)
     # A missing file, a full disk and a timeout are OSErrors.
     except (ValueError, OSError, atomic.InUse) as error:
         logging.debug("Where it was found:", exc_info=True)  # shown by --verbosity=1
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        command_line.fail(error)
 
 
-if __name__ == "__main__":  # flags are global: importing this module must not define any
-    config_flags.DEFINE_config_file("config", None, "Config file, e.g. configs/demo.py.")
-    flags.DEFINE_list("what", ["all"], f"Steps, comma separated: {', '.join(STEPS)}, all.")
-    flags.DEFINE_integer("process_index", 0, "Which of --process_count processes this one is.")
-    flags.DEFINE_integer("process_count", 1, "How many processes share the work.")
-    flags.mark_flag_as_required("config")
-    app.run(main, flags_parser=config_lib.parse_flags)
+if __name__ == "__main__":
+    command_line.run(main)

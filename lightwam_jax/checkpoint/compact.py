@@ -56,7 +56,7 @@ def check_assets(directory, meta):
 def is_compact(directory):
     """Whether a directory holds such a checkpoint; False where there is none at all."""
     meta = pathlib.Path(directory, "meta", "metadata")
-    return meta.exists() and "dtypes" in json.loads(meta.read_text())
+    return meta.exists() and "dtypes" in json.loads(meta.read_text(encoding="utf-8"))
 
 
 def _sum(file):

@@ -70,7 +70,8 @@ def from_statistics(statistics, name, data):
     """Returns the `Normalizer` of "state" or "action" that a `DataConfig` asks for.
 
     data.normalization is one of:
-      "min_max": the extremes to -1 and 1; "quantile": the 1 % and 99 % quantiles;
+      "min_max": the extremes to -1 and 1; "quantile": the 1 % and 99 % quantiles, or the extremes
+        of a dimension whose quantiles coincide (`without_quantiles`);
       "constants": data.normalization_range, the same for every dimension;
       "z_score", "z_score_reference": see these functions;
       "none": physical units, not clipped either.
@@ -82,7 +83,7 @@ def from_statistics(statistics, name, data):
     if mode == "min_max":
         return min_max(table["global_min"], table["global_max"])
     if mode == "quantile":
-        return min_max(table["global_q01"], table["global_q99"])
+        return min_max(*_quantile_ends(table))
     if mode == "z_score":
         return z_score(table["global_mean"], table["global_std"])
     if mode == "z_score_reference":
@@ -99,6 +100,34 @@ def from_statistics(statistics, name, data):
     if mode == "none":
         return Normalizer(np.ones(width, np.float32), np.zeros(width, np.float32), np.inf)
     raise ValueError(f"config.data.normalization is {mode!r}; expected one of {', '.join(MODES)}")
+
+
+def _quantile_ends(table):
+    """(low, high) f32 [D] of "quantile".
+
+    A gripper that closes in less than 1 % of the steps has two equal quantiles: shifted but not
+    scaled, its rare values would be clipped. Its extremes are taken instead.
+    """
+    low, high, least, most = _ends(table)
+    rare = (high - low < _MIN_RANGE) & (most - least >= _MIN_RANGE)
+    return np.where(rare, least, low), np.where(rare, most, high)
+
+
+def _ends(table):
+    fields = ("q01", "q99", "min", "max")
+    return [np.asarray(table[f"global_{field}"], np.float32) for field in fields]
+
+
+def without_quantiles(statistics, name, mode):
+    """Returns {dimension: (quantile, min, max)} of "state" or "action": the quantiles coincide.
+
+    "quantile" normalises these from min to max; {} in any other mode.
+    """
+    if mode != "quantile":
+        return {}
+    low, high, least, most = _ends(table_of(statistics, name))
+    dims = np.flatnonzero((high - low < _MIN_RANGE) & (most - least >= _MIN_RANGE))
+    return {int(dim): (float(low[dim]), float(least[dim]), float(most[dim])) for dim in dims}
 
 
 def fit_statistics(episodes, horizon, transform=None):
@@ -279,3 +308,23 @@ def unsafe_dimensions(statistics, name, mode):
         return []
     std = np.asarray(table_of(statistics, name)["global_std"])
     return np.flatnonzero(std < _MIN_RANGE).tolist()
+
+
+def warnings(statistics, mode):
+    """Returns what to know about dimensions that `mode` does not treat like the others, as text."""
+    found = []
+    for name in ("state", "action"):
+        for dim, (quantile, low, high) in without_quantiles(statistics, name, mode).items():
+            found.append(
+                f"{name}[{dim}] is {quantile:g} at its 1 % and at its 99 % quantile and ranges "
+                f"from {low:g} to {high:g}: config.data.normalization='quantile' cannot scale it "
+                "by quantiles and takes its min and max instead. Look whether its rare values mean "
+                "something (a gripper) or are glitches to repair."
+            )
+        if unsafe := unsafe_dimensions(statistics, name, mode):
+            found.append(
+                f"{name} dimensions {unsafe} never move, and z_score_reference divides by their "
+                "deviation of about 0: any other value at run time is clipped to +-5. "
+                "config.data.normalization='z_score' does not scale such dimensions."
+            )
+    return found

@@ -19,16 +19,37 @@ import os
 import pathlib
 import shutil
 import signal
-import sys
 import threading
 import zlib
 from concurrent.futures import process
 
-import numpy as np
-import tqdm
 from absl import app, flags
 
-from lightwam_jax import atomic, envs
+from lightwam_jax import command_line, envs
+
+if __name__ == "__main__":  # workers import this file again, and define none
+    flags.DEFINE_string("suite", None, f"One of {', '.join(envs.SUITES)}.")
+    flags.DEFINE_list("tasks", ["all"], "Names of tasks, comma separated, or all.")
+    flags.DEFINE_integer("episodes", 50, "Solved episodes of each task.", lower_bound=1)
+    flags.DEFINE_integer("starts", 0, "More episodes of each task, only begun.", lower_bound=0)
+    flags.DEFINE_integer("start_steps", 5, "Steps kept of each of --starts.", lower_bound=1)
+    flags.DEFINE_string("out", None, "Directory of the new dataset.")
+    flags.DEFINE_integer(
+        "first_seed", 0, "Of each task; evaluation begins at 1,000,000.", lower_bound=0
+    )
+    flags.DEFINE_float(
+        "noise", 0.0, "Deviation of pushes; recorded actions stay clean.", lower_bound=0.0
+    )
+    flags.DEFINE_enum("images", "video", ["video", "png"], "png: without loss, larger.")
+    flags.DEFINE_integer("workers", 2, "Simulator processes.", lower_bound=1)
+    flags.DEFINE_string("env", "{}", 'Arguments of the suite\'s make, JSON: {"image_size": 128}.')
+    flags.mark_flags_as_required(["suite", "out"])
+    command_line.check()
+
+import numpy as np
+import tqdm
+
+from lightwam_jax import atomic
 from lightwam_jax.data import episodes as episodes_lib
 from lightwam_jax.data.caches import journal
 from lightwam_jax.data.formats import lerobot_write
@@ -311,35 +332,16 @@ def main(argv):
     os.environ.update(_ONE_THREAD)
     names = ("first_seed", "noise", "workers", "starts", "start_steps", "images")
     options = {name: given[name].value for name in names}
+    command_line.check_directory(os.path.dirname(os.path.abspath(given.out)), "--out")
     try:
         env = envs.parse_arguments(given.env)
         tried = record(given.suite, given.tasks, given.episodes, given.out, **options, **env)
     except (ValueError, OSError, RuntimeError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted; the same command continues", file=sys.stderr)
-        sys.exit(130)
+        command_line.fail(error)
     for task, n in tried.items():
         print(f"{task:<30}  {given.episodes} kept of {n} that the expert tried")
     print(f"the dataset is {given.out}")
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("suite", None, f"One of {', '.join(envs.SUITES)}.")
-    flags.DEFINE_list("tasks", ["all"], "Names of tasks, comma separated, or all.")
-    flags.DEFINE_integer("episodes", 50, "Solved episodes of each task.", lower_bound=1)
-    flags.DEFINE_integer("starts", 0, "More episodes of each task, only begun.", lower_bound=0)
-    flags.DEFINE_integer("start_steps", 5, "Steps kept of each of --starts.", lower_bound=1)
-    flags.DEFINE_string("out", None, "Directory of the new dataset.")
-    flags.DEFINE_integer(
-        "first_seed", 0, "Of each task; evaluation begins at 1,000,000.", lower_bound=0
-    )
-    flags.DEFINE_float(
-        "noise", 0.0, "Deviation of pushes; recorded actions stay clean.", lower_bound=0.0
-    )
-    flags.DEFINE_enum("images", "video", ["video", "png"], "png: without loss, larger.")
-    flags.DEFINE_integer("workers", 2, "Simulator processes.", lower_bound=1)
-    flags.DEFINE_string("env", "{}", 'Arguments of the suite\'s make, JSON: {"image_size": 128}.')
-    flags.mark_flags_as_required(["suite", "out"])
-    app.run(main)
+    command_line.run(main)

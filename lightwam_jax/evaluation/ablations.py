@@ -22,8 +22,8 @@ import scipy.stats
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from lightwam_jax import command_line, html_report
 from lightwam_jax import config as config_lib
-from lightwam_jax import html_report
 from lightwam_jax.data import loader
 from lightwam_jax.evaluation import closed_loop, open_loop, report, rollout
 from lightwam_jax.evaluation import suites as suites_lib
@@ -298,4 +298,4 @@ if __name__ == "__main__":
     flags.DEFINE_list("cells", None, "Names of CELLS in the study; default: its MAIN.")
     flags.DEFINE_list("seeds", ["0", "1", "2"], "Added to config.seed.")
     flags.mark_flags_as_required(["config", "out"])
-    app.run(main, flags_parser=config_lib.parse_flags)
+    command_line.run(main)

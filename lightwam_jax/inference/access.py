@@ -7,6 +7,7 @@ import collections
 import hmac
 import ipaddress
 import os
+import ssl
 import time
 import urllib.parse
 
@@ -21,6 +22,15 @@ KEY_VARIABLE = "LIGHTWAM_API_KEY"
 def key_of_environment():
     """Returns the key that servers ask for and clients send, from `KEY_VARIABLE`; "" if unset."""
     return os.environ.get(KEY_VARIABLE, "").strip()
+
+
+def tls(certfile, keyfile):
+    """Returns the `ssl.SSLContext` of a server from its PEM files; None without a certificate."""
+    if not certfile:
+        return None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certfile, keyfile or None)
+    return context
 
 
 def is_loopback(host):

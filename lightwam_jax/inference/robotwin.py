@@ -346,6 +346,8 @@ def main(argv):
 if __name__ == "__main__":
     from absl import app, flags
 
+    from lightwam_jax import command_line
+
     flags.DEFINE_string("workdir", None, "Run directory of train.py.")
     flags.DEFINE_integer("step", None, "Checkpoint to serve; default: the newest.")
     flags.DEFINE_integer(
@@ -356,4 +358,4 @@ if __name__ == "__main__":
     flags.DEFINE_string("host", "localhost", "Address to listen at; 0.0.0.0: anyone may connect.")
     flags.DEFINE_integer("port", 9999, "Port; 0: any that is free.")
     flags.mark_flag_as_required("workdir")
-    app.run(main)
+    command_line.run(main, again="run the same command again")

@@ -354,8 +354,10 @@ def main(argv):
 if __name__ == "__main__":
     from absl import app, flags
 
+    from lightwam_jax import command_line
+
     flags.DEFINE_string("workdir", None, "Run directory of train.py.")
     flags.DEFINE_string("embodiment", "", "Whose units, where a mixture had several.")
     flags.DEFINE_string("out", "limits.json", "File to write.")
     flags.mark_flag_as_required("workdir")
-    app.run(main)
+    command_line.run(main, again="run the same command again")

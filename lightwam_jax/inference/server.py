@@ -13,10 +13,33 @@ import json
 import logging
 import os
 import signal
-import ssl
 import sys
 import threading
 import urllib.parse
+
+from absl import app, flags
+
+from lightwam_jax import command_line
+from lightwam_jax.inference import serving_options as options_lib
+
+if __name__ == "__main__":
+    flags.DEFINE_string("workdir", None, "Run directory of train.py, or a checkpoint.")
+    flags.DEFINE_integer("step", None, "Checkpoint to serve; default: the newest.")
+    flags.DEFINE_string("embodiment", "", "Whose cameras and units, where a mixture had several.")
+    flags.DEFINE_string("text_weights", "", "Where the text encoder is, if elsewhere.")
+    flags.DEFINE_enum("dtype", "", ["", "float32", "bfloat16"], "In which it computes.")
+    flags.DEFINE_string("host", "127.0.0.1", "Address to listen at; 0.0.0.0: all of them.")
+    flags.DEFINE_integer("port", 8000, "Port; 0: any that is free.")
+    flags.DEFINE_string("api_key_file", "", "File with the key that clients must send.")
+    flags.DEFINE_bool("insecure", False, "Let other machines in without a key.")
+    flags.DEFINE_string("certfile", "", "TLS certificate chain, PEM.")
+    flags.DEFINE_string("keyfile", "", "Its private key, PEM, if not in --certfile.")
+    flags.DEFINE_string("record", "", "Directory for all requests and replies; default: none kept.")
+    size = "Of --record, on the disk; the oldest requests are deleted."
+    flags.DEFINE_float("record_gib", 4.0, size, lower_bound=2**-20)
+    options_lib.define_flags(flags)
+    flags.mark_flag_as_required("workdir")
+    command_line.check()
 
 from websockets.asyncio import server as websockets_server
 
@@ -24,7 +47,6 @@ from lightwam_jax.inference import access as access_lib
 from lightwam_jax.inference import page as page_lib
 from lightwam_jax.inference import recorder, rerun_log
 from lightwam_jax.inference import service as service_lib
-from lightwam_jax.inference import serving_options as options_lib
 from lightwam_jax.inference import session as session_lib
 
 _STUCK_AFTER_S = 30.0  # beyond request_timeout_s: /healthz fails
@@ -321,12 +343,16 @@ def _from_flags(argv):
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}")
     given = flags.FLAGS
-    key, tls = _key(given.api_key_file), _tls(given.certfile, given.keyfile)
+    key, tls = _key(given.api_key_file), access_lib.tls(given.certfile, given.keyfile)
     if not access_lib.is_loopback(given.host) and not key and not given.insecure:
         raise app.UsageError(
             f"--host={given.host} lets others move the robot: give --api_key_file (or the "
             f"environment variable {access_lib.KEY_VARIABLE}), or --insecure"
         )
+    try:
+        options_lib.from_flags(given)
+    except ValueError as error:
+        raise app.UsageError(str(error)) from error
     from lightwam_jax.checkpoint import run, storage
     from lightwam_jax.inference.policy import Policy
 
@@ -334,10 +360,7 @@ def _from_flags(argv):
     if given.step is not None:
         directory = os.path.join(directory, "checkpoints", str(given.step))
     checksum = storage.read_meta(run.find_checkpoint(directory))["checksum"]
-    try:
-        options = options_lib.from_flags(given, weights_hash=f"{checksum:08x}")
-    except ValueError as error:
-        raise app.UsageError(str(error)) from error
+    options = options_lib.from_flags(given, weights_hash=f"{checksum:08x}")
 
     def load():
         where = {"text_weights": given.text_weights, "embodiment": given.embodiment}
@@ -368,31 +391,5 @@ def _key(path):
     return access_lib.key_of_environment()
 
 
-def _tls(certfile, keyfile):
-    if not certfile:
-        return None
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(certfile, keyfile or None)
-    return context
-
-
 if __name__ == "__main__":
-    from absl import app, flags
-
-    flags.DEFINE_string("workdir", None, "Run directory of train.py, or a checkpoint.")
-    flags.DEFINE_integer("step", None, "Checkpoint to serve; default: the newest.")
-    flags.DEFINE_string("embodiment", "", "Whose cameras and units, where a mixture had several.")
-    flags.DEFINE_string("text_weights", "", "Where the text encoder is, if elsewhere.")
-    flags.DEFINE_enum("dtype", "", ["", "float32", "bfloat16"], "In which it computes.")
-    flags.DEFINE_string("host", "127.0.0.1", "Address to listen at; 0.0.0.0: all of them.")
-    flags.DEFINE_integer("port", 8000, "Port; 0: any that is free.")
-    flags.DEFINE_string("api_key_file", "", "File with the key that clients must send.")
-    flags.DEFINE_bool("insecure", False, "Let other machines in without a key.")
-    flags.DEFINE_string("certfile", "", "TLS certificate chain, PEM.")
-    flags.DEFINE_string("keyfile", "", "Its private key, PEM, if not in --certfile.")
-    flags.DEFINE_string("record", "", "Directory for all requests and replies; default: none kept.")
-    size = "Of --record, on the disk; the oldest requests are deleted."
-    flags.DEFINE_float("record_gib", 4.0, size, lower_bound=2**-20)
-    options_lib.define_flags(flags)
-    flags.mark_flag_as_required("workdir")
-    app.run(main)
+    command_line.run(main, again="run the same command to serve again")

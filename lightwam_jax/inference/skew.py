@@ -15,6 +15,29 @@ import os
 import pathlib
 import sys
 
+from absl import app, flags, logging
+
+from lightwam_jax import command_line
+
+if __name__ == "__main__":
+    flags.DEFINE_string("workdir", None, "Run directory of train.py, or a checkpoint.")
+    flags.DEFINE_integer("step", None, "Checkpoint to compare with; default: the newest.")
+    flags.DEFINE_string("embodiment", "", "Whose cameras and units, where a mixture had several.")
+    flags.DEFINE_string("text_weights", "", "Where the text encoder is, if elsewhere.")
+    flags.DEFINE_enum("dtype", "", ["", "float32", "bfloat16"], "In which this side computes.")
+    flags.DEFINE_string("url", "", "ws://HOST:PORT of the server; default: one in this process.")
+    flags.DEFINE_integer("samples", 64, "Windows of the validation split.", lower_bound=1)
+    flags.DEFINE_string("record", "", "Compare what a server recorded with --record=DIR instead.")
+    flags.DEFINE_string("keys", "auto", "Key table of a server in this process, or that recorded.")
+    flags.DEFINE_string(
+        "adapter", "", "FILE.py:NAME, a robot's function (images, state, prompt) -> request."
+    )
+    flags.DEFINE_string("out", "", "Directory of the report; default: WORKDIR/skew.")
+    flags.DEFINE_bool("mistakes", False, "Make the usual mistakes, too: how large, are they named?")
+    flags.DEFINE_bool("brief", False, "Print one line.")
+    flags.mark_flag_as_required("workdir")
+    command_line.check()
+
 from lightwam_jax import config as config_lib
 from lightwam_jax.inference import (
     skew_check,
@@ -40,8 +63,7 @@ def main(argv):
     try:
         result, table = _run(given)
     except (ValueError, OSError) as error:  # of a file, or of --url
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        command_line.fail(error)
     out = pathlib.Path(given.out or os.path.join(given.workdir, "skew"))
     skew_report.write(out, result, result.canvases)
     if not given.brief:
@@ -100,22 +122,4 @@ def _adapter(place):
 
 
 if __name__ == "__main__":
-    from absl import app, flags, logging
-
-    flags.DEFINE_string("workdir", None, "Run directory of train.py, or a checkpoint.")
-    flags.DEFINE_integer("step", None, "Checkpoint to compare with; default: the newest.")
-    flags.DEFINE_string("embodiment", "", "Whose cameras and units, where a mixture had several.")
-    flags.DEFINE_string("text_weights", "", "Where the text encoder is, if elsewhere.")
-    flags.DEFINE_enum("dtype", "", ["", "float32", "bfloat16"], "In which this side computes.")
-    flags.DEFINE_string("url", "", "ws://HOST:PORT of the server; default: one in this process.")
-    flags.DEFINE_integer("samples", 64, "Windows of the validation split.", lower_bound=1)
-    flags.DEFINE_string("record", "", "Compare what a server recorded with --record=DIR instead.")
-    flags.DEFINE_string("keys", "auto", "Key table of a server in this process, or that recorded.")
-    flags.DEFINE_string(
-        "adapter", "", "FILE.py:NAME, a robot's function (images, state, prompt) -> request."
-    )
-    flags.DEFINE_string("out", "", "Directory of the report; default: WORKDIR/skew.")
-    flags.DEFINE_bool("mistakes", False, "Make the usual mistakes, too: how large, are they named?")
-    flags.DEFINE_bool("brief", False, "Print one line.")
-    flags.mark_flag_as_required("workdir")
-    app.run(main)
+    command_line.run(main, again="run the same command again")

@@ -160,3 +160,24 @@ def test_statistics_weigh_episodes_alike_and_repeat_their_last_action():
     assert (action["global_min"], action["global_mean"]) == ([0], [3.5])
     np.testing.assert_allclose(state["global_q01"], [1.02], rtol=1e-5)
     np.testing.assert_allclose(state["global_q99"], [8.88], rtol=1e-5)
+
+
+def test_equal_quantiles_of_a_dimension_that_moves_fall_back_to_its_extremes():
+    """A gripper that is 100 in half a percent of the steps; one that never moves; and others."""
+    values = np.zeros((800, 4), np.float32)
+    values[400:404, 0] = 100
+    values[:, 2] = np.linspace(-1, 1, 800)
+    values[400:404, 3] = -7
+    one = episodes.ArrayEpisode("a", 10.0, "task", values, values, {})
+    statistics = normalize.fit_statistics([one], 1)
+    made = normalize.from_statistics(statistics, "action", mode("quantile"))
+    x = np.float32([[100, 0, 0.5, -7], [0, 0, -0.5, 0]])
+    np.testing.assert_allclose(made.normalize(x)[:, [0, 1, 3]], [[1, 0, -1], [-1, 0, 1]])
+    np.testing.assert_allclose(made.inverse(made.normalize(x)), x, rtol=1e-6)
+    table = statistics["action"]["default"]
+    plain = normalize.min_max(table["global_q01"], table["global_q99"])
+    np.testing.assert_array_equal(made.scale[1:3], plain.scale[1:3])
+    np.testing.assert_array_equal(made.offset[1:3], plain.offset[1:3])
+    alike = normalize.without_quantiles(statistics, "action", "quantile")
+    assert alike == {0: (0.0, 0.0, 100.0), 3: (0.0, -7.0, 0.0)}
+    assert normalize.without_quantiles(statistics, "action", "min_max") == {}

@@ -12,7 +12,6 @@ from websockets.sync import client as websockets_client
 
 from lightwam_jax.inference import access as access_lib
 from lightwam_jax.inference import page as page_lib
-from lightwam_jax.inference import server as server_lib
 from lightwam_jax.inference.client import Client
 from tests.served import observe, serving, wanted
 
@@ -158,7 +157,7 @@ def test_tls(tmp_path):
         pytest.skip("openssl is not here")
     cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
     trusting = ssl.create_default_context(cafile=cert)
-    with serving(tls=server_lib._tls(cert, key)) as running:
+    with serving(tls=access_lib.tls(cert, key)) as running:
         url = running.url.replace("ws://", "wss://")
         with Client(url, tls=trusting, connect_s=10) as client:
             np.testing.assert_array_equal(client.infer(observe())["actions"], wanted(observe()))

@@ -171,6 +171,20 @@ def normalized(episodes, columns, config):
     return columns, Histogram("normalised action", edges, counts)
 
 
+def clipped(columns, data):
+    """Returns warnings about dimensions of which normalisation clips more than a few values."""
+    problems = []
+    for column in columns:
+        if (column.clipped or 0) > _MANY:
+            message = (
+                f"config.data.normalization={data.normalization!r} clips {column.clipped:.2%} of "
+                f"{column.name}[{column.dim}], whose values are {column.min:g} to {column.max:g} "
+                f"(1 % to 99 %: {column.q01:g} to {column.q99:g}): the policy cannot give them back"
+            )
+            problems.append(Problem.warning("clipped values", "", data.path, message))
+    return problems
+
+
 def grippers(episodes, columns, dims):
     """Returns `Histogram`s of the gripper dimensions `dims`; () means those that look like one."""
     out = []

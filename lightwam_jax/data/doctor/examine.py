@@ -13,7 +13,7 @@ import numpy as np
 
 from lightwam_jax import config as config_lib
 from lightwam_jax.data import episodes as episodes_lib
-from lightwam_jax.data.doctor import clock
+from lightwam_jax.data.doctor import clock, gripper_range
 from lightwam_jax.data.doctor import columns as columns_lib
 from lightwam_jax.data.doctor import images as doctor_images
 from lightwam_jax.data.episodes import Problem
@@ -56,8 +56,12 @@ ADVICE = {
     "constant dimension": "Leave it out of config.data.fields if it means nothing; a sensor may be "
     "dead.",
     "stuck dimension": "Look at the episode: a sensor or a gripper may have failed.",
-    "near-constant dimension": 'Normalise by "quantile", repair the few extreme values, or leave '
-    "the dimension out of config.data.fields.",
+    "near-constant dimension": "Look at its rare values: glitches are to be repaired; what means "
+    'something (a gripper that closes once) is kept by config.data.normalization="min_max". Or '
+    "leave the dimension out of config.data.fields.",
+    "clipped values": "Repair the values if they are glitches; if they mean something, "
+    'config.data.normalization="min_max" (or a wider normalization_range) keeps them.',
+    gripper_range.KIND: gripper_range.ADVICE,
     "far from the mean": "Look at the named step: glitches widen min_max for all other steps; "
     '"quantile" does not see them.',
     "empty task": "Write down what the robot does: it is what the policy is asked for.",
@@ -138,6 +142,8 @@ def examine(config, read=None):
     fps = collections.Counter(e.fps for e in found)
     problems += [*state_problems, *action_problems, *_duplicates(sound), *_rates(fps, path)]
     numbers, normalized = columns_lib.normalized(sound, state + action, config)
+    problems += columns_lib.clipped(numbers, config.data)
+    problems += gripper_range.examine(sound, config.data, path)
     images, image_problems = doctor_images.examine(filled, broken, config)
     problems = sorted(problems + image_problems, key=lambda p: (p.severity != "error", p.kind))
     return Report(
