@@ -77,9 +77,8 @@ def run(
             progress.add(result)
         todo = [episode for episode in episodes if episode not in results]
         if todo:
-            at_once = env.tasks_at_once()
-            engine = _Engine(env, todo, config, act is None, timeout, player, at_once)
-            contexts.enter_context(engine)
+            limits = timeout, player, env.tasks_at_once()
+            engine = contexts.enter_context(_Engine(env, todo, config, act is None, *limits))
         while len(results) < len(episodes):
             for result in engine.collect():
                 results[result.episode] = result
