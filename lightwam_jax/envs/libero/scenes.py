@@ -18,6 +18,7 @@ import numpy as np
 
 MOST_GEOMS = 1000  # in a picture, as in robosuite
 _BUFFER = (640, 480)  # of a context at first, as in robosuite
+_CACHE = 500 << 20  # bytes, MuJoCo's own default
 _scenes = weakref.WeakValueDictionary()  # (description, rendering): `Scene`
 
 
@@ -36,16 +37,13 @@ class Scene:
         """See `scene`."""
         self._mujoco, self._description, self._rendering = modules.mujoco, description, rendering
         self._contexts = modules.binding_utils
-        # Both models have the meshes: they are kept in between, and only then. Nothing else is.
+        # MuJoCo would keep up to 500 MB of meshes and textures for other compilations. Here it
+        # keeps the meshes from the first to the second, and nothing else.
         cache = self._mujoco.mj_getCache()
-        self._mujoco.mj_setCacheCapacity(cache, 500 << 20)
-        self._bare = self._mujoco.MjModel.from_xml_string(without_textures(description))
+        self._mujoco.mj_setCacheCapacity(cache, _CACHE)
+        self._bare = self._compiled(without_textures(description))
         self._mujoco.mj_setCacheCapacity(cache, self._mujoco.mj_getCacheSize(cache))
-        full = self.complete_model()
-        self._mujoco.mj_setCacheCapacity(cache, 0)
-        self._draw_in_new_context(full, *_BUFFER)
-        del full
-        give_memory_back()
+        self._draw_in_new_context(*_BUFFER)
 
     def model(self):
         """Returns a copy of the model without textures, for one simulation."""
@@ -53,13 +51,20 @@ class Scene:
 
     def complete_model(self):
         """Returns the model as LIBERO itself compiles it."""
-        return self._mujoco.MjModel.from_xml_string(self._description)
+        return self._compiled(self._description)
+
+    def _compiled(self, description):
+        model = self._mujoco.MjModel.from_xml_string(description)
+        # For mj_saveLastXML MuJoCo keeps what it compiled last: 300 MB of sources.
+        self._mujoco.MjModel.from_xml_string("<mujoco/>")
+        give_memory_back()
+        return model
 
     def draw(self, picture, width, height):
         """Draws what a `MjvScene` shows; returns uint8 [height,width,3], upside down."""
         if width > self._context.offWidth or height > self._context.offHeight:
             self._free()
-            self._draw_in_new_context(self.complete_model(), width, height)
+            self._draw_in_new_context(width, height)
         self._gl.make_current()
         pixels = np.empty((height, width, 3), np.uint8)
         viewport = self._mujoco.MjrRect(0, 0, width, height)
@@ -74,7 +79,9 @@ class Scene:
         self._gl.make_current()
         return GL.glGetString(GL.GL_RENDERER).decode()
 
-    def _draw_in_new_context(self, model, width, height):
+    def _draw_in_new_context(self, width, height):
+        model = self.complete_model()
+        self._mujoco.mj_setCacheCapacity(self._mujoco.mj_getCache(), 0)
         if self._rendering == "fast":
             model.vis.quality.shadowsize = model.vis.quality.offsamples = 0
         model.vis.global_.offwidth = max(width, model.vis.global_.offwidth)
@@ -87,6 +94,8 @@ class Scene:
         self._mujoco.mjr_setBuffer(self._mujoco.mjtFramebuffer.mjFB_OFFSCREEN.value, self._context)
         self._free = weakref.finalize(self, _free, self._gl, self._context)
         self._free.atexit = False  # OpenGL has gone by then
+        del model
+        give_memory_back()
 
 
 def _free(gl, context):
