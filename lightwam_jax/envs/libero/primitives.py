@@ -30,6 +30,7 @@ class Primitive:
 
     Subclasses have
       body      what the fingers go around
+      own       names of what does not stand in the way
       grasp()   where the grip has to be [3], and the rotation of the hand [3,3]
       carry()   the action while the body is held
     """
@@ -102,10 +103,10 @@ class Primitive:
         before = np.interp(off, ends, [0, _DEPTH + 0.015, _HOVER])
         if opening < _OPEN:
             before = max(before, min(ahead, 0.05))
-        goal = self._over(point - into * before, aside, _HOVER - ahead)
+        goal = self._over(point - into * before, aside)
         return self._scene.move(goal, rotation, -1, slow=0.7 + 0.3 * before / _HOVER)
 
-    def _over(self, goal, aside, low):
+    def _over(self, goal, aside):
         """Returns the way to `goal` [3] that first goes up and then across."""
         hand = self._scene.hand
         if aside < 0.03:
@@ -222,9 +223,8 @@ class Place(Primitive):
         self._radius = np.linalg.norm(corners[:, :2] - middle, axis=1).max()
         low, high = corners[:, 2].min(), corners[:, 2].max()
         height = max(high - _DEPTH, low + _CLEARANCE)
-        point, self._yaw, self.slack = self._across(corners, middle) or self._rim(
-            corners, middle, height
-        )
+        found = self._across(corners, middle) or self._rim(corners, middle, height)
+        point, self._yaw, self.slack = found
         self._offset, self._seen = np.array([*point, height]) - place, (place, self._turn())
         x = np.array([np.cos(self._yaw), np.sin(self._yaw), 0])
         self._pointing = pointing(_DOWN, x if x @ self._scene.rotation[:, 0] > 0 else -x)
@@ -294,9 +294,8 @@ class Drag(Place):
         way /= max(np.linalg.norm(way), 1e-9)
         x = np.array([*way, 0])
         x = x if x @ self._scene.rotation[:, 0] > 0 else -x
-        return np.array([*(middle[:2] + way * (radius - 0.008)), low[2] + 0.014]), pointing(
-            _DOWN, x
-        )
+        point = np.array([*(middle[:2] + way * (radius - 0.008)), low[2] + 0.014])
+        return point, pointing(_DOWN, x)
 
     def carry(self):
         low, high = self._scene.box(self.body)
