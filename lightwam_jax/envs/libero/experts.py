@@ -36,7 +36,10 @@ class Expert:
     def act(self):
         """Returns the next action f64 [7] in the simulator's units: gripper -1 opens, 1 closes."""
         missing = [part for part in self._goal if not self._scene.true(part)]
-        wanted = self._primitive(missing[0]) if missing else self._present
+        if missing or self._present is None:
+            wanted = self._primitive((missing or self._goal)[0])
+        else:
+            wanted = self._present
         if self._present not in (None, wanted):
             action = self._present.leave()
             if action is not None:

@@ -30,6 +30,7 @@ class Primitive:
 
     Subclasses have
       body      what the fingers go around
+      own       names of what does not stand in the way
       grasp()   where the grip has to be [3], and the rotation of the hand [3,3]
       carry()   the action while the body is held
     """
@@ -102,10 +103,10 @@ class Primitive:
         before = np.interp(off, ends, [0, _DEPTH + 0.015, _HOVER])
         if opening < _OPEN:
             before = max(before, min(ahead, 0.05))
-        goal = self._over(point - into * before, aside, _HOVER - ahead)
+        goal = self._over(point - into * before, aside)
         return self._scene.move(goal, rotation, -1, slow=0.7 + 0.3 * before / _HOVER)
 
-    def _over(self, goal, aside, low):
+    def _over(self, goal, aside):
         """Returns the way to `goal` [3] that first goes up and then across."""
         hand = self._scene.hand
         if aside < 0.03:
@@ -164,7 +165,8 @@ class Place(Primitive):
         error, rotation = self.goal() - thing, self._upright()
         off = np.linalg.norm(error[:2])
         rests = self._scene.rests(self.body)
-        if off < 0.02 and (error[2] > -0.008 or (rests and error[2] > -0.06) or self._stuck()):
+        lies = error[2] > -0.008 or (rests and error[2] > -0.06)
+        if self._stuck() or (off < 0.02 and lies):
             return self._back(rotation)
         tops = self._obstacles(thing, self.goal(), self._radius + 0.05)
         clear = max(tops, low + error[2] + 0.05) + hand[2] - low + _MARGIN
@@ -221,9 +223,8 @@ class Place(Primitive):
         self._radius = np.linalg.norm(corners[:, :2] - middle, axis=1).max()
         low, high = corners[:, 2].min(), corners[:, 2].max()
         height = max(high - _DEPTH, low + _CLEARANCE)
-        point, self._yaw, self.slack = self._across(corners, middle) or self._rim(
-            corners, middle, height
-        )
+        found = self._across(corners, middle) or self._rim(corners, middle, height)
+        point, self._yaw, self.slack = found
         self._offset, self._seen = np.array([*point, height]) - place, (place, self._turn())
         x = np.array([np.cos(self._yaw), np.sin(self._yaw), 0])
         self._pointing = pointing(_DOWN, x if x @ self._scene.rotation[:, 0] > 0 else -x)
@@ -250,14 +251,22 @@ class Place(Primitive):
         radius = np.linalg.norm(corners[:, :2] - middle, axis=1).max() - 0.004
         others = [n for n in self._scene.names if n not in self.own]
         others = np.concatenate([self._scene.points(self._scene.root(n), 7) for n in others])
-        others = others[others[:, 2] > height - 0.01, :2]  # what the fingers could hit
+        moved = self.goal() - self._scene.place(self._thing)
+
+        def room(hand, side):
+            """How free it is beside the hand's fingers and palm, when the grip is there."""
+            finger = others[others[:, 2] > hand[2] - 0.02, :2] - hand[:2] - 0.03 * side
+            palm = others[others[:, 2] > hand[2] + 0.04, :2] - hand[:2] - 0.09 * side
+            free = [np.linalg.norm(part, axis=1).min(initial=1.0) for part in (finger, palm)]
+            return sum(min(0.05, each) for each in free)
 
         def score(yaw):
-            outside = middle + (radius + 0.03) * np.array([np.cos(yaw), np.sin(yaw)])
-            room = min(0.05, np.linalg.norm(others - outside, axis=1).min(initial=1.0))
+            side = np.array([np.cos(yaw), np.sin(yaw)])
+            hand = np.array([*(middle + radius * side), height])
             refused = sum(np.cos(yaw - other) > 0.8 for other in self._refused)
             # Both sides turn the hand alike: without a preference, chance would choose.
-            return room - 0.02 * abs(self._yaw_error(yaw)) + 0.004 * np.sin(yaw) - refused
+            liked = 0.004 * np.sin(yaw) - 0.02 * abs(self._yaw_error(yaw)) - refused
+            return room(hand, side) + room(hand + moved, side) + liked
 
         yaw = max(np.linspace(-np.pi, np.pi, 24, endpoint=False), key=score)
         return middle + radius * np.array([np.cos(yaw), np.sin(yaw)]), yaw, Primitive.slack
@@ -268,8 +277,8 @@ class PutAside(Place):
 
     def __init__(self, scene, thing, spot):
         """`spot`: where its body should be, [2]."""
-        super().__init__(scene, thing, None)
         self._spot, self._height = spot, scene.place(thing)[2]
+        super().__init__(scene, thing, None)
 
     def goal(self):
         return np.array([*self._spot, self._height - 0.003])
@@ -285,9 +294,8 @@ class Drag(Place):
         way /= max(np.linalg.norm(way), 1e-9)
         x = np.array([*way, 0])
         x = x if x @ self._scene.rotation[:, 0] > 0 else -x
-        return np.array([*(middle[:2] + way * (radius - 0.008)), low[2] + 0.014]), pointing(
-            _DOWN, x
-        )
+        point = np.array([*(middle[:2] + way * (radius - 0.008)), low[2] + 0.014])
+        return point, pointing(_DOWN, x)
 
     def carry(self):
         low, high = self._scene.box(self.body)
