@@ -143,7 +143,7 @@ def instruction(task, wording="suite"):
 
 def _language(path):
     """Returns the instruction in a bddl file."""
-    return re.search(r"\(:language ([^)]*)\)", path.read_text())[1].strip()
+    return re.search(r"\(:language ([^)]*)\)", path.read_text(encoding="utf-8"))[1].strip()
 
 
 def bddl_file(task, suite=None):
