@@ -35,7 +35,7 @@ class Places:
 
     def of(self, task):
         """Returns (name of the target, {thing: [N,3] metres}) of a task's states."""
-        text = libero_files.bddl_file(task).read_text()
+        text = libero_files.bddl_file(task).read_text(encoding="utf-8")
         target, place = re.search(r":goal\s+\(And \((?:In|On) (\w+) (\w+)\)\)", text).groups()
         section = r"\(:fixtures(.*?)\)\s*\(:objects(.*?)\)"
         fixtures, things = re.search(section, text, re.DOTALL).groups()
