@@ -16,11 +16,11 @@ import json
 import pathlib
 import shlex
 import shutil
-import sys
 import tempfile
 
-from absl import app, flags
+from absl import app, flags, logging
 
+from lightwam_jax import command_line
 from lightwam_jax import params as params_lib
 from lightwam_jax.checkpoint import compact, storage
 from lightwam_jax.checkpoint import run as checkpoint
@@ -101,7 +101,7 @@ def readme(directory, results):
       ValueError: they are of other weights.
     """
     directory, results = pathlib.Path(directory), pathlib.Path(results)
-    summary = json.loads((results / "summary.json").read_text())
+    summary = json.loads((results / "summary.json").read_text(encoding="utf-8"))
     policy, manifest = policy_lib.Policy.load(directory), summary["manifest"]
     if (weights := closed_loop.manifest_of(policy)["weights"]) != manifest["weights"]:
         raise ValueError(
@@ -157,6 +157,7 @@ def command(config, manifest, name):
 
 def main(argv):
     """Exports, or writes README.md."""
+    logging.set_verbosity(logging.WARNING)  # Orbax reports every file it writes
     if len(argv) > 1 or not _OUT.value or bool(_WORKDIR.value) == bool(_RESULTS.value):
         raise app.UsageError("--out and either --workdir or --results are needed")
     try:
@@ -168,9 +169,8 @@ def main(argv):
             pathlib.Path(_OUT.value, "README.md").write_text(text, encoding="utf-8")
             print(text.splitlines()[0])
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        command_line.fail(error)
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command_line.run(main)

@@ -37,7 +37,7 @@ def spec(env, control, known=()):
     if control == "right":
         return env
     kwargs = {"env": dataclasses.asdict(env), "control": control, "known": list(known)}
-    return envs_base.EnvSpec(f"{__name__}:make", kwargs)
+    return InstructedSpec(f"{__name__}:make", kwargs)
 
 
 def check(control):
@@ -49,6 +49,15 @@ def check(control):
 def directory(out, control):
     """Returns where the results of a control lie: `out`, or a directory of its own in it."""
     return out if control == "right" else out / f"instruction_{control}"
+
+
+@dataclasses.dataclass(frozen=True)
+class InstructedSpec(envs_base.EnvSpec):
+    """The `base.EnvSpec` of an `InstructedEnv`, with the limits of the environment in it."""
+
+    def tasks_at_once(self):
+        """As that of the environment."""
+        return envs_base.EnvSpec(**self.kwargs["env"]).tasks_at_once()
 
 
 def make(env, control, known):

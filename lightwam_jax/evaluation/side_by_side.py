@@ -25,7 +25,7 @@ def found(base):
     for file in (base / "summary.json", *sorted(base.glob("*/summary.json"))):
         if file.exists():
             name = "" if file.parent == base else file.parent.name
-            summaries[name] = json.loads(file.read_text())
+            summaries[name] = json.loads(file.read_text(encoding="utf-8"))
     if not summaries:
         return {}
     age = lambda name: (base / name / "summary.json").stat().st_mtime

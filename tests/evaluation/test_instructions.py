@@ -56,6 +56,13 @@ def test_none_and_the_right_one():
         instructions.spec(spec(), "wrong")
 
 
+def test_a_process_opens_no_more_tasks_than_it_would():
+    for module, limit in (("libero.env", 2), ("demo.tabletop", None)):
+        env = envs_base.EnvSpec(f"lightwam_jax.envs.{module}:make")
+        for control in instructions.CONTROLS:
+            assert instructions.spec(env, control).tasks_at_once() == limit
+
+
 def test_what_the_policy_knows_comes_first_and_a_single_instruction_is_refused():
     env = instructions.spec(spec(), "other", ("goal 1", "goal 7")).make()
     assert [env.reset(e)["prompt"] for e in fakes.NINE[:3:2]] == ["goal 1", "goal 1"]

@@ -257,8 +257,9 @@ class LiberoEnv:
 
     def other_instructions(self):
         """Returns the instructions of the other tasks of the suite."""
-        tasks = libero_files.tasks(libero_files.suite_of(self._task))
-        return [libero_files.instruction(task) for task in tasks if task != self._task]
+        suite = libero_files.tasks(libero_files.suite_of(self._task))
+        others = (task for task in suite if task != self._task)
+        return [libero_files.instruction(task, self._wording) for task in others]
 
     def describe(self):
         """Returns what decides physics and pixels, as plain values."""
