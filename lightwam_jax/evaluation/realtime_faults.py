@@ -153,10 +153,10 @@ def _shut(connection):
 class Robot:
     """An environment as `Runner` sees it; notes what it is sent."""
 
-    def __init__(self, env, episode, state, outcome, on_first_step):
-        """Args: state: `Realtime`. outcome: `Outcome`, filled here."""
+    def __init__(self, env, episode, state, outcome, max_steps, on_first_step):
+        """Args: state: `Realtime`. outcome: `Outcome`, filled here. max_steps: of `Runner.run`."""
         self._env, self._state, self._outcome = env, state, outcome
-        self._first = on_first_step
+        self._first, self._most = on_first_step, max_steps
         self._seen, self._asked, self._used = env.reset(episode), {}, {}
         self._newest, self._still_since, self.times = -1, None, []
 
@@ -172,6 +172,8 @@ class Robot:
         now, source = time.monotonic(), self._state.source
         if not self.times:
             self._first()
+        if len(self.times) == self._most:  # what `Runner` leaves the robot with, and no step
+            return True
         self.times.append(now)
         if source is None:
             self._outcome.holds += 1
@@ -212,7 +214,7 @@ def run(policy_port, env, episode, setting, replan_steps, dt, fault, max_steps):
     how = dict(replan=replan_steps, splice=splice, hold_s=HOLD_S, warn=lambda text: None)
     state = realtime.Realtime(dt=dt, **how, **values)
     with contextlib.closing(Proxy(policy_port, fault)) as proxy:
-        robot = Robot(env, episode, state, outcome, proxy.moving)
+        robot = Robot(env, episode, state, outcome, max_steps, proxy.moving)
         # Shorter than `hold_s`: time is left to find the server again.
         waits = dict(timeout_s=HOLD_S / 2, retry_s=HOLD_S / 2)
         url = f"ws://127.0.0.1:{proxy.port}"
