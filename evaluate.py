@@ -84,6 +84,11 @@ _SPREAD = flags.DEFINE_integer(
 _ACTION_KINDS = flags.DEFINE_list(
     "action_kinds", [], "Of realtime: per action dimension, in place of config.data.action_kinds."
 )
+_REAL = flags.DEFINE_bool(
+    "real",
+    False,
+    "Of realtime: one episode per fault of a network, through a real server, in real time.",
+)
 _SUITE = flags.DEFINE_string(
     "suite", None, "Of realtime; default: config.evaluation.suite, the only one it can be."
 )
@@ -174,7 +179,17 @@ def realtime(policy, workdir, out, began):
     suite = _SUITE.value or policy.config.evaluation.suite
     if not suite:
         raise ValueError("--mode realtime needs a simulator; config.evaluation.suite names none")
-    how = dict(kinds=_ACTION_KINDS.value, spread=_SPREAD.value, instruction=_INSTRUCTION.value)
+    how = dict(kinds=_ACTION_KINDS.value, spread=_SPREAD.value)
+    if _REAL.value:
+        from lightwam_jax.evaluation import realtime_faults
+
+        outcomes = realtime_faults.evaluate(policy, suite, out, **how)
+        print(realtime_faults.text_table(outcomes))
+        print(f"numbers     {out / 'realtime_real.json'}")
+        if any(outcome.wrong for outcome in outcomes):
+            command_line.fail("something reached the robot that must not; see above")
+        return
+    how["instruction"] = _INSTRUCTION.value
     cells = realtime_lib.evaluate(
         policy, suite, out, _LATENCY.value, _EXECUTION.value, began, **how
     )

@@ -12,6 +12,8 @@ workdir: a policy of the demo's size with random parameters. The parts, each a k
   compilations  what is compiled after the server is ready: images of several sizes, 20
                 instructions, 1 to max_batch clients
   memory        resident memory of the server's process over many requests
+  steady        only with --steady_minutes: one client at 30 Hz; replies that came after the next
+                request was due, and resident memory
 
 "targets" compares them with what the server is meant to keep to. Only numbers of one run are meant
 to be compared, and only on a machine that does nothing else.
@@ -45,6 +47,8 @@ _PROMPTS = 20
 _FOREVER = 1e9
 _LAG_EVERY_S = 0.005
 _FIT_ONE = 4  # clients that a server of max_batch 1 refuses nothing
+_STEADY_HZ = 30
+_STEADY_PARTS = 10  # after each of which the memory is looked at
 _SETTLED = 1000  # requests before the memory counts
 
 
@@ -241,6 +245,27 @@ def memory(running, clients, count, requests):
     return {"rows": rows, "last_of_first": rows[-1]["rss_mib"] / rows[0]["rss_mib"]}
 
 
+def steady(running, clients, minutes, rate=_STEADY_HZ):
+    """Returns latency, late replies and memory of one client that asks `rate` times a second."""
+    taken, rss = [], []
+    for _ in range(_STEADY_PARTS):
+        part = clients.run(running, 1, seconds=60 * minutes / _STEADY_PARTS, rate=rate)
+        _answered(part["clients"][0])
+        taken += part["clients"][0]["seconds"]
+        rss.append(round(rss_bytes() / 2**20, 2))
+    late = [seconds for seconds in taken if seconds > 1 / rate]
+    return {
+        "minutes": minutes,
+        "hz": rate,
+        "requests": len(taken),
+        "round_trip": latency.percentiles(np.array(taken)),
+        "longest_ms": 1000 * max(taken),
+        "late": len(late),
+        "rss_mib": rss,
+        "last_of_first": rss[-1] / rss[0],
+    }
+
+
 def _answered(client):
     if set(client["codes"]) != {"ok"}:
         raise RuntimeError(f"requests were refused: {client['codes']}")
@@ -261,6 +286,9 @@ def targets(found):
         ("compilations", found["compilations"]["of_the_policy"], "at_most", 0),
         ("memory", found["memory"]["last_of_first"], "at_most", 1.02),
     ]
+    if "steady" in found:
+        rows.append(("steady_late", found["steady"]["late"], "at_most", 0))
+        rows.append(("steady_memory", found["steady"]["last_of_first"], "at_most", 1.02))
     if fast:
         rows.insert(0, ("overhead_ms", one["overhead_ms"], "at_most", 1.0))
     return {
@@ -273,11 +301,14 @@ def targets(found):
     }
 
 
-def measure(policy, requests, max_batch=8, mixed=1000, seconds=2.0, blocks=5, calls=100, **more):
+def measure(
+    policy, requests, max_batch=8, mixed=1000, seconds=2.0, blocks=5, calls=100, minutes=0, **more
+):
     """Returns all parts, and "targets", of a deployed policy.
 
     Args:
       requests: for the memory. mixed: requests while compilations are counted.
+      minutes: of one steady client; 0: none.
       seconds, blocks: of many clients. calls: of one client, in each block.
       more: heights of `compilations`.
     """
@@ -298,6 +329,8 @@ def measure(policy, requests, max_batch=8, mixed=1000, seconds=2.0, blocks=5, ca
             "compilations": compilations(policy, batched, clients, max_batch, mixed, **more),
             "memory": memory(batched, clients, max_batch, requests),
         }
+        if minutes:
+            found["steady"] = steady(batched, clients, minutes)
     return found | {"targets": targets(found)}
 
 
@@ -309,6 +342,8 @@ def main():
     parser.add_argument("--mixed", type=int, default=1000, help="requests of all kinds")
     parser.add_argument("--seconds", type=float, default=2.0, help="of each block of load")
     parser.add_argument("--blocks", type=int, default=5, help="of each kind, in turns")
+    minutes = "of one client at 30 Hz, after the rest; the target is for 10"
+    parser.add_argument("--steady_minutes", type=float, default=0.0, help=minutes)
     parser.add_argument("--out", help="JSON file to write")
     given = parser.parse_args()
     if given.requests < 100:
@@ -318,9 +353,8 @@ def main():
     else:
         policy = rollout.make_policy(config_lib.from_config_dict(demo.get_config())).deployed()
     numbers = {"config": policy.config.name, "weights": given.workdir or "random"}
-    numbers |= measure(
-        policy, given.requests, mixed=given.mixed, seconds=given.seconds, blocks=given.blocks
-    )
+    times = dict(seconds=given.seconds, blocks=given.blocks, minutes=given.steady_minutes)
+    numbers |= measure(policy, given.requests, mixed=given.mixed, **times)
     results.write(given.out, "serving", numbers)
 
 

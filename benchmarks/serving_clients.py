@@ -26,12 +26,13 @@ def run(job, connected):
 
     Args:
       job: {"url": "ws://...", "clients": n, "requests": of each client, "seconds": after which it
-        asks no more, "sizes": [{camera: [height, width]}] and "prompts": [str], both taken in turn,
-        "state": width}.
+        asks no more, "rate": requests per second, or absent: at once, "sizes": [{camera: [height,
+        width]}] and "prompts": [str], both taken in turn, "state": width}.
       connected: {(url, number): `Client`} of the jobs before; grows.
 
     Returns:
-      {"clients": [{"seconds": [of each reply], "codes": {code: requests}}], "wall_s": seconds}.
+      {"clients": [{"seconds": [of each reply], "codes": {code: requests}}], "wall_s": seconds}. At
+      a rate, a request that is due before the reply to the one before is made when that comes.
     """
     for number in range(job["clients"]):
         key = job["url"], number
@@ -65,9 +66,13 @@ def _observations(job, number):
 def _ask(client, made, number, job):
     """Returns ([seconds of each reply], counter of codes)."""
     taken, codes, prompts = [], collections.Counter(), job["prompts"]
-    end = time.monotonic() + job["seconds"]
+    due, pause = time.monotonic(), 1 / job["rate"] if job.get("rate") else 0
+    end = due + job["seconds"]
     for turn in range(number, number + job["requests"]):
         observation = made[turn % len(made)] | {"prompt": prompts[turn % len(prompts)]}
+        if pause:
+            due = max(due + pause, time.monotonic())
+            time.sleep(max(0.0, due - time.monotonic()))
         began = time.perf_counter()
         try:
             client.infer(observation)

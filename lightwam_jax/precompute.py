@@ -211,6 +211,9 @@ def _fit(path, sets):
     transform = actions.from_config(config)
     statistics = normalize.fit_statistics(train, config.data.action_horizon, transform)
     statistics["made_from"] = made_from
+    rates = {float(episode.fps) for episode in train}
+    if len(rates) == 1:  # a policy of several would have no time between two actions
+        (statistics["fps"],) = rates
     atomic.write_json(path, statistics)
     print(normalize.describe(statistics))
     for warning in normalize.warnings(statistics, config.data.normalization):

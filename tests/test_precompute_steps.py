@@ -153,6 +153,7 @@ def test_statistics_are_fitted_on_the_training_episodes_of_one_embodiment(
     written = atomic.read_json(path)
     assert written["number"] == 1 and written["made_from"]["data"] == "+".join([one.training] * 2)
     assert written["made_from"]["config"] == assets.statistics_keys(config)
+    assert written["fps"] == one.splits["train"][0].fps > 0
     assert precompute._fit(path, [one, two]) == f"up to date in {path}"
     two.training = "others"
     assert precompute._fit(path, [one, two]) == f"wrote {path}"

@@ -121,7 +121,8 @@ class RemotePolicy:
 
 
 def _decisive(metadata):
-    names = "batching", "dtype", "guard", "gripper", "limits", "server_version"
+    names = "batching", "dtype", "guard", "gripper", "gripper_closed_within", "limits"
+    names += ("server_version",)
     return {name: metadata[name] for name in names if name in metadata}
 
 

@@ -92,6 +92,7 @@ class Service:
             options.keys, config.data.cameras, width, tuple(config.data.orientation)
         )
         self.policy, self.guard = policy, options_lib.make_guard(policy, options)
+        self.fps = options_lib.control_rate(policy, options)
         self.rules = observations.Rules(
             tables,
             config.data,
@@ -302,7 +303,7 @@ class Service:
         options, data = self.options, self.policy.config.data
         most = options.max_age_ms / 1e3
         if not most:
-            most = 2 * data.action_horizon / options.fps if options.fps else math.inf
+            most = 2 * data.action_horizon / self.fps if self.fps else math.inf
         patience = most - optional.get("age_ms", 0) / 1e3
         return min(patience, optional.get("deadline_ms", math.inf) / 1e3)
 

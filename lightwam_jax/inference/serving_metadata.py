@@ -4,6 +4,7 @@ from lightwam_jax import config as config_lib
 from lightwam_jax.data import actions
 from lightwam_jax.inference import keys as keys_lib
 from lightwam_jax.inference import latency, realtime
+from lightwam_jax.inference import serving_options as options_lib
 
 VERSION = 1  # of the server's side of the protocol: of metadata, optional keys, error codes
 _PROMPTS = 256  # that are listed
@@ -43,7 +44,7 @@ def describe(policy, options, rules, guard, seconds):
         "action_horizon": data.action_horizon,
         "trained_steps": realtime.trained_depth(config.loss, data.action_horizon)[0],
         "replan_steps": min(config.evaluation.replan_steps, data.action_horizon),
-        "fps": options.fps,
+        "fps": options_lib.control_rate(policy, options),
         "keys": keys_lib.describe(rules.tables[0], data.cameras),
         "optional_keys": list(keys_lib.OPTIONAL),
         "default_prompt": options.default_prompt,
@@ -55,5 +56,6 @@ def describe(policy, options, rules, guard, seconds):
         "max_age_ms": options.max_age_ms,
         "limits": guard.limits.as_dict(),
         "gripper": guard.gripper.mode,
+        "gripper_closed_within": guard.gripper.closed_within,
         "guard": options.guard,
     }

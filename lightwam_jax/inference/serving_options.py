@@ -21,7 +21,8 @@ class Options:
     name: str = _option("", "Shown to clients; default: the config's.")
     weights_hash: str = _option("", "Of the checkpoint.")
     fps: float = _option(
-        0.0, "Control rate of the robot, for clients and --max_age_ms; 0: unknown."
+        0.0,
+        "Control rate of the robot, for clients and --max_age_ms; 0: that of the training data.",
     )
     keys: str = _option("auto", "Key table: auto, lightwam, lerobot, openpi_..., or FILE.json.")
     default_prompt: str = _option("", "Instruction of requests without one; default: refused.")
@@ -38,6 +39,9 @@ class Options:
     max_wait_ms: float = _option(0.0, "Wait so long for more requests; 0: ask at once.")
     limits: str = _option("", "JSON of safety.py; default: the training's range; none: no limits.")
     gripper: str = _option("off", "off, snap or hysteresis.")
+    gripper_closed_within: float = _option(
+        0.0, "Commands as near to closed as that close it, in its units: for position grippers."
+    )
     guard: str = _option("change", "Plans beyond the limits: change or refuse.")
     max_age_ms: float = _option(0.0, "Oldest observation; 0: two plans long if fps is known.")
     request_timeout_s: float = _option(30.0, "Every request is answered within that.")
@@ -65,7 +69,8 @@ class Options:
             ("guard", ("change", "refuse")),
             ("metadata", ("full", "short")),
         )
-        for name in ("fps", "max_wait_ms", "max_age_ms", "drain_s", "max_new_sizes"):
+        at_least_0 = ("fps", "max_wait_ms", "max_age_ms", "drain_s", "max_new_sizes")
+        for name in (*at_least_0, "gripper_closed_within"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected 0 or more")
         for name in ("request_timeout_s", "send_timeout_s", "idle_s", "max_frame", "max_clients"):
@@ -74,6 +79,11 @@ class Options:
         for name, values in choices:
             if getattr(self, name) not in values:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {values}")
+
+
+def control_rate(policy, options):
+    """Returns control steps per second: as told, or of the training data; 0.0: nobody knows."""
+    return float(options.fps or policy.assets.statistics.get("fps", 0.0))
 
 
 def make_guard(policy, options):
@@ -90,14 +100,17 @@ def make_guard(policy, options):
         limits = safety.from_statistics(*tables, data)
     if options.limits not in ("", "none"):
         limits = safety.from_file(options.limits, limits)
-    if options.gripper != "off" and data.gripper_snap:
+    within = options.gripper_closed_within
+    asked = f"--gripper={options.gripper}" if options.gripper != "off" else ""
+    asked = asked or (f"--gripper_closed_within={within:g}" if within else "")
+    if asked and data.gripper_snap:
         raise ValueError(
             "config.data.gripper_snap is set: the policy snaps its grippers itself, use "
-            "--gripper=off"
+            f"--gripper=off, and not {asked}"
         )
-    if options.gripper != "off" and not data.gripper_dims:
-        raise ValueError(f"--gripper={options.gripper} needs config.data.gripper_dims")
-    gripper = safety.Gripper(data.gripper_dims, data.gripper_closed_open, options.gripper)
+    if asked and not data.gripper_dims:
+        raise ValueError(f"{asked} needs config.data.gripper_dims")
+    gripper = safety.Gripper(data.gripper_dims, data.gripper_closed_open, options.gripper, within)
     return safety.Guard(limits, data.action_horizon, gripper, options.guard == "refuse")
 
 

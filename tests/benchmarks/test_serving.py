@@ -35,7 +35,7 @@ class Compiling(served.StandIn):
 
 def test_a_run_counts_requests_and_compilations():
     policy = Compiling(seconds=0.002)
-    quick = dict(requests=100, max_batch=2, mixed=40, seconds=0.2, blocks=1, calls=5)
+    quick = dict(requests=100, max_batch=2, mixed=40, seconds=0.2, blocks=1, calls=5, minutes=0.01)
     found = serving.measure(policy, **quick, heights=(16, 24))
     one, many, compiled = found["one_client"], found["clients"], found["compilations"]
     assert one["calls"] == 5 and one["act"]["p50_ms"] >= 2
@@ -53,6 +53,10 @@ def test_a_run_counts_requests_and_compilations():
     # quarters of what is left after 10, rounded up to whole jobs of two clients
     assert [row["requests"] for row in rows] == [10, 32, 56, 78, 100]
     assert not found["targets"]["compilations"]["met"]
+    steady = found["steady"]
+    # 0.6 s in ten parts, in each of which at 30 Hz no more than three requests begin
+    assert 10 <= steady["requests"] <= 30 and 0 <= steady["late"] <= steady["requests"]
+    assert len(steady["rss_mib"]) == 10 and "steady_late" in found["targets"]
 
 
 def test_targets_are_met_or_not():

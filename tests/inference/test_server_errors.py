@@ -203,8 +203,11 @@ def test_prompts_have_a_default_and_new_ones_can_be_refused():
 
 
 def test_old_observations_are_refused_before_and_after_the_device():
-    policy = StandIn()
-    with serving(policy, fps=20.0) as running, running.connect() as socket:
+    policy = StandIn(
+        statistics={"fps": 20.0, **served_lib.STATISTICS}
+    )  # as the training data were recorded
+    with serving(policy, limits="none") as running, running.connect() as socket:
+        assert running.metadata["fps"] == 20
         # two plans of 8 steps at 20 Hz are 800 ms
         reply = running.ask(socket, observe(1, age_ms=700.0))
         np.testing.assert_array_equal(reply["actions"], wanted(observe(1)))

@@ -160,6 +160,21 @@ def test_options_that_refuse_everybody_are_refused(option):
         serving_options.Options(**option)
 
 
+def test_a_ping_is_answered_while_the_policy_plans():
+    """Else clients that ping, openpi's among them, give the connection up in a long call."""
+    policy, planning, hold = served.StandIn(), threading.Event(), threading.Event()
+    with served.serving(policy) as running, running.connect(ping_interval=0.05) as socket:
+        policy.hook = lambda prompts: (planning.set(), hold.wait(30))
+        socket.send(wire.encode(observe()))
+        assert planning.wait(30)
+        for _ in range(3):
+            assert socket.ping().wait(20)
+        assert not hold.is_set() and running.service.batcher.busy_s > 0
+        hold.set()
+        reply = wire.decode(socket.recv(timeout=20))
+        np.testing.assert_array_equal(reply["actions"], served.wanted(observe()))
+
+
 def test_who_left_does_not_keep_others_waiting():
     worker, ran, hold = batching.Worker(), [], threading.Event()
 

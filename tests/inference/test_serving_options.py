@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 from absl import flags
 
@@ -49,6 +50,32 @@ def test_a_gripper_is_snapped_once():
         serving_options.make_guard(served.StandIn(), options)
     guard = serving_options.make_guard(served.StandIn(served.config(gripper_dims=(3,))), options)
     assert guard.gripper.dims == (3,) and guard.gripper.mode == "snap"
+
+
+def test_a_position_gripper_closes_fully_near_closed():
+    policy = served.StandIn(served.config(gripper_dims=(3,), gripper_closed_open=(0.0, 0.08)))
+    options = serving_options.Options(gripper_closed_within=0.005)
+    guard = serving_options.make_guard(policy, options)
+    chunk = np.full((served.HORIZON, 4), 0.004)
+    chunk[1, 3] = 0.006
+    plan, changed = guard.check(chunk)
+    assert plan[:, 3].tolist() == [0, np.float32(0.006), *[0] * 6] and (plan[:, :3] > 0).all()
+    assert changed["snapped"].tolist() == [0, 0, 0, 7]
+    with pytest.raises(ValueError, match=r"--gripper_closed_within=0\.005 needs config\.data"):
+        serving_options.make_guard(served.StandIn(), options)
+    snapped = served.StandIn(served.config(gripper_dims=(3,), gripper_snap=True))
+    with pytest.raises(ValueError, match="snaps its grippers itself"):
+        serving_options.make_guard(snapped, options)
+    with pytest.raises(ValueError, match="gripper_closed_within is -1"):
+        parsed("--gripper_closed_within=-1")
+
+
+def test_the_control_rate_is_the_datas_unless_said():
+    recorded, older = (served.StandIn(statistics=s) for s in ({"fps": 10.0}, {}))
+    rate = lambda policy, **given: serving_options.control_rate(
+        policy, serving_options.Options(**given)
+    )
+    assert [rate(recorded), rate(recorded, fps=25.0), rate(older)] == [10, 25, 0]
 
 
 def test_limits_are_the_trainings_range_unless_said(tmp_path):
