@@ -126,6 +126,7 @@ def read(config):
                 episode = f"{name}/{group}" if group else name
                 with _noting(problems, episode, path):
                     found.append(_episode(file[group or "/"], path, episode, config.data))
+                    problems += _counted(file[group or "/"], found[-1])
     misfits = [problem for problem in problems if problem.kind in _MISFIT]
     if misfits and not found:
         raise ValueError(
@@ -200,6 +201,15 @@ def _episode(group, path, name, data):
         action=keys_lib.join("action", {key: _dataset(group, key)[()] for key in fields.action}),
         images={camera: _images(group, key) for camera, key in cameras.items()},
     )
+
+
+def _counted(group, episode):
+    """A warning where robomimic's attribute num_samples is not the number of steps."""
+    count = _number(group.attrs.get("num_samples"))
+    if count in (None, episode.length):
+        return []
+    message = f"the attribute num_samples is {count:g}, there are {episode.length} steps"
+    return [Problem.warning("wrong length", episode.id, episode.file, message)]
 
 
 def _dataset(group, key):
@@ -284,10 +294,10 @@ def _number(value):
 
 
 def _scalar(value):
-    """An array of one value as that value, and bytes as text."""
+    """An array of one value as that value."""
     if isinstance(value, np.ndarray) and value.size == 1:
-        value = value.reshape(-1)[0]
-    return value.decode("utf-8", "replace") if isinstance(value, bytes) else value
+        return value.reshape(-1)[0]
+    return value
 
 
 def _instruction(group, path, key):

@@ -30,7 +30,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 import tqdm
 from array_record.python import array_record_module
-from google.protobuf import message
+from google.protobuf import json_format, message
 
 from lightwam_jax.data.episodes import Problem
 from lightwam_jax.data.formats import keys as keys_lib
@@ -70,17 +70,41 @@ def read(config):
         of the right type (the features are listed), or no config.data.fields.fps.
     """
     directory = _directory(config.data.path)
-    info = tfds.builder_from_directory(str(directory)).info
     source = _Source(config.data, directory)
+    with _naming(directory / "dataset_info.json"):
+        info = tfds.builder_from_directory(str(directory)).info
+        splits = [
+            (name, list(zip(s.filepaths, s.shard_lengths))) for name, s in info.splits.items()
+        ]
     found, problems = [], []
-    with tqdm.tqdm(total=info.splits.total_num_examples, desc="columns", unit="episode") as bar:
-        for name, split in info.splits.items():
+    total = sum(expected for _, shards in splits for _, expected in shards)
+    with tqdm.tqdm(total=total, desc="columns", unit="episode") as bar:
+        for name, shards in splits:
             first = 0
-            for path, expected in zip(split.filepaths, split.shard_lengths):
+            for path, expected in shards:
                 ids = [f"{name}/{first + i:06d}" for i in range(expected)]
                 _read_shard(os.fspath(path), ids, source, found, problems, bar)
                 first += expected
     return found, problems
+
+
+@contextlib.contextmanager
+def _naming(file):
+    """Makes one line of whatever TFDS says of a metadata file, with the name of the file."""
+    try:
+        yield
+    except (
+        json_format.Error,
+        ValueError,
+        TypeError,
+        AttributeError,
+        LookupError,
+        OSError,
+    ) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"{file} cannot be read as TFDS wrote it ({reason}); copy it again"
+        ) from error
 
 
 def _read_shard(path, ids, source, found, problems, bar):
@@ -193,7 +217,9 @@ class _Source:
     """The features of a dataset that the config asks for, and the episodes read with them."""
 
     def __init__(self, data, directory):
-        features = tfds.features.FeatureConnector.from_config(str(directory))
+        with _naming(directory / "features.json"):
+            features = tfds.features.FeatureConnector.from_config(str(directory))
+            features = dict(features.items())
         if "steps" not in features or not isinstance(features["steps"], tfds.features.Sequence):
             raise ValueError(
                 f"{directory} has no nested steps, so it is not RLDS; its features: "

@@ -160,3 +160,11 @@ def test_pictures_of_a_type_that_nobody_expects(tmp_path):
     hdf5._OPEN.files.clear()
     with pytest.raises(episodes.FrameError, match="it is no HDF5 file"):
         found.frames("front", [0])
+
+
+@pytest.mark.parametrize("count, warns", [(6, 0), (np.array([6]), 0), ("6", 0), (7, 1), ("six", 0)])
+def test_the_number_of_steps_that_robomimic_keeps(tmp_path, count, warns):
+    recording(tmp_path / "a.hdf5", **own(**{"@num_samples": count}))
+    (found,), problems = read_own(tmp_path)
+    assert found.length == 6 and len(problems) == warns
+    assert all(p.severity == "warning" and "num_samples is 7" in p.message for p in problems)

@@ -279,3 +279,34 @@ def test_other_threads_and_processes(data, written):
             for frames, episode in zip(pool.map(look, read), written):
                 np.testing.assert_array_equal(frames, episode.images["scene"][-1:])
     assert rlds.RldsEpisode.__module__ in str(type(read[0]))
+
+
+@pytest.mark.parametrize(
+    "name, change",
+    [
+        ("features.json", lambda text: text[:50]),
+        ("features.json", lambda text: ""),
+        ("features.json", lambda text: "null"),
+        ("features.json", lambda text: text.replace("{", "[", 1)),
+        ("features.json", lambda text: "\udcff"),
+        ("features.json", lambda text: text.replace("featuresDict", "other")),
+        ("dataset_info.json", lambda text: text[:50]),
+        ("dataset_info.json", lambda text: "[]"),
+        ("dataset_info.json", lambda text: text.replace('"robot"', "3")),
+        ("dataset_info.json", lambda text: text.replace('"robot"', "null")),
+        ("dataset_info.json", lambda text: text.replace('"tfrecord"', '"parchment"')),
+        (
+            "dataset_info.json",
+            lambda text: text.replace('"shardLengths": [', '"shardLengths": ["x",'),
+        ),
+        ("dataset_info.json", lambda text: text.replace('"1.0.0"', "1.0")),
+    ],
+)
+def test_metadata_that_cannot_be_read_are_named(tmp_path, name, change):
+    keys = writers.rlds(tmp_path, synthetic.make_episodes(2))
+    file = Path(keys["data.path"]) / name
+    text = change(file.read_text(encoding="utf-8"))
+    file.write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(ValueError, match=name.replace(".", r"\.")) as error:
+        episodes.read(synthetic.make_config("", **keys))
+    assert "\n" not in str(error.value)
