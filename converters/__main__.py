@@ -35,6 +35,13 @@ KINDS = {
 _PART = "where the weights lie in a .pt that holds several sets, such as ema or model"
 
 
+class _Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line."""
+
+    def error(self, message):
+        self.exit(2, f"error: {message}; {self.prog} --help says more\n")
+
+
 def main(argv=None):
     """Runs one command; returns the exit code."""
     parser = _parser()
@@ -42,8 +49,13 @@ def main(argv=None):
     config_flag = lambda flag: args.run is _import and flag.startswith("--config.")
     if unknown := [flag for flag in args.overrides if not config_flag(flag)]:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    from lightwam_jax import command_line
+
     try:
-        return args.run(args)
+        if getattr(args, "out", None):
+            command_line.check_directory(os.path.dirname(os.path.abspath(args.out)), "--out")
+        with command_line.interruptible("what was half written is removed: run the command again"):
+            return args.run(args)
     except (ValueError, ModuleNotFoundError, OSError) as error:  # OSError: files, disk, network
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -89,12 +101,13 @@ def _import(args):
     from ml_collections import config_flags
 
     from converters import import_caches
+    from lightwam_jax import command_line
     from lightwam_jax import config as config_lib
 
     argv = ["converters", f"--config={args.config}", *args.overrides]
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
-    values(argv)
+    command_line.parse(argv, values)
     made, place = config_lib.from_config_dict(values.config), getattr(args, "in")
     if args.command == "latents":
         import_caches.import_latents(place, made, args.val_in, args.trust)
@@ -112,7 +125,7 @@ def _inspect(args):
 
 
 def _parser():
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         "python -m converters",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -5,13 +5,13 @@ template, normalisation, the VAE, the text encoder) is said here once and kept w
 """
 
 import dataclasses
-import importlib.util
 import json
 import shutil
 import tempfile
 from pathlib import Path
 
 from converters import files
+from lightwam_jax import command_line
 from lightwam_jax import config as config_lib
 from lightwam_jax import encoders as encoders_lib
 from lightwam_jax.checkpoint import run as checkpoint
@@ -44,11 +44,7 @@ def assemble(weights, config, vae, text, out, stats=None, prompts=None, say=prin
             f"{weights} holds no whole Light-WAM; expected what python -m converters lightwam wrote"
         )
     config = _config(config, fields, str(vae), str(text))
-    stats = Path(stats) if stats else Path(stored.assets or ".", "dataset_stats.json")
-    if not stats.is_file():
-        raise FileNotFoundError(
-            f"{stats} is missing; give the release's dataset_stats.json as --stats"
-        )
+    stats = _statistics(stats, stored.assets, weights)
     with tempfile.TemporaryDirectory(dir=out.parent) as assets:
         shutil.copyfile(stats, Path(assets, "dataset_stats.json"))
         wan.WanCodec(vae, config.data.codec, config.model.dtype).save(Path(assets, "codec"))
@@ -60,15 +56,23 @@ def assemble(weights, config, vae, text, out, stats=None, prompts=None, say=prin
     say(f"{out}: a policy of {config.name}; lightwam_jax.inference.policy.Policy.load reads it")
 
 
+def _statistics(given, assets, weights):
+    """The dataset_stats.json that --stats names, or that lies with the weights."""
+    if given:
+        return files.existing(given)
+    kept = Path(assets, "dataset_stats.json") if assets else None
+    if kept is None or not kept.is_file():
+        raise FileNotFoundError(
+            f"{weights} keeps no dataset_stats.json, which says how its actions are normalised "
+            "(`converters lightwam` takes along the one that lies beside --in): give that of the "
+            "release with --stats FILE"
+        )
+    return kept
+
+
 def _config(place, fields, vae, text):
     """The `Config` of a file, with the weights' model and where the others come from."""
-    path, _, argument = place.partition(":")
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such config file")
-    spec = importlib.util.spec_from_file_location("config_file", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    tree = module.get_config(*([argument] if argument else [])).to_dict()
+    tree = command_line.load(place).to_dict()
     dtype = tree["model"]["dtype"]
     tree["model"] = {**json.loads(json.dumps(fields)), "dtype": dtype}
     tree["data"].update(codec_weights=vae, text_weights=text)

@@ -26,7 +26,7 @@ def compare(one, other, may_differ=()):
     """
     files = [pathlib.Path(path) for path in (one, other)]
     files = [path / "summary.json" if path.is_dir() else path for path in files]
-    summaries = [json.loads(path.read_text(encoding="utf-8")) for path in files]
+    summaries = [_summary(path, given) for path, given in zip(files, (one, other))]
     unlike = journal.differences(*(summary["manifest"] for summary in summaries))
     allowed = (*FREE, *may_differ)
     told = {
@@ -54,6 +54,32 @@ def compare(one, other, may_differ=()):
         "".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in rows
     )
     return table + (f"\n\nThey differ in:\n{_listed(told)}" if told else "")
+
+
+def _summary(path, given):
+    """The content of a summary.json.
+
+    Raises:
+      FileNotFoundError: none there. ValueError: another file.
+    """
+    if not path.is_file():
+        if not pathlib.Path(given).exists():
+            raise FileNotFoundError(f"--compare {given}: no such file or directory")
+        raise FileNotFoundError(
+            f"--compare {given}: no summary.json in it; a closed-loop evaluation writes it "
+            "(python evaluate.py --workdir RUN --mode demo|libero|metaworld)"
+        )
+    try:
+        summary = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"--compare {given}: {path} is no JSON file: {error}") from error
+    needed = {"manifest", "tasks", "success_rate", "episodes"}
+    if not isinstance(summary, dict) or needed - set(summary):
+        raise ValueError(
+            f"--compare {given}: {path} is no summary.json of a closed-loop evaluation; expected "
+            f"{', '.join(sorted(needed))} in it"
+        )
+    return summary
 
 
 def _rate(numbers):

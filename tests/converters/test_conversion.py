@@ -287,19 +287,6 @@ def test_a_folder_with_several_candidates_or_none(tmp_path, capsys):
     assert code == 2 and "a.pt" in error and "b.pt" in error
 
 
-def test_without_a_network_the_hub_says_which_file_to_place(tmp_path, capsys, monkeypatch):
-    hub = pytest.importorskip("huggingface_hub")
-
-    def offline(*args, **kwargs):
-        raise ConnectionError("Name or service not known")
-
-    monkeypatch.setattr(hub.HfApi, "repo_info", offline)
-    code, error = run(capsys, "vae", "--in", "hf:Wan-AI/Wan2.1-T2V-1.3B", "--out", tmp_path / "w")
-    assert code == 2 and "Wan2.*_VAE.pth" in error and "--in" in error
-    code, error = run(capsys, "vae", "--in", "hf:nonsense", "--out", tmp_path / "w")
-    assert code == 2 and "hf:owner/name" in error
-
-
 def test_the_hub_gives_the_right_file_and_its_revision(text_encoder, tmp_path, monkeypatch):
     hub = pytest.importorskip("huggingface_hub")
     names = [

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from converters import files, foreign, rules, wrapped
+from converters import files, foreign, policy, rules, wrapped
 from converters.__main__ import main
-from lightwam_jax.checkpoint import storage
+from lightwam_jax.checkpoint import storage, streamed
 
 HEADS = ["--head_dim", "20"]
 
@@ -298,3 +298,78 @@ def test_shards_that_are_missing_are_all_named_after_what_the_index_lists(
     some = {"blocks.0.norm3.bias": transformer["blocks.0.norm3.bias"]}
     alone = save(some, tmp_path / "model-00002-of-00003.safetensors")
     assert "shard 2 of 3" in run(capsys, "inspect", alone)[2]
+
+
+# ---- the command line ----------------------------------------------------------------------------
+
+
+def test_without_a_network_the_hub_says_which_file_to_place(tmp_path, capsys, monkeypatch):
+    hub = pytest.importorskip("huggingface_hub")
+
+    of_http = hub.errors.HfHubHTTPError.__bases__[0]  # as a host that is not found gives it
+    for raised in (
+        ConnectionError("Name or service not known"),
+        of_http("Name or service not known"),
+        hub.errors.LocalEntryNotFoundError("not on this disk"),
+        hub.errors.OfflineModeIsEnabled("offline mode is enabled"),
+    ):
+
+        def offline(*args, raised=raised, **kwargs):
+            raise raised
+
+        monkeypatch.setattr(hub.HfApi, "repo_info", offline)
+        place = "hf:Wan-AI/Wan2.1-T2V-1.3B"
+        code, _, error = run(capsys, "vae", "--in", place, "--out", tmp_path / "w")
+        assert code == 2 and "Wan2.*_VAE.pth" in error and "--in" in error
+        assert error.count("\n") == 1 and "could not be downloaded" in error
+    code, _, error = run(capsys, "vae", "--in", "hf:nonsense", "--out", tmp_path / "w")
+    assert code == 2 and "hf:owner/name" in error
+
+
+def test_ctrl_c_is_one_line_and_leaves_nothing(transformer, tmp_path, capsys, monkeypatch):
+    path = save(transformer, tmp_path / "a.safetensors")
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    real = streamed.save
+    part = lambda directory, tree, done: real(directory, tree, interrupted)
+    monkeypatch.setattr(streamed, "save", part)
+    with pytest.raises(SystemExit) as ended:
+        run(capsys, "dit", "--in", path, "--out", tmp_path / "w", *HEADS)
+    assert ended.value.code == 130 and "run the command again" in capsys.readouterr().err
+    assert [each.name for each in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_wrong_arguments_are_one_line(tmp_path, capsys):
+    for arguments, words in (
+        (["dit"], "required: --in, --out"),
+        (["dit", "--in", "x", "--out", "y", "--head_dim", "big"], "invalid int value: 'big'"),
+        (["dit", "--in", "x", "--out", "y", "--zzz"], "unrecognized arguments: --zzz"),
+        (["dot"], "invalid choice: 'dot'"),
+        ([], "required: command"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            main(arguments)
+        said = capsys.readouterr().err
+        assert ended.value.code == 2 and said.count("\n") == 1 and words in said
+    (tmp_path / "file").touch()
+    code, _, error = run(capsys, "dit", "--in", "x", "--out", tmp_path / "file" / "w")
+    assert code == 2 and "file is no directory" in error
+    for config, words in (
+        ("absent.py", "no such file"),
+        ("configs/libero.py:x", "expected one of"),
+    ):
+        code, _, error = run(capsys, "texts", "--in", tmp_path, "--config", config)
+        assert code == 2 and words in error and error.count("\n") == 1
+
+
+def test_a_policy_without_statistics_says_where_they_come_from(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "dataset_stats.json").write_text("{}")  # of somebody else
+    for assets in (None, tmp_path / "assets"):
+        with pytest.raises(FileNotFoundError, match=r"weights/w keeps no .* --stats FILE"):
+            policy._statistics(None, assets, "weights/w")
+    with pytest.raises(FileNotFoundError, match=r"absent\.json: no such file"):
+        policy._statistics("absent.json", None, "weights/w")
+    assert policy._statistics(None, tmp_path, "w") == tmp_path / "dataset_stats.json"

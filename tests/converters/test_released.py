@@ -110,7 +110,7 @@ def test_what_does_not_fit_is_refused(policy_directory, tmp_path, capsys):
     config = ["--config", f"{root}/tiny.py:all"]
     whole = ["--weights", root / "w", *config]
     for words, command in {
-        "no such config file": ["--weights", root / "w", "--config", "absent.py", *rest],
+        "absent.py: no such file": ["--weights", root / "w", "--config", "absent.py", *rest],
         "holds no whole Light-WAM": ["--weights", root / "vae", *config, *rest],
         "exists": [*whole, *rest[:-1], root / "policy"],
         "data.codec_weights": [*whole, "--vae", root / "t5", *rest[2:]],

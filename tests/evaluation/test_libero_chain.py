@@ -74,7 +74,9 @@ def test_record_precompute_train_evaluate(tmp_path):
         str(tmp_path / "episodes"),
     )
     assert said.count("2 kept of") == 2
-    about = json.loads((tmp_path / "episodes" / "meta" / "recording.json").read_text(encoding="utf-8"))
+    about = json.loads(
+        (tmp_path / "episodes" / "meta" / "recording.json").read_text(encoding="utf-8")
+    )
     assert about["environment"]["assets"] == kind and {*about["tried"]} == {*TASKS}
 
     config = [

@@ -288,3 +288,24 @@ def test_brief_rate_leaves_nothing_out():
     assert report.brief(report.Rate(13, 20, 0)) == "65 % (43 to 82), 13 of 20"
     assert report.brief(report.Rate(0, 20, 1)) == "0 % (0 to 16), 0 of 20, 1 could not run"
     assert report.brief(report.Rate(0, 0, 2)) == "0 of 0, 2 could not run"
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        (None, "no such file or directory"),
+        ("directory", "no summary.json in it"),
+        ("{", "is no JSON file"),
+        ("[]", "is no summary.json of a closed-loop evaluation"),
+        ('{"manifest": {}}', "is no summary.json of a closed-loop evaluation"),
+    ],
+)
+def test_what_is_no_result_cannot_be_compared(tmp_path, content, words):
+    place = tmp_path / "other"
+    if content is not None:
+        place.mkdir()
+    if content not in (None, "directory"):
+        (place / "summary.json").write_text(content)
+    with pytest.raises((ValueError, FileNotFoundError), match=words) as caught:
+        compare.compare(place, place)
+    assert f"--compare {place}" in str(caught.value)
