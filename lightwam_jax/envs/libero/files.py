@@ -274,7 +274,7 @@ def assets_directory(directory=None):
     """
     path = pathlib.Path(directory) if directory else package() / "assets"
     where = f"are not in {directory}" if directory else "are not installed"
-    if not directory and not path.is_dir() and (installed := _installed_assets()):
+    if not directory and not (path / "scenes").is_dir() and (installed := _installed_assets()):
         path = installed / "assets"
         parts = [int(path.stem[5:]) for path in installed.glob("part_?.py")]
         if missing := sorted({1, 2, 3, 4, 5} - {*parts}):
