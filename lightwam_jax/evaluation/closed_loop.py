@@ -61,10 +61,8 @@ def evaluate(policy, suite, workdir, out, began, remote=None):
 
     def summarize():
         found = dict(manifest=manifest, tasks=by_task, groups=by_group, published=published)
-        seconds = time.time() - began
-        return report.write_summary(
-            out / "summary.json", seconds=seconds, **{"expert": None, **rates}, **found
-        )
+        found |= dict(times=report.mean_times(results["trained"]), seconds=time.time() - began)
+        return report.write_summary(out / "summary.json", **{"expert": None, **rates}, **found)
 
     summarize()  # so that no image can cost the numbers
 
