@@ -63,6 +63,7 @@ def evaluate(policy, suite, workdir, out, began, remote=None, instruction="right
     libero_published.write_summaries(out, results["trained"], manifest, workdir)
     rates = {who: report.rate(played) for who, played in results.items()}
     found = dict(manifest=manifest, published=published)
+    found["times"] = report.mean_times(results["trained"])
     found["tasks"] = {who: report.by_task(played) for who, played in results.items()}
     found["groups"] = {
         who: report.by_group(played, suite_run.groups) for who, played in results.items()

@@ -113,7 +113,16 @@ def by_group(results, groups):
 
 
 def write_summary(
-    path, trained, untrained, expert, seconds, manifest, tasks=None, groups=None, published=None
+    path,
+    trained,
+    untrained,
+    expert,
+    seconds,
+    manifest,
+    tasks=None,
+    groups=None,
+    published=None,
+    times=None,
 ):
     """Writes summary.json and returns it.
 
@@ -124,7 +133,7 @@ def write_summary(
         none has, and then the summary has no key for it.
       seconds: wall clock of the whole pipeline. manifest: of `manifest(...)`.
       tasks: {"trained", "untrained" and perhaps "expert": {task: `Rate`}}. groups: likewise, of
-        groups of tasks. published: of `libero_published.published`.
+        groups of tasks. published: of `libero_published.published`. times: of `mean_times`.
     """
     summary = {
         "success_rate": trained.value,
@@ -142,6 +151,8 @@ def write_summary(
         "errors": trained.errors,
         "seconds": round(seconds, 1),
     }
+    if times:
+        summary["seconds_per_episode"] = times
     if published:
         summary["published"] = published
     if groups and groups["trained"]:
@@ -149,6 +160,13 @@ def write_summary(
     summary |= {"tasks": _turned(tasks or {}), "manifest": manifest}
     pathlib.Path(path).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     return summary
+
+
+def mean_times(results):
+    """Returns {what: seconds of the mean episode} of `worker.EpisodeResult`s that have times."""
+    timed = [result.times for result in results if result.times]
+    names = timed[0] if timed else ()
+    return {name: round(sum(t[name] for t in timed) / len(timed), 3) for name in names}
 
 
 def _turned(rates):

@@ -77,8 +77,8 @@ def run(
             progress.add(result)
         todo = [episode for episode in episodes if episode not in results]
         if todo:
-            limits = timeout, player, env.tasks_at_once()
-            engine = contexts.enter_context(_Engine(env, todo, config, act is None, *limits))
+            engine = _Engine(env, todo, config, act is None, timeout, player)
+            contexts.enter_context(engine)
         while len(results) < len(episodes):
             for result in engine.collect():
                 results[result.episode] = result
@@ -160,9 +160,9 @@ class _Worker:
 class _Engine:
     """The queue of episodes and the environments they run in."""
 
-    def __init__(self, env, episodes, config, expert, timeout, player=None, tasks_at_once=None):
+    def __init__(self, env, episodes, config, expert, timeout, player=None):
         self._queue = collections.deque((episode, 1) for episode in episodes)
-        self._tasks_at_once = tasks_at_once
+        self._tasks_at_once = env.tasks_at_once()
         self._timeout = timeout
         slots = min(config.batch, len(episodes))
         arguments = (env, config.replan_steps, config.max_steps, expert, player)

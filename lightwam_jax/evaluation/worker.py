@@ -26,6 +26,8 @@ class EpisodeResult:
       checksum: CRC-32 of the executed actions: equal checksums, equal episodes.
       actions: f32 [steps, A], for `replay`.
       counts: what else was counted (`realtime_episode.py`); plain numbers.
+      times: seconds of "reset" (with the first images), "steps" (with the expert), "images", and of
+        waiting for "plans" (and the other episodes of the batch).
     """
 
     episode: envs_base.EpisodeSpec
@@ -37,19 +39,21 @@ class EpisodeResult:
     checksum: int
     actions: np.ndarray = dataclasses.field(repr=False, compare=False)
     counts: dict = dataclasses.field(default_factory=dict, hash=False)
+    times: dict = dataclasses.field(default_factory=dict, compare=False)
 
     def to_json(self):
         """Returns it as a plain dict; the actions are base64 of little-endian float32."""
         names = ("success", "steps", "prompt", "error", "seconds", "checksum")
         values = self.episode.to_json() | {name: getattr(self, name) for name in names}
         actions = base64.b64encode(self.actions.astype("<f4").tobytes()).decode()
-        return values | {"actions": actions} | ({"counts": self.counts} if self.counts else {})
+        more = {name: x for name in ("counts", "times") if (x := getattr(self, name))}
+        return values | {"actions": actions} | more
 
     @classmethod
     def from_json(cls, content):
         """Returns the result that `to_json` wrote; ValueError if it was damaged since."""
         try:
-            content = {"counts": {}} | content
+            content = {"counts": {}, "times": {}} | content
             values = {f.name: content[f.name] for f in dataclasses.fields(cls)[1:]}
             raw = base64.b64decode(values["actions"])
             episode, steps = envs_base.EpisodeSpec.from_json(content), values["steps"]
@@ -97,8 +101,15 @@ def serve(pipe, spec, replan_steps, max_steps, expert, player=None):
 
 def play(env, episode, replan_steps, max_steps, expert=False):
     """Generator: yields an observation, is sent a chunk [T,A], ..., returns an `EpisodeResult`."""
-    began, waited = time.monotonic(), 0.0
+    times, mark = {"reset": 0.0, "steps": 0.0, "images": 0.0, "plans": 0.0}, time.monotonic()
+
+    def took(name):
+        nonlocal mark
+        now = time.monotonic()
+        times[name], mark = times[name] + now - mark, now
+
     observation = env.reset(episode)
+    took("reset")
     prompt, queue, executed = observation["prompt"], chunking.ChunkQueue(replan_steps), []
     success = done = False
     while not done and len(executed) < max_steps:
@@ -107,20 +118,22 @@ def play(env, episode, replan_steps, max_steps, expert=False):
         else:
             if queue.empty:
                 seen = env.observe() if executed else observation
-                asked = time.monotonic()
+                took("images")
                 queue.push((yield seen))
-                waited += time.monotonic() - asked
+                took("plans")
             action = queue.pop()
         executed.append(np.asarray(action, np.float32))
         _, success, done = env.step(executed[-1])
-    return played(episode, success, prompt, executed, time.monotonic() - began - waited)
+        took("steps")
+    seconds = times["reset"] + times["steps"] + times["images"]
+    return played(episode, success, prompt, executed, seconds, times=times)
 
 
-def played(episode, success, prompt, executed, seconds, counts=None):
+def played(episode, success, prompt, executed, seconds, counts=None, times=None):
     """Returns the `EpisodeResult` of the actions [A] that an episode executed."""
     actions = np.stack(executed)
     values = bool(success), len(executed), prompt, None, seconds, zlib.crc32(actions.tobytes())
-    return EpisodeResult(episode, *values, actions, counts or {})
+    return EpisodeResult(episode, *values, actions, counts or {}, times or {})
 
 
 def describe(spec, episode):

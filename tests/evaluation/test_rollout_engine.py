@@ -63,7 +63,8 @@ def make(monkeypatch, clock):
         config = types.SimpleNamespace(workers=workers, batch=batch, replan_steps=4, max_steps=9)
         if isinstance(episodes, int):
             episodes = EPISODES[:episodes]
-        return rollout._Engine("env", episodes, config, False, timeout, None, tasks_at_once)
+        env = types.SimpleNamespace(tasks_at_once=lambda: tasks_at_once, name="env")
+        return rollout._Engine(env, episodes, config, False, timeout)
 
     return engine
 
@@ -93,7 +94,8 @@ def test_no_more_environments_than_episodes_or_rows(make, episodes, workers, bat
     assert [slot.index for slot in engine._slots] == list(range(slots))
     for slot in engine._slots:
         assert slot.worker is engine._workers[slot.index % used]
-    assert engine._workers[0].arguments == ("env", 4, 9, False, None)
+    env, *more = engine._workers[0].arguments
+    assert env.name == "env" and more == [4, 9, False, None]
 
 
 def test_a_plan_is_due_when_all_wait_and_each_gets_its_row(make):

@@ -164,3 +164,9 @@ def test_rates_of_tasks_and_groups():
         "second": report.Rate(1, 2, 1),
         "first": report.Rate(1, 2, 0),
     }
+
+
+def test_times_are_means_over_the_episodes_that_have_them():
+    timed = [types.SimpleNamespace(times=t) for t in ({"reset": 1.0}, {}, {"reset": 2.0})]
+    assert report.mean_times(timed) == {"reset": 1.5}
+    assert report.mean_times(timed[1:2]) == {}

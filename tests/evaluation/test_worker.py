@@ -99,6 +99,7 @@ def test_seconds_are_those_of_the_simulator(monkeypatch):
 
     result, _ = play(Counter(clock=clock), between=plan)
     assert result.seconds == 10
+    assert result.times == {"reset": 0, "steps": 10, "images": 0, "plans": 3000}
 
 
 def test_the_expert_acts_without_plans():
@@ -120,7 +121,7 @@ def test_results_survive_json_and_damage_is_noticed():
         written = one.to_json()
         assert (written["task"], written["init"], written["seed"]) == ("count", 3, 11)
         back = worker.EpisodeResult.from_json(written)
-        assert back == one
+        assert back == one and back.times == one.times
         np.testing.assert_array_equal(back.actions, one.actions)
     with pytest.raises(ValueError, match=r"episode count/3/11 do not fit their checksum"):
         worker.EpisodeResult.from_json(result.to_json() | {"checksum": result.checksum + 1})
