@@ -156,6 +156,7 @@ p { margin: .1rem 0 1rem; color: var(--soft); max-width: 60em }
 section { padding: 22px 26px; margin-top: 18px }
 .media { display: grid; gap: 18px;
   grid-template-columns: repeat(auto-fit, minmax(min(100%, 400px), 1fr)) }
+.media + div { margin-top: 14px }
 figure { margin: 0; min-width: 0 }
 figure.wide { grid-column: 1 / -1 }
 img, video { width: 100%; display: block; border-radius: 8px }

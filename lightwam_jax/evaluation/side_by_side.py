@@ -51,7 +51,7 @@ def columns(summaries):
         for who in WHO:
             if (total := _total(summary, who)) is None:
                 continue
-            column = who if control == "right" else instructions.LABELS[control]
+            column = who if control == "right" else f"given {instructions.LABELS[control]}"
             rates = table.setdefault(column, {})
             rates["all" if same else name] = total
             if len(summary["tasks"]) in range(2, _MOST):

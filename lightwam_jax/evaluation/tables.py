@@ -16,7 +16,8 @@ def headline(rate, suite_run):
     """Returns (big number, what it means) of the trained policy's `Rate` in a `suites.SuiteRun`."""
     low, high = (100 * bound for bound in rate.interval)
     errors = f" {rate.errors} more could not be run." if rate.errors else ""
-    unseen = "" if suite_run.demonstrated is None else ", none of which was demonstrated"
+    known = suite_run.demonstrated is not None and suite_run.instruction == "right"
+    unseen = ", none of which was demonstrated" if known else ""
     return f"{100 * rate.value:.0f} %", (
         f"of {rate.episodes} episodes solved {_GIVEN[suite_run.instruction]}{unseen} "
         f"(95 % interval {low:.0f} to {high:.0f} %).{errors}"

@@ -132,7 +132,8 @@ def test_evaluations_of_one_policy_stand_side_by_side(tmp_path):
     write(tmp_path / "instruction_empty", 3, instruction="empty")
     (section,) = side_by_side.sections(tmp_path, tmp_path / "instruction_empty", tmp_path)
     head, *rows = section.table
-    assert head == ("", "trained", "untrained", *map(instructions.LABELS.get, ("empty", "other")))
+    controls = "given no instruction", "given the instruction of another task"
+    assert head == ("", "trained", "untrained", *controls)
     table = {row[0]: row[1:] for row in rows}
     assert list(table) == ["all", "a", "b", "object_swap"]
     assert table["all"][0] == "90 % (70 to 97), 18 of 20" and "4 of 20" in table["all"][3]
