@@ -66,6 +66,7 @@ class Outcome:
       fault: name. solved: whether the episode was, before it ended or stalled.
       steps, holds: commands that were planned, and that held still.
       late, failed: replies that something overtook, requests without a plan.
+      connections: that the client opened.
       worst_gap: between two commands, in control steps. stalled_s: seconds without a plan until
         that was reported; None: it was not.
       wrong: what must not happen, in words. slow: what came later than it should have; on a machine
@@ -78,6 +79,7 @@ class Outcome:
     holds: int = 0
     late: int = 0
     failed: int = 0
+    connections: int = 0
     worst_gap: float = 0.0
     stalled_s: float | None = None
     wrong: list = dataclasses.field(default_factory=list)
@@ -88,7 +90,7 @@ class Proxy:
     """Stands between client and server.
 
     Attributes:
-      port: to connect to. moving: call it when the robot begins to move.
+      port: to connect to. connections: how many came.
     """
 
     def __init__(self, target, fault, seed=0):
@@ -97,6 +99,7 @@ class Proxy:
         self._ends, self._closed = math.inf, threading.Event()
         self._listening = socket.create_server(("127.0.0.1", 0))
         self.port, self._open = self._listening.getsockname()[1], []
+        self.connections = 0
         self._spawn(self._accept)
 
     def moving(self):
@@ -119,6 +122,7 @@ class Proxy:
                 robot, _ = self._listening.accept()
                 server = socket.create_connection(("127.0.0.1", self._target))
                 self._open += [robot, server]
+                self.connections += 1
                 later = time.monotonic() > self._ends
                 self._spawn(self._forward, robot, server, lambda: False)
                 self._spawn(self._forward, server, robot, lambda later=later: self._over(later))
@@ -227,6 +231,7 @@ def run(policy_port, env, episode, setting, replan_steps, dt, fault, max_steps):
             except realtime.Stalled:
                 outcome.stalled_s = robot.still_s()
     outcome.late, outcome.failed = state.counts["late"], state.counts["failed"]
+    outcome.connections = proxy.connections
     gaps = np.diff(robot.times) / dt
     outcome.worst_gap = float(gaps.max()) if len(gaps) else 0.0
     if outcome.worst_gap > 1 + _SLACK:
@@ -282,10 +287,11 @@ def evaluate(policy, suite, out, kinds=(), spread=1):
 
 def text_table(outcomes):
     """Returns `Outcome`s as lines with columns, and under them what was wrong or slow."""
-    rows = [("fault", "solved", "steps", "holds", "late", "failed", "worst gap", "stall")]
+    head = ("fault", "solved", "steps", "holds", "late", "failed", "connections")
+    rows = [(*head, "worst gap", "stall")]
     for each in outcomes:
         stall = "-" if each.stalled_s is None else f"{each.stalled_s:.2f} s"
-        counts = map(str, (each.steps, each.holds, each.late, each.failed))
+        counts = map(str, (each.steps, each.holds, each.late, each.failed, each.connections))
         solved = "yes" if each.solved else "no"
         rows.append((each.fault, solved, *counts, f"{each.worst_gap:.2f} steps", stall))
     widths = [max(map(len, column)) for column in zip(*rows)]

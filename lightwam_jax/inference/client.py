@@ -185,8 +185,10 @@ class Client:
             except InvalidStatus as error:
                 status = error.response.status_code
                 if status in (401, 403, 404):
+                    said = (error.response.body or b"").decode("utf-8", "replace").strip()
                     raise PermissionError(
-                        f"{self._url} refuses with HTTP {status}: check the key and the address"
+                        f"{self._url} refuses with HTTP {status}, check the key and the address: "
+                        f"{said[:300]}"
                     ) from error
                 why = f"HTTP {status}"
             except ssl.SSLCertVerificationError as error:

@@ -21,21 +21,21 @@ def port():
         yield port
 
 
-def run(port, name, **changes):
+def run(port, name, steps=STEPS):
     fault = next(each for each in faults.faults(DT) if each.name == name)
-    how = setting(trained_steps=8, full_steps=8, **changes)
+    how = setting(trained_steps=8, full_steps=8)
     episode = fakes.episodes(3)[0]
-    return faults.run(port, fakes.FakeEnv(), episode, how, 4, DT, fault, STEPS)
+    return faults.run(port, fakes.FakeEnv(), episode, how, 4, DT, fault, steps)
 
 
 @pytest.mark.parametrize("name", ["none", "delay", "jitter", "cut", "half-open"])
 def test_what_reaches_the_robot_is_right_whatever_the_network_does(port, name, monkeypatch):
     monkeypatch.setattr(faults, "HOLD_S", 2.0)  # patient: other programs may run here
-    found = run(port, name)
+    steps = 100 if name == "half-open" else STEPS  # a second passes until the client gives it up
+    found = run(port, name, steps)
     assert not found.wrong and found.stalled_s is None
-    assert found.solved or found.steps + found.holds == STEPS
-    if name in ("cut", "half-open"):
-        assert found.failed or found.late or found.holds, "the fault was felt"
+    assert found.solved or found.steps + found.holds == steps
+    assert found.connections > 1 or name not in ("cut", "half-open")
 
 
 def test_a_server_that_is_gone_is_reported(port, monkeypatch):
