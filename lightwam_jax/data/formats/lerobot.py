@@ -98,7 +98,7 @@ def _cells(path, keys, first, stop):
             table = file.read_row_groups(groups, columns=list(keys), use_threads=False)
         rows = table.slice(first - starts[groups[0]], stop - first)
         return {key: rows.column(key).to_pylist() for key in keys}
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, LookupError) as error:  # the last: it has become shorter
         raise FrameError(path, None, f"unreadable: {error}") from error
 
 

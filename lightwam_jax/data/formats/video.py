@@ -106,7 +106,10 @@ def _read(path, times, numbers, tolerance, seek):
                 raise FrameError(path, number, reason) from (None if cut else error)
             if fault := _fault(path, stream, out.shape[1:3], frame, time, tolerance):
                 raise FrameError(path, number, fault)
-            out[i] = frame.to_ndarray(format="rgb24")
+            try:
+                out[i] = frame.to_ndarray(format="rgb24")
+            except (ValueError, av.FFmpegError) as error:  # colours that cannot be converted
+                raise FrameError(path, number, f"the frame at {time:.4f} s: {error}") from error
     return out
 
 

@@ -40,6 +40,9 @@ def test_a_hash_sees_size_and_blocks_and_no_times(tmp_path):
         assert contents.digest(tmp_path / f"{place}") != first, place
     (tmp_path / "longer").write_bytes(whole + b"\0")
     assert contents.digest(tmp_path / "longer") != first
+    for name, size in (("short", len(whole)), ("long", len(whole) + 1)):  # all blocks are alike
+        (tmp_path / name).write_bytes(bytes(size))
+    assert contents.digest(tmp_path / "short") != contents.digest(tmp_path / "long")
     file.write_bytes(whole[::-1])
     assert contents.digest(file) != first, "a file that changes while a program runs"
     assert contents.digest(tmp_path / "absent") != first

@@ -148,6 +148,12 @@ def test_what_info_json_says_of_the_rest(sets, tmp_path, version, change, says):
     assert "info.json" in warning.message
 
 
+@pytest.mark.parametrize("names", [["actions"], None, [], {"motors": list("abcdefg")}], ids=repr)
+def test_names_that_are_no_contradiction(single, names):
+    change_info(single, lambda info: info["features"]["action"].update(names=names))
+    assert read(single) == (EVERY, [], [])
+
+
 def test_a_count_of_episodes_beyond_belief(single):
     change_info(single, lambda info: info.update(total_episodes=10**12))
     sound, errors, _ = read(single)
