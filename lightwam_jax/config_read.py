@@ -16,7 +16,7 @@ RENAMED = {
 }
 
 # Keys that came later, with the value that keeps the meaning of a config saved without them.
-ADDED = {"data.action_kinds": ()}
+ADDED = {"data.action_kinds": (), "train.wandb": ""}
 
 
 class ConfigError(ValueError):
