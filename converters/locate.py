@@ -89,6 +89,7 @@ def _download(place, kind):
     repo, wanted, file = match["repo"], match["revision"], match["file"]
     try:
         import huggingface_hub
+        from huggingface_hub import errors
     except ImportError as error:
         raise ModuleNotFoundError(
             f"{place} needs huggingface_hub: pip install huggingface_hub, or {_by_hand(repo, kind)}"
@@ -99,14 +100,14 @@ def _download(place, kind):
         file = file or _choose(names, kind, place)
         needed = [file.replace(".index.json", "*"), *_BESIDE]
         folder = huggingface_hub.snapshot_download(repo, revision=info.sha, allow_patterns=needed)
-    except huggingface_hub.errors.LocalEntryNotFoundError as error:
+    except errors.LocalEntryNotFoundError as error:
         raise ConnectionError(
             f"{place} could not be downloaded (no connection); {_by_hand(repo, kind)}"
         ) from error
     except FileNotFoundError:  # of _choose
         raise
     # Its first base is the error of the hub's HTTP library, also of a host that is not found.
-    except (OSError, huggingface_hub.errors.HfHubHTTPError.__bases__[0]) as error:
+    except (OSError, errors.HfHubHTTPError.__bases__[0]) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConnectionError(
             f"{place} could not be downloaded ({reason}); {_by_hand(repo, kind)}"

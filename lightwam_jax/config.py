@@ -223,6 +223,8 @@ class TrainConfig:
     keep_last: int = 2  # newest checkpoints on disk; 0: all
     keep_every: int = 0  # besides, multiples of this step are never deleted; 0: none
     stuck_after_s: float = 300.0  # seconds without progress until a run says where it is; 0: never
+    # Project at Weights & Biases that gets the metrics too (requirements-wandb.txt); "": none.
+    wandb: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,7 @@ RENAMED = {
 }
 
 # Keys that came later, with the value that keeps the meaning of a config saved without them.
-ADDED = {"data.action_kinds": (), "data.tolerance_s": 0.0}
+ADDED = {"data.action_kinds": (), "data.tolerance_s": 0.0, "train.wandb": ""}
 
 
 class ConfigError(ValueError):

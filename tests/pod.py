@@ -18,12 +18,13 @@ import traceback
 
 import jax
 import ml_collections
+import tensorboardX
 
 import train
 from lightwam_jax import config as config_lib
 from lightwam_jax.checkpoint import run as checkpoint
 from lightwam_jax.checkpoint import storage
-from lightwam_jax.training import metrics
+from lightwam_jax.training import loop, metrics
 from tests import synthetic
 
 HERE = pathlib.Path(__file__).parent
@@ -31,6 +32,7 @@ HERE = pathlib.Path(__file__).parent
 os.environ["PYTHONPATH"] = os.pathsep.join((str(HERE), str(HERE.parent)))
 _FORK = multiprocessing.get_context("forkserver")
 _FORK.set_forkserver_preload(["pod"])
+assert loop and tensorboardX  # imported before the forks: train.py imports them late, and slowly
 
 
 def make_config(**overrides):
@@ -163,7 +165,7 @@ def _train(argv, config, devices, log, before, index):
         before(index)
     sys.argv = argv
     try:
-        train.app.run(train.main)
+        train.command_line.run(train.main)
     except Exception:
         traceback.print_exc()  # now: what follows may wait for the other processes
         raise

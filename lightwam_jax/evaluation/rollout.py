@@ -98,7 +98,7 @@ def run(
 
 def describe(env, episode):
     """Returns `worker.describe` of an environment, found out in a process of its own."""
-    with _CONTEXT.Pool(1) as pool:
+    with _CONTEXT.Pool(1, worker_lib.ignore_interrupts) as pool:
         return pool.apply(worker_lib.describe, (env, episode))
 
 
@@ -106,7 +106,8 @@ def replay(env, results, every, size, replan_steps):
     """Returns `worker.replay` of each result, several processes at a time."""
     if not results:
         return []
-    with _CONTEXT.Pool(min(len(results), multiprocessing.cpu_count())) as pool:
+    processes = min(len(results), multiprocessing.cpu_count())
+    with _CONTEXT.Pool(processes, worker_lib.ignore_interrupts) as pool:
         jobs = [(env, result, every, size, replan_steps) for result in results]
         return pool.starmap(worker_lib.replay, jobs, chunksize=1)
 
@@ -137,7 +138,7 @@ class _Worker:
     def start(self):
         self.pipe, child = _CONTEXT.Pipe()
         self.process = _CONTEXT.Process(
-            target=worker_lib.serve, args=(child, *self._arguments), daemon=True
+            target=worker_lib.serve_as_process, args=(child, *self._arguments), daemon=True
         )
         self.process.start()
         child.close()  # so that the death of the process ends the pipe

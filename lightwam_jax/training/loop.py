@@ -18,7 +18,7 @@ from lightwam_jax import params as params_lib
 from lightwam_jax.checkpoint import run as checkpoint
 from lightwam_jax.checkpoint import storage
 from lightwam_jax.data import loader, spec
-from lightwam_jax.training import chips, flops, memory, not_finite, stuck
+from lightwam_jax.training import chips, flops, memory, not_finite, stuck, wandb_log
 from lightwam_jax.training import encode_video as encode_video_lib
 from lightwam_jax.training import gripper_timing as gripper_timing_lib
 from lightwam_jax.training import metrics as metrics_lib
@@ -79,6 +79,7 @@ def train(config, workdir, profile=None):
 def prepare(config, workdir, profile=None):
     """Does everything of `train` before the first step; returns the `Run`."""
     workdir = storage.local_path(workdir)
+    wandb_log.check(config.train.wandb)
 
     # ---- devices -------------------------------------------------------------------------------
     sharding.enable_compilation_cache()
@@ -104,6 +105,7 @@ def prepare(config, workdir, profile=None):
     remat_that_fits = functools.partial(memory.remat_that_fits, config, shapes, shardings)
     memory.check(plan, remat_that_fits)
     workdir_lib.write_reports(config, workdir, table)
+    _say(f"Curves: tensorboard --logdir {workdir / 'tensorboard'}  (pip install tensorboard)")
 
     checkpoints = checkpoint.Checkpoints(workdir, config, assets=workdir / "assets")
     with contextlib.ExitStack() as on_error:

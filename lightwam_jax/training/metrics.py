@@ -9,15 +9,14 @@ import time
 
 import jax
 import numpy as np
-import tensorboardX
 import tqdm
 
 from lightwam_jax import atomic
-from lightwam_jax.training import stuck
+from lightwam_jax.training import stuck, wandb_log
 
 
 class MetricsWriter:
-    """Appends rows to `<workdir>/metrics.jsonl` and scalars to `<workdir>/tensorboard/`.
+    """Appends rows to `<workdir>/metrics.jsonl`, scalars to `<workdir>/tensorboard/`.
 
     Rows after `step` are of a run that was interrupted and is about to be repeated: they are
     removed, so that the file ends up equal to that of an uninterrupted run.
@@ -26,12 +25,16 @@ class MetricsWriter:
       workdir: run directory.
       step: the step training (re)starts from.
       active: False on all but the first process; nothing is written then.
+      wandb: project at Weights & Biases that gets the same scalars; "": none.
     """
 
-    def __init__(self, workdir, step, active=True):
+    def __init__(self, workdir, step, active=True, wandb=""):
         self._active = active
         if not active:
             return
+        import tensorboardX  # which imports PyTorch where that is installed, for seconds
+
+        self._mirror = wandb_log.Mirror(wandb, workdir) if wandb else None
         path = pathlib.Path(workdir) / "metrics.jsonl"
         rows = [row for row in read_rows(path) if row["step"] <= step]
         atomic.write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
@@ -47,8 +50,11 @@ class MetricsWriter:
         values = {name: np.asarray(value).tolist() for name, value in values.items()}
         self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
         self._file.flush()
-        for curve, value in _curves(values).items():
-            self._board.add_scalar(f"{kind}/{curve}", value, step)
+        curves = {f"{kind}/{curve}": value for curve, value in _curves(values).items()}
+        for curve, value in curves.items():
+            self._board.add_scalar(curve, value, step)
+        if self._mirror:
+            self._mirror.write(curves, step)
 
     def sync(self):
         """Makes the rows survive a power failure; called before a checkpoint counts on them."""
@@ -56,10 +62,12 @@ class MetricsWriter:
             os.fsync(self._file.fileno())
 
     def close(self):
-        """Flushes and closes both."""
+        """Flushes and closes them."""
         if self._active:
             self._file.close()
             self._board.close()
+            if self._mirror:
+                self._mirror.close()
 
 
 def read_rows(path):
@@ -152,7 +160,7 @@ class Log:
     def __init__(self, workdir, config, step, rows=(), active=True):
         self._config, self._step, self._logged = config, step, step
         self.window, self._timer = MetricBuffer(rows), StepTimer()
-        self._writer = MetricsWriter(workdir, step, active)
+        self._writer = MetricsWriter(workdir, step, active, config.wandb)
         self.write, self.sync = self._writer.write, self._writer.sync
         # On a terminal the bar moves; in a log file it is one line per 30 seconds.
         interval = 0.2 if sys.stderr.isatty() else 30.0

@@ -31,7 +31,7 @@ MAY_CHANGE = re.compile(
     r"data\.(workers|threads|prefetch|codec_weights|text_weights|action_kinds)|"
     r"model\.(remat|scan_unroll|attention)|"
     r"train\.(steps|log_every|eval_every|eval_batches|checkpoint_every|keep_last|keep_every|"
-    r"stuck_after_s))$"
+    r"stuck_after_s|wandb))$"
 )
 
 

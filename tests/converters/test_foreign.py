@@ -306,12 +306,13 @@ def test_shards_that_are_missing_are_all_named_after_what_the_index_lists(
 def test_without_a_network_the_hub_says_which_file_to_place(tmp_path, capsys, monkeypatch):
     hub = pytest.importorskip("huggingface_hub")
 
-    of_http = hub.errors.HfHubHTTPError.__bases__[0]  # as a host that is not found gives it
+    errors = pytest.importorskip("huggingface_hub.errors")
+    of_http = errors.HfHubHTTPError.__bases__[0]  # as a host that is not found gives it
     for raised in (
         ConnectionError("Name or service not known"),
         of_http("Name or service not known"),
-        hub.errors.LocalEntryNotFoundError("not on this disk"),
-        hub.errors.OfflineModeIsEnabled("offline mode is enabled"),
+        errors.LocalEntryNotFoundError("not on this disk"),
+        errors.OfflineModeIsEnabled("offline mode is enabled"),
     ):
 
         def offline(*args, raised=raised, **kwargs):
@@ -332,9 +333,7 @@ def test_ctrl_c_is_one_line_and_leaves_nothing(transformer, tmp_path, capsys, mo
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    real = streamed.save
-    part = lambda directory, tree, done: real(directory, tree, interrupted)
-    monkeypatch.setattr(streamed, "save", part)
+    monkeypatch.setattr(streamed, "save", interrupted)
     with pytest.raises(SystemExit) as ended:
         run(capsys, "dit", "--in", path, "--out", tmp_path / "w", *HEADS)
     assert ended.value.code == 130 and "run the command again" in capsys.readouterr().err

@@ -121,7 +121,7 @@ def test_curves_are_named_and_those_to_be_repeated_are_purged(tmp_path, monkeypa
         def close(self):
             pass
 
-    monkeypatch.setattr(metrics_lib.tensorboardX, "SummaryWriter", Board)
+    monkeypatch.setattr("tensorboardX.SummaryWriter", Board)
     writer = metrics_lib.MetricsWriter(tmp_path, 4)
     writer.write("train", 5, {"loss": jnp.float32(2)})
     writer.write("eval", 6, {"l1": [0.5, 1.5]})
