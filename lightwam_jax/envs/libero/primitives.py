@@ -223,7 +223,7 @@ class Place(Primitive):
         self._radius = np.linalg.norm(corners[:, :2] - middle, axis=1).max()
         low, high = corners[:, 2].min(), corners[:, 2].max()
         height = max(high - _DEPTH, low + _CLEARANCE)
-        found = self._across(corners, middle) or self._rim(corners, middle, height)
+        found = self._across(corners, middle) or self._rim(corners, height)
         point, self._yaw, self.slack = found
         self._offset, self._seen = np.array([*point, height]) - place, (place, self._turn())
         x = np.array([np.cos(self._yaw), np.sin(self._yaw), 0])
@@ -246,11 +246,15 @@ class Place(Primitive):
         slack = np.clip((0.076 - widths.min()) / 2, 0.006, Primitive.slack)
         return middle, yaws[int(np.argmin(np.where(fits, turns, np.inf)))], slack
 
-    def _rim(self, corners, middle, height):
+    def _rim(self, corners, height):
         """Returns (point [2], yaw, slack) where the rim has the most room for the hand."""
-        radius = np.linalg.norm(corners[:, :2] - middle, axis=1).max() - 0.004
+        rim = corners[corners[:, 2] > corners[:, 2].max() - 0.008, :2]  # no handle is that high
+        middle = (rim.max(axis=0) + rim.min(axis=0)) / 2
+        radius = np.linalg.norm(rim - middle, axis=1).max() - 0.004
         others = [n for n in self._scene.names if n not in self.own]
         others = np.concatenate([self._scene.points(self._scene.root(n), 7) for n in others])
+        handle = corners[np.linalg.norm(corners[:, :2] - middle, axis=1) > radius + 0.015]
+        others = np.concatenate([others, handle])
         moved = self.goal() - self._scene.place(self._thing)
 
         def room(hand, side):
