@@ -250,10 +250,10 @@ class Place(Primitive):
         """Returns (point [2], yaw, slack) where the rim has the most room for the hand."""
         rim = corners[corners[:, 2] > corners[:, 2].max() - 0.008, :2]  # no handle is that high
         middle = (rim.max(axis=0) + rim.min(axis=0)) / 2
-        radius = np.linalg.norm(rim - middle, axis=1).max() - 0.004
+        radius = np.linalg.norm(rim - middle, axis=1).max()
         others = [n for n in self._scene.names if n not in self.own]
         others = np.concatenate([self._scene.points(self._scene.root(n), 7) for n in others])
-        handle = corners[np.linalg.norm(corners[:, :2] - middle, axis=1) > radius + 0.015]
+        handle = corners[np.linalg.norm(corners[:, :2] - middle, axis=1) > radius + 0.011]
         others = np.concatenate([others, handle])
         moved = self.goal() - self._scene.place(self._thing)
 
@@ -264,16 +264,21 @@ class Place(Primitive):
             free = [np.linalg.norm(part, axis=1).min(initial=1.0) for part in (finger, palm)]
             return sum(min(0.05, each) for each in free)
 
-        def score(yaw):
+        def on_rim(yaw):
+            """Returns (direction outwards [2], place of the grip [3]) of a side of the rim."""
             side = np.array([np.cos(yaw), np.sin(yaw)])
-            hand = np.array([*(middle + radius * side), height])
+            wall = ((rim - middle) @ side).max() - 0.004  # corners of boxes lie outside of it
+            return side, np.array([*(middle + wall * side), height])
+
+        def score(yaw):
+            side, hand = on_rim(yaw)
             refused = sum(np.cos(yaw - other) > 0.8 for other in self._refused)
             # Both sides turn the hand alike: without a preference, chance would choose.
             liked = 0.004 * np.sin(yaw) - 0.02 * abs(self._yaw_error(yaw)) - refused
             return room(hand, side) + room(hand + moved, side) + liked
 
         yaw = max(np.linspace(-np.pi, np.pi, 24, endpoint=False), key=score)
-        return middle + radius * np.array([np.cos(yaw), np.sin(yaw)]), yaw, Primitive.slack
+        return on_rim(yaw)[1][:2], yaw, Primitive.slack
 
 
 class PutAside(Place):
