@@ -56,14 +56,13 @@ def evaluate(policy, suite, workdir, out, began, remote=None, instruction="right
     """
     suite_run = suites_lib.of_policy(policy, suite, instruction)
     base, out = out, instructions.directory(out, instruction)
-    directory = out / "report"
-    directory.mkdir(parents=True, exist_ok=True)
+    (directory := out / "report").mkdir(parents=True, exist_ok=True)
     results, manifest = _run_all(policy, suite_run, directory, remote)
     published = libero_published.published(results["trained"], manifest)
     libero_published.write_summaries(out, results["trained"], manifest, workdir)
     rates = {who: report.rate(played) for who, played in results.items()}
-    found = dict(manifest=manifest, published=published)
-    found["times"] = report.mean_times(results["trained"])
+    times = report.mean_times(results["trained"])
+    found = dict(manifest=manifest, published=published, times=times)
     found["tasks"] = {who: report.by_task(played) for who, played in results.items()}
     found["groups"] = {
         who: report.by_group(played, suite_run.groups) for who, played in results.items()
@@ -83,7 +82,7 @@ def evaluate(policy, suite, workdir, out, began, remote=None, instruction="right
         out / "report.html",
         f"Light-WAM JAX · {policy.config.name}",
         tables.headline(rates["trained"], suite_run),
-        # The seconds include the images.
+        # Summarised again: the seconds include the images.
         tables.facts(policy, results, rates, summarize()["seconds"], manifest.get("remote")),
         sections,
         manifest,
