@@ -111,7 +111,7 @@ def test_configs_that_are_not_there(place, words, monkeypatch):
 )
 def test_errors_in_config_files_name_the_line(tmp_path, text, words):
     path = tmp_path / "mine.py"
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
     said = problem(f"--config={path}")
     assert words in said and str(path) in said
 

@@ -30,9 +30,11 @@ def test_things_are_found_in_the_stored_states_without_the_basket(monkeypatch, t
     states = np.concatenate([[[9, 0.1, 0.2]] * 2, np.arange(42).reshape(2, 21)], axis=1)
     places, loaded = {"milk_1": 2, "basket_1": 9, "soup_1": 16}, []
     for target in ("milk_1", "soup_1"):
-        (tmp_path / target).write_text(BDDL.format(target=target))
-    other = (tmp_path / "milk_1").read_text().replace("milk", "butter")
-    (tmp_path / "other").write_text(other.replace("soup_1 - soup", "tea_1 tea_2 - tea"))
+        (tmp_path / target).write_text(BDDL.format(target=target), encoding="utf-8")
+    other = (tmp_path / "milk_1").read_text(encoding="utf-8").replace("milk", "butter")
+    (tmp_path / "other").write_text(
+        other.replace("soup_1 - soup", "tea_1 tea_2 - tea"), encoding="utf-8"
+    )
     scene = types.SimpleNamespace(
         objects_dict={name: types.SimpleNamespace(joints=[name]) for name in places},
         sim=types.SimpleNamespace(

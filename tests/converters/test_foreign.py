@@ -190,7 +190,7 @@ def test_shards_of_pytorch_files(transformer, tmp_path):
         torch.save(some, tmp_path / name)
         place |= dict.fromkeys(some, name)
     index = tmp_path / "diffusion_pytorch_model.bin.index.json"
-    index.write_text(json.dumps({"weight_map": place}))
+    index.write_text(json.dumps({"weight_map": place}), encoding="utf-8")
     found = files.read_tensors(index)
     assert found.keys() == transformer.keys()
     np.testing.assert_array_equal(found["head.head.bias"], transformer["head.head.bias"])
@@ -247,7 +247,9 @@ def test_adapters_alone_are_named(tmp_path, capsys, names):
         code, _, error = run(capsys, *command)
         assert code == 2 and "LoRA adapters alone" in error and "merge" in error
     config = tmp_path / "adapter_config.json"
-    config.write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": "x/y"}))
+    config.write_text(
+        json.dumps({"peft_type": "LORA", "base_model_name_or_path": "x/y"}), encoding="utf-8"
+    )
     for place in (tmp_path, path, config):
         code, _, error = run(capsys, "inspect", place)
         assert code == 2 and "of x/y" in error
@@ -291,7 +293,7 @@ def test_shards_that_are_missing_are_all_named_after_what_the_index_lists(
     place = {key: names[i % 3] for i, key in enumerate(transformer)}
     save({key: x for key, x in transformer.items() if place[key] == names[0]}, tmp_path / names[0])
     index = tmp_path / "model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": place}))
+    index.write_text(json.dumps({"weight_map": place}), encoding="utf-8")
     code, out, error = run(capsys, "inspect", index)
     assert code == 2 and f"index of {len(place)} tensors in 3 shards, of a dit" in out
     assert names[1] in error and names[2] in error and "2 of its 3" in error
@@ -365,7 +367,7 @@ def test_wrong_arguments_are_one_line(tmp_path, capsys):
 
 def test_a_policy_without_statistics_says_where_they_come_from(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "dataset_stats.json").write_text("{}")  # of somebody else
+    (tmp_path / "dataset_stats.json").write_text("{}", encoding="utf-8")  # of somebody else
     for assets in (None, tmp_path / "assets"):
         with pytest.raises(FileNotFoundError, match=r"weights/w keeps no .* --stats FILE"):
             policy._statistics(None, assets, "weights/w")

@@ -82,7 +82,7 @@ def package(tmp_path, monkeypatch):
         table = {f"libero_{suite}": [] for suite in libero_files.SUITES}
         table["libero_spatial"] = names
         (tmp_path / "benchmark" / "libero_suite_task_map.py").write_text(
-            f"raise RuntimeError('executed')\nlibero_task_map = {table!r}\n"
+            f"raise RuntimeError('executed')\nlibero_task_map = {table!r}\n", encoding="utf-8"
         )
         libero_files.tasks.cache_clear()
 
@@ -143,7 +143,7 @@ def test_assets_are_the_given_ones_else_the_packages_own_else_those_installed(
 def test_what_libero_pro_adds_is_not_hashed(tmp_path):
     def write(name):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(name)
+        (tmp_path / name).write_text(name, encoding="utf-8")
         return libero_files.describe_assets(tmp_path)["assets_hash"]
 
     write("turbosquid_objects/yellow_book/book.obj")
@@ -165,7 +165,7 @@ def test_without_the_package_the_error_says_how_to_install_it(monkeypatch):
 def test_libero_plus_has_suites_and_rules_of_its_own(package):
     with pytest.raises(ModuleNotFoundError, match="'plus_spatial' belongs to LIBERO-Plus"):
         libero_files.tasks("plus_spatial")
-    (package.path / "benchmark" / "task_classification.json").write_text("{}")
+    (package.path / "benchmark" / "task_classification.json").write_text("{}", encoding="utf-8")
     base = "pick_up_the_bowl_from_table_center"
     files = {
         f"{base}_table_3": f"libero_spatial/{base}",
@@ -181,7 +181,9 @@ def test_libero_plus_has_suites_and_rules_of_its_own(package):
     for task, file in files.items():
         assert libero_files._states_file(task) == f"{file}.pruned_init"
     wording = package.path / "bddl_files" / "libero_spatial" / f"{base}_language_1.bddl"
-    wording.write_text("(define (problem P)\n (:language Grab that bowl )\n (:regions))")
+    wording.write_text(
+        "(define (problem P)\n (:language Grab that bowl )\n (:regions))", encoding="utf-8"
+    )
     assert libero_files.instruction(f"{base}_language_1") == "Grab that bowl"
     assert {libero_files.instruction(t) for t in files if "_language_" not in t} == {
         "pick up the bowl from table center"
@@ -206,7 +208,9 @@ def test_a_suite_of_libero_plus_is_evaluated_by_its_name(package):
             for i, (task, category) in enumerate(zip(tasks, ["Background Textures"] * 2))
         ]
     }
-    (package.path / "benchmark" / "task_classification.json").write_text(json.dumps(kinds))
+    (package.path / "benchmark" / "task_classification.json").write_text(
+        json.dumps(kinds), encoding="utf-8"
+    )
     found = suites_lib.of_config(config, "libero")
     assert [(e.task, e.init) for e in found.episodes] == [(task, 0) for task in tasks]
     assert found.expert_tasks == ()
@@ -220,7 +224,7 @@ def test_a_suite_of_libero_plus_is_evaluated_by_its_name(package):
 def test_standins_are_called_standins(tmp_path):
     assert libero_files.describe_assets(STANDINS)["assets"] == "stand-in"
     before = libero_files.describe_assets(STANDINS)["assets_hash"]
-    (tmp_path / "bowl.obj").write_text("v 0 0 0")
+    (tmp_path / "bowl.obj").write_text("v 0 0 0", encoding="utf-8")
     real = libero_files.describe_assets(tmp_path)
     assert real["assets"] == "LIBERO" and real["assets_hash"] != before
 

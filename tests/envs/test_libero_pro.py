@@ -43,10 +43,14 @@ def package(tmp_path, monkeypatch):
         if folder.startswith(("libero_object", "libero_spatial")):
             table[folder] = [MILK, SOUP] if "libero_object" in folder else [BOWL]
     (tmp_path / "benchmark").mkdir()
-    (tmp_path / "benchmark" / "libero_suite_task_map.py").write_text(f"libero_task_map = {table}\n")
+    (tmp_path / "benchmark" / "libero_suite_task_map.py").write_text(
+        f"libero_task_map = {table}\n", encoding="utf-8"
+    )
     for suite, words in WORDS.items():
         file = tmp_path / "bddl_files" / f"libero_{suite}" / f"{MILK}.bddl"
-        file.write_text(f"(define (problem P)\n  (:language {words} )\n  (:regions (r)))\n")
+        file.write_text(
+            f"(define (problem P)\n  (:language {words} )\n  (:regions (r)))\n", encoding="utf-8"
+        )
     monkeypatch.setattr(libero_files, "package", lambda: tmp_path)
     libero_files.tasks.cache_clear()
     yield tmp_path

@@ -37,7 +37,7 @@ def places(tmp_path_factory):
     given = place / "assets"
     clips = np.random.default_rng(0).integers(0, 256, (4, 5, 32, 64, 3), np.uint8)
     pca.PcaCodec.fit(clips, config.model.latent_channels).save(given / "codec")
-    (given / "codec" / "fitted_on.json").write_text("[]")
+    (given / "codec" / "fitted_on.json").write_text("[]", encoding="utf-8")
     np.savez(given / "example_batch.npz", x=np.zeros(3))
     statistics = normalize.fit_statistics(synthetic.make_episodes(3), 8)
     statistics["made_from"] = {"config": assets_lib.statistics_keys(config)}
@@ -48,12 +48,16 @@ def places(tmp_path_factory):
     text_cache.write_cache(str(given / "text"), encoder, prompts, 24, "hashed", template)
     recorded = place / "episodes" / "meta"
     recorded.mkdir(parents=True)
-    (recorded / "recording.json").write_text(json.dumps({"seeds": {"tabletop": [[5, 3]]}}))
+    (recorded / "recording.json").write_text(
+        json.dumps({"seeds": {"tabletop": [[5, 3]]}}), encoding="utf-8"
+    )
     params = random_params(build.build_model(config.model), config.model, 3)
     meta = {"config": dataclasses.asdict(config), "step": 40}
     checkpoint.save_params(place / "run", params_lib.canonical(params), meta, given)
     assert export.export(place / "run", place / "policies" / "tiny") < 6e6
-    (recorded / "recording.json").write_text(json.dumps({"seeds": {"tabletop": [[0, 1]]}}))
+    (recorded / "recording.json").write_text(
+        json.dumps({"seeds": {"tabletop": [[0, 1]]}}), encoding="utf-8"
+    )
     return place / "run", place / "policies" / "tiny"
 
 
@@ -80,7 +84,9 @@ def test_it_knows_what_was_demonstrated_and_no_machine(places, tmp_path):
     exported = policy_lib.Policy.load(places[1])
     assert exported.demonstrated == {"tabletop": [[5, 3]]}, "as recorded, whatever lies there now"
     assert exported.config.data.path == exported.config.data.cache == ""
-    assert str(places[0].parent) not in (places[1] / "meta" / "metadata").read_text()
+    assert str(places[0].parent) not in (places[1] / "meta" / "metadata").read_text(
+        encoding="utf-8"
+    )
     again = tmp_path / "again"
     export.export(places[1], again)
     assert policy_lib.Policy.load(again).demonstrated == exported.demonstrated
@@ -101,7 +107,7 @@ def test_incomplete_and_large_ones_are_refused(places, tmp_path):
             checkpoint.load_params(copy)
     (copy / "params" / "manifest.ocdbt").write_bytes((places[1] / name).read_bytes())
     checkpoint.load_params(copy)
-    (copy / "assets" / "dataset_stats.json").write_text("{}")
+    (copy / "assets" / "dataset_stats.json").write_text("{}", encoding="utf-8")
     with pytest.raises(storage.DamagedCheckpointError, match=r"dataset_stats\.json altered"):
         checkpoint.load_params(copy)
 
@@ -114,11 +120,11 @@ def test_readme_has_the_command_and_the_numbers_of_these_weights(places, tmp_pat
     manifest = {"weights": weights, "tasks": ["tabletop"], "suite": "demo", "device": "1 x cpu"}
     manifest |= {"seeds": [e.first_seed, e.first_seed + 3], "env": {"kwargs": e.env}}
     summary = {"manifest": manifest, "tasks": {"tabletop": {"trained": numbers}}, "seconds": 90}
-    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    (tmp_path / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
     text = export.readme(places[1], tmp_path)
     command = "`python evaluate.py --workdir policies/tiny --mode demo --episodes 4` solves 75 %"
     assert text.startswith(command) and "| tabletop | trained | 75 % (30 to 95), 3 of 4 |" in text
     summary["manifest"]["weights"] = "others"
-    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    (tmp_path / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
     with pytest.raises(ValueError, match="evaluate the exported policy, not the run"):
         export.readme(places[1], tmp_path)

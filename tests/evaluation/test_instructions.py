@@ -119,7 +119,7 @@ def write(place, successes, tasks=("a", "b"), weights="w", **manifest):
         "tasks": {t: {w: numbers(n) for w, n in whose.items()} for t in tasks},
     }
     place.mkdir(exist_ok=True)
-    (place / "summary.json").write_text(json.dumps(content))
+    (place / "summary.json").write_text(json.dumps(content), encoding="utf-8")
 
 
 def test_evaluations_of_one_policy_stand_side_by_side(tmp_path):

@@ -132,7 +132,7 @@ def stub(**data):
 def test_latencies_that_no_plan_has_are_refused(tmp_path):
     file = tmp_path / "measured.json"
     for value, said in (("Infinity", "inf"), ("-Infinity", "-inf"), ("NaN", "nan"), ("-3", "-3")):
-        file.write_text(f"[10, {value}, 20]")
+        file.write_text(f"[10, {value}, 20]", encoding="utf-8")
         with pytest.raises(ValueError, match=f"measured.json holds {said}; expected milliseconds"):
             realtime.latency_steps(str(file), 10)
         with pytest.raises(ValueError, match=rf"--latency {value.lower()}: expected steps \(2\)"):

@@ -305,7 +305,7 @@ def test_what_is_no_result_cannot_be_compared(tmp_path, content, words):
     if content is not None:
         place.mkdir()
     if content not in (None, "directory"):
-        (place / "summary.json").write_text(content)
+        (place / "summary.json").write_text(content, encoding="utf-8")
     with pytest.raises((ValueError, FileNotFoundError), match=words) as caught:
         compare.compare(place, place)
     assert f"--compare {place}" in str(caught.value)

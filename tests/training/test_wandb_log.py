@@ -44,7 +44,7 @@ def test_the_same_scalars_are_sent_and_a_continued_run_is_the_same_run(service, 
     assert service.rows == [values | {"step": 2}, values | {"step": 1}]
     first, second = service.started
     assert first == second and service.finished == 2
-    known = json.loads((workdir / "wandb.json").read_text())["id"]
+    known = json.loads((workdir / "wandb.json").read_text(encoding="utf-8"))["id"]
     assert (first["project"], first["name"], first["id"]) == ("robots", "run", known)
     assert first["resume"] == "allow" and first["dir"] == str(workdir)
 
