@@ -29,9 +29,10 @@ def evaluate(policy, batches):
     """
     assets = policy.assets
     grippers = gripper_timing_lib.of_data(policy.config, assets.statistics, assets.action)
+    key = jax.random.key(policy.noise_seed) if policy.config.model.generates else None
     errors = jax.jit(
         lambda params, batch: validation.open_loop_errors(
-            policy.model, params, batch, policy.config.loss, grippers
+            policy.model, params, batch, policy.config.loss, grippers, key
         )
     )
     sums, samples = [], 0

@@ -201,7 +201,10 @@ def _planner(policy):
 
     @jax.jit
     def plan(params, latents, context, mask, proprio):
-        inputs = latents.astype(jnp.float32), context, proprio, horizon, mask if hides else None
+        inputs = [latents.astype(jnp.float32), context, proprio, horizon, mask if hides else None]
+        if policy.config.model.generates:
+            shape = (len(latents), horizon, policy.config.model.action_dim)
+            inputs.append(jax.random.normal(jax.random.key(0), shape))
         return policy.model.apply({"params": params}, *inputs, method="act")[0]
 
     return plan
