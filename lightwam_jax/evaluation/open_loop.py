@@ -29,7 +29,8 @@ def evaluate(policy, batches):
     """
     assets = policy.assets
     grippers = gripper_timing_lib.of_data(policy.config, assets.statistics, assets.action)
-    key = jax.random.key(policy.noise_seed) if policy.config.model.generates else None
+    # As the validation of the run has it.
+    key = jax.random.key(policy.config.seed) if policy.config.model.generates else None
     errors = jax.jit(
         lambda params, batch: validation.open_loop_errors(
             policy.model, params, batch, policy.config.loss, grippers, key
