@@ -35,8 +35,9 @@ def config_of(config, **changes):
     """
     config.data.source = "fake"
     if changes.pop("tiny", False):
-        widths = {name: config.model[name] for name in ("action_dim", "proprio_dim")}
-        config.model.update(config_lib.defaults("tiny", **widths)["model"])
+        kept = ("action_dim", "proprio_dim", "action_head", "flow_steps")
+        kept = {name: config.model[name] for name in kept}
+        config.model.update(config_lib.defaults("tiny", **kept)["model"])
         config.data.update(_TINY_DATA)
         config.loss.downsample = 1
     config.update_from_flattened_dict(changes)

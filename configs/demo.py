@@ -46,7 +46,7 @@ MODEL = dict(
 )
 
 
-# Fast-WAM's head at about the parameters of the other: 1.0M beside 1.2M.
+# Fast-WAM's head at about the parameters of the other: 1.02M beside 1.15M.
 FLOW = dict(action_head="flow_dit", flow_dim=192, flow_ffn_dim=384)
 
 
