@@ -22,7 +22,6 @@ from converters.parity.flow_case import (
     back,
     flat_keys,
     inputs_of,
-    joint_velocities,
     mask_of,
 )
 from lightwam_jax import config as config_lib
@@ -198,11 +197,10 @@ def _gradients(case, name, data, grads):
 def _all_frames(case, data, recorded):
     """Fast-WAM's joint variant: actions read all frames of the noised clip."""
     config, (batch, noise) = config_lib.LossConfig(**RELEASE), inputs_of(data)
-    run = case.run(joint_velocities)
     noised = jnp.asarray(data["out_action_in"])
     inputs = channels_last(data["out_video_in"]), noise.t, noised, noise.action_t
     context = batch["context"], batch["proprio"], jnp.asarray(batch["context_mask"])
-    velocity, (_, actions) = run(*inputs, *context)
+    velocity, (_, actions) = case.joint(*inputs, *context)
     out = {
         "velocity": velocity,
         "actions": actions,

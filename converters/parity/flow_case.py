@@ -47,6 +47,11 @@ class Case:
 
         return check
 
+    @functools.cached_property
+    def joint(self):
+        """`joint_velocities` of the model, jitted: compiled once for batches of one size."""
+        return self.run(joint_velocities)
+
     def run(self, method):
         """A jitted function (*inputs) of the model's submodules, by a function of the model."""
         apply = lambda tree, *inputs: self.model.apply({"params": tree}, *inputs, method=method)

@@ -9,7 +9,7 @@ import numpy as np
 
 from converters import lightwam
 from converters.parity.fixtures import Compare, channels_first, channels_last
-from converters.parity.flow_case import GROUP, back, contexts, joint_velocities
+from converters.parity.flow_case import GROUP, back, contexts
 from lightwam_jax import flow, params
 from lightwam_jax.inference import deploy_flow
 from lightwam_jax.models import action_dit, layers
@@ -199,14 +199,16 @@ def _deployed(case, data, steps):
 
 def infer_joint(case, data, recorded):
     """Video and actions denoised together: actions read frame 0, or all frames of the clip."""
-    run, first = case.run(joint_velocities), channels_last(data["in_first_latent"])
-    context = data["in_context"], data["in_proprio"], jnp.asarray(data["in_context_mask"])
+    first, rows = channels_last(data["in_first_latent"]), case.told["config"]["B"]
+    several = lambda x: jnp.repeat(jnp.asarray(x), rows, axis=0)  # as many as in training
+    context = map(several, (data["in_context"], data["in_proprio"], data["in_context_mask"]))
+    run, context = lambda *inputs: case.joint(*map(several, inputs), *context), tuple(context)
     steps = len(data["out_timesteps"])
     for place, prefix in enumerate(("out_", "out_all_video_")):
         x = jnp.asarray(channels_last(recorded["in_noise_video"])).at[:, :1].set(first)
         a, went = jnp.asarray(data["in_noise_action"]), []
         for t, delta in zip(*flow.sampling_schedule(steps, case.model.expert.shift)):
-            v, actions = run(x, t[None], a, t[None], *context)
+            v, actions = jax.tree.map(lambda x: x[:1], run(x, t[None], a, t[None]))
             x = flow.euler_step(x, v, delta).at[:, :1].set(first)
             a = flow.euler_step(a, actions[place], delta)
             went.append((actions[place], a, channels_first(v), channels_first(x)))
