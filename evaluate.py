@@ -262,8 +262,8 @@ def visualize(policy, workdir, out, began):
         }
         for e in chosen[:3]
     ]
-    if policy.config.model.pooling != "learned_query":
-        print("no attention.png: only config.model.pooling='learned_query' attends")
+    if not policy.config.model.attends:
+        print("no attention.png: only learned queries (config.model.pooling) attend")
     else:
         html_report.save_png(directory / "attention.png", draw.attention_grid(policy, seen))
     closed_loop_lib.draw_future(policy, directory, chosen)

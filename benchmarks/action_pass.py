@@ -18,6 +18,7 @@ from lightwam_jax import config as config_lib
 from lightwam_jax import params as params_lib
 from lightwam_jax import sharding
 from lightwam_jax.inference import deploy
+from lightwam_jax.inference.deployment import form
 from lightwam_jax.models import vae as vae_lib
 from lightwam_jax.models.vae22 import Wan22VAE
 from lightwam_jax.training import step as step_lib
@@ -34,8 +35,9 @@ def config_of(config, **changes):
     """
     config.data.source = "fake"
     if changes.pop("tiny", False):
-        widths = {name: config.model[name] for name in ("action_dim", "proprio_dim")}
-        config.model.update(config_lib.defaults("tiny", **widths)["model"])
+        kept = ("action_dim", "proprio_dim", "action_head", "flow_steps")
+        kept = {name: config.model[name] for name in kept}
+        config.model.update(config_lib.defaults("tiny", **kept)["model"])
         config.data.update(_TINY_DATA)
         config.loss.downsample = 1
     config.update_from_flattened_dict(changes)
@@ -67,14 +69,14 @@ def of_config(config):
     def encode(arrays, video):
         return codec.apply({"params": arrays}, (video - 0.5) / 0.5, method="encode")
 
-    return stages(config.model, encode)
+    return stages(config.model, encode, config.data.action_horizon)
 
 
-def stages(model_config, encode_with):
+def stages(model_config, encode_with, horizon):
     """Returns the parts of a deployed policy as pure functions of its weights (see `shapes`).
 
     Args:
-      model_config: `ModelConfig`. encode_with: of its codec.
+      model_config: `ModelConfig`. encode_with: of its codec. horizon: T.
 
     Returns:
       a namespace of functions
@@ -85,18 +87,24 @@ def stages(model_config, encode_with):
         act(weights, canvas, kept, state) -> actions: all but `remember`.
     """
 
+    deployed_as = form(model_config)
+
     def encode(weights, canvas):
         return encode_with(weights["codec"], canvas[:, None])
 
     def remember(weights, text):
-        return deploy.keys_values(weights["policy"], text, model_config)
+        return deployed_as.keys_values(weights["policy"], text, model_config)
 
     def context(weights, state):
         row = deploy._linear(weights["policy"]["proprio"], state)[:, None]
-        return deploy.keys_values(weights["policy"], row, model_config)
+        return deployed_as.keys_values(weights["policy"], row, model_config)
 
     def read(weights, latents, kept, state):
-        return deploy.act(weights["policy"], latents, kept, None, state, model_config)[0]
+        inputs = [weights["policy"], latents, kept, None, state, model_config]
+        if model_config.generates:
+            shape = (len(latents), horizon, model_config.action_dim)
+            inputs += [False, jax.random.normal(jax.random.key(0), shape)]
+        return deployed_as.act(*inputs)[0]
 
     def act(weights, canvas, kept, state):
         return read(weights, encode(weights, canvas), kept, state)
@@ -120,7 +128,8 @@ def deployed(config):
     """Returns the ShapeDtypeStructs of the deployed weights of a config's model."""
     _, _, state = step_lib.state_shapes(config)
     whole, horizon = params_lib.merge(state.trainable, state.frozen), config.data.action_horizon
-    return jax.eval_shape(lambda params: deploy.deployed(params, config.model, horizon), whole)
+    fold = form(config.model).deployed
+    return jax.eval_shape(lambda params: fold(params, config.model, horizon), whole)
 
 
 # ---- random weights ----------------------------------------------------------------------------

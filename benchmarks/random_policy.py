@@ -58,7 +58,9 @@ def parts(policy, observed):
     weights = dict(zip(("policy", "codec"), weights))
     images = {camera: policy_lib.pad_rows(image, len(canvas)) for camera, image in images.items()}
     on_device = jax.device_put(images)
-    do = action_pass.stages(policy.config.model, policy.assets.codec.encode_with)
+    config = policy.config
+    encode = policy.assets.codec.encode_with
+    do = action_pass.stages(config.model, encode, config.data.action_horizon)
     encode, to_context, read = (jax.jit(f) for f in (do.encode, do.context, do.read))
     proprio = actions_lib.pad(jax.device_put(state), policy.config.model.proprio_dim)
     latents, kept = encode(weights, canvas), (kept["keys"], kept["values"])

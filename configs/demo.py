@@ -46,9 +46,15 @@ MODEL = dict(
 )
 
 
-def get_config():
-    c = base.get_config("tiny", **MODEL)
-    c.name = "demo"
+# Fast-WAM's head at about the parameters of the other: 1.02M beside 1.15M.
+FLOW = dict(action_head="flow_dit", flow_dim=192, flow_ffn_dim=384)
+
+
+def get_config(head="state_fusion"):
+    """The demo; `head="flow_dit"` (`--config configs/demo.py:flow_dit`) denoises its actions."""
+    model = MODEL | {"state_fusion": {}, "flow_dit": FLOW}[head]
+    c = base.get_config("tiny", **model)
+    c.name = "demo" if head == "state_fusion" else f"demo_{head}"
     c.data.source = "lerobot"
     c.data.path, c.data.cache = "data/demo/episodes", "data/demo/cache"
     c.data.update(cameras=("scene", "wrist"), canvas=(64, 128), codec="pca")

@@ -94,6 +94,7 @@ _TIME_PROJECTION = "condition_embedder.time_proj.weight"
 _FIRST_GAMMA22 = "encoder.downsamples.0.downsamples.0.residual.0.gamma"
 LAYOUTS = (
     _lightwam("state_fusion_action_expert.fused_norm.weight", lightwam.CHECKPOINT),
+    _lightwam("mot.mixtures.action.head.weight", lightwam.CHECKPOINT),
     _dit("official", "head.modulation", wan_dit.RULES, _dit_config),
     _dit("diffusers", _TIME_PROJECTION, wan_dit.DIFFUSERS, _diffusers_dit_config),
     _vae("wan21", "official", "encoder.downsamples.0.residual.0.gamma", wan_vae.RULES),

@@ -1,4 +1,7 @@
-"""The released Light-WAM checkpoint: `mot`, action expert, proprio encoder <-> our tree."""
+"""The released Light-WAM checkpoint: `mot`, action expert, proprio encoder <-> our tree.
+
+Also that of Fast-WAM, whose action expert is in `mot`, beside the video transformer.
+"""
 
 import dataclasses
 import re
@@ -11,6 +14,8 @@ from lightwam_jax.models.action import SOURCES
 
 SECTIONS = ("mot", "state_fusion_action_expert", "proprio_encoder")  # of the release's file
 MOT_PREFIX = "mixtures.video."
+ACTION_PREFIX = "mixtures.action."
+EXPERT_SECTION = "state_fusion_action_expert"
 
 
 def _norm_mlp(source, target, names=("norm", "fc1", "fc2")):
@@ -51,7 +56,8 @@ def _prefixed(rules, prefix):
 # One flat key space: the checkpoint's sections become prefixes.
 CHECKPOINT = (
     *_prefixed(wan_dit.RULES, f"mot.{MOT_PREFIX}"),
-    *_prefixed(EXPERT, "state_fusion_action_expert."),
+    *_prefixed(wan_dit.ACTION, f"mot.{ACTION_PREFIX}"),
+    *_prefixed(EXPERT, f"{EXPERT_SECTION}."),
     *PROPRIO,
 )
 # torch's named_parameters() of the training module, as gradient files name them.
@@ -66,7 +72,8 @@ def flatten_checkpoint(checkpoint):
     """{"mot": {...}, "state_fusion_action_expert": {...}, "proprio_encoder": {...}, "step", ...}
     -> ({flat key: tensor}, {the rest}).
 
-    The legacy layout with a top-level "dit" (keys without prefix) is read as "mot".
+    The legacy layout with a top-level "dit" (keys without prefix) is read as "mot". A file of
+    Fast-WAM has no "state_fusion_action_expert".
 
     Raises:
       ValueError: a section is missing.
@@ -74,6 +81,8 @@ def flatten_checkpoint(checkpoint):
     sections = {name: dict(checkpoint.get(name, {})) for name in SECTIONS}
     if not sections["mot"] and "dit" in checkpoint:
         sections["mot"] = {MOT_PREFIX + key: value for key, value in checkpoint["dit"].items()}
+    if any(key.startswith(ACTION_PREFIX) for key in sections["mot"]):
+        del sections[EXPERT_SECTION]
     empty = [name for name, section in sections.items() if not section]
     if empty:
         raise ValueError(
@@ -81,7 +90,7 @@ def flatten_checkpoint(checkpoint):
             f"{some_of(map(str, checkpoint))}: is this a Light-WAM checkpoint?"
         )
     flat = {f"{name}.{key}": x for name, section in sections.items() for key, x in section.items()}
-    return flat, {key: value for key, value in checkpoint.items() if key not in (*sections, "dit")}
+    return flat, {key: value for key, value in checkpoint.items() if key not in (*SECTIONS, "dit")}
 
 
 def unflatten_checkpoint(flat, rest):
@@ -90,7 +99,7 @@ def unflatten_checkpoint(flat, rest):
     for key, value in flat.items():
         section, name = key.split(".", 1)
         checkpoint[section][name] = value
-    return {**checkpoint, **rest}
+    return {name: section for name, section in checkpoint.items() if section} | rest
 
 
 def model_config(
@@ -117,11 +126,14 @@ def model_config(
       ValueError: a missing key, or a width that does not divide into the heads.
     """
     dit = _under(shapes, f"mot.{MOT_PREFIX}")
-    expert = _under(shapes, "state_fusion_action_expert.")
+    expert = _under(shapes, f"{EXPERT_SECTION}.")
     if untold := _untold(dit, expert, head_dim, pool_heads, sources):
         raise Untold("; ".join(untold))  # all at once
     fields = wan_dit.model_fields(dit, head_dim)
-    fields.update(expert_fields(expert, fields["dim"], pool_heads, sources))
+    if action := _under(shapes, f"mot.{ACTION_PREFIX}"):
+        fields.update(wan_dit.action_fields(action))
+    else:
+        fields.update(expert_fields(expert, fields["dim"], pool_heads, sources))
     if "proprio_encoder.weight" not in shapes:
         raise ValueError("key proprio_encoder.weight is missing")
     fields.update(
@@ -142,7 +154,7 @@ def _sizes(config):
 
 # Keys that two models of one variant may differ in.
 _NOT_SIZES = {"variant", "action_dim", "proprio_dim", "dtype", "frozen_dtype", "layer_sources"}
-_NOT_SIZES |= {"sources"}
+_NOT_SIZES |= {"sources", "flow_dim", "flow_ffn_dim"}
 
 
 def _under(shapes, prefix):

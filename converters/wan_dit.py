@@ -34,15 +34,20 @@ _NAMES = (
 def _base(column):
     """Rows of the transformer without LoRA and adapters, for one column of `_NAMES`."""
     names = {row[0]: row[column] for row in _NAMES}
-    rows = [
+    return (
         *linear_rows(names["patch_embedding"], "dit/patch_embedding", PATCH),
-        *linear_rows(names["time_projection"], "dit/time_projection"),
         Rule(names["head/modulation"], "dit/head/modulation"),
         *linear_rows(names["head/head"], "dit/head/head"),
-    ]
+        *_stream(names, "dit"),
+    )
+
+
+def _stream(names, target):
+    """Rows of what a stream of tokens is made of: embeddings of time and context, and blocks."""
+    rows = linear_rows(names["time_projection"], f"{target}/time_projection")
     for ours in ("text_embedding_0", "text_embedding_2", "time_embedding_0", "time_embedding_2"):
-        rows += linear_rows(names[ours], f"dit/{ours}")
-    block, ours = "blocks.{block}", "dit/blocks"
+        rows += linear_rows(names[ours], f"{target}/{ours}")
+    block, ours = "blocks.{block}", f"{target}/blocks"
     rows += [
         Rule(f"{block}.{names['modulation']}", f"{ours}/modulation"),
         *norm_rows(f"{block}.{names['norm3']}", f"{ours}/norm3"),
@@ -56,7 +61,7 @@ def _base(column):
         rows += [
             Rule(f"{theirs}.norm_{p}.weight", f"{ours}/{attention}/norm_{p}/scale") for p in "qk"
         ]
-    return tuple(rows)
+    return rows
 
 
 def _lora(source, target):
@@ -85,6 +90,13 @@ PEFT = (
 )
 
 RULES = BASE + PEFT
+
+# Fast-WAM's stream of actions beside the video's: the same blocks, other ends.
+ACTION = (
+    *linear_rows("action_encoder", "expert/action_encoder"),
+    *_stream({row[0]: row[1] for row in _NAMES}, "expert"),
+    *linear_rows("head", "expert/head"),
+)
 
 
 def stacked_layers(num_layers, lora_layers):
@@ -140,6 +152,20 @@ def untold_heads(width, head_dim):
     return (
         f"attention width {width} is not a multiple of the head dim {head_dim}; "
         "the file does not tell it: pass --head_dim"
+    )
+
+
+def action_fields(shapes):
+    """Fields of a `ModelConfig` that the keys and shapes of Fast-WAM's action stream tell."""
+    needed = ("action_encoder.weight", "blocks.0.ffn.0.weight")
+    if missing := [key for key in needed if key not in shapes]:
+        raise ValueError(f"missing keys of the action stream: {some_of(missing)}")
+    dim, action_dim = shapes[needed[0]]
+    return dict(
+        action_head="flow_dit",
+        action_dim=action_dim,
+        flow_dim=dim,
+        flow_ffn_dim=shapes[needed[1]][0],
     )
 
 

@@ -3,23 +3,29 @@
 import jax
 import jax.numpy as jnp
 
-from lightwam_jax.models import action, dit, lightwam
+from lightwam_jax.models import action, action_dit, dit, lightwam
 
 
 def build_model(config):
     """Returns the `LightWAM` module of a `ModelConfig`; no parameters are made."""
     dtype = jnp.dtype(config.dtype)
 
-    layers = len(config.adapter_layers)
-    sources = action.resolve_sources(config.sources, config.layer_sources, layers)
-
     def make(module, **given):  # fields of a module are named as in the config
         names = module.__dataclass_fields__
         same = {name: getattr(config, name) for name in names if hasattr(config, name)}
         return module(**same | dict(dtype=dtype) | given)
 
-    backbone = make(dit.WanDiT, attention=attention_implementation(config))
-    expert = make(action.StateFusionActionExpert, layer_sources=sources)
+    attention = attention_implementation(config)
+    backbone = make(dit.WanDiT, attention=attention)
+    if config.action_head == "flow_dit":
+        flow = {
+            name: getattr(config, f"flow_{name}") for name in ("dim", "ffn_dim", "steps", "shift")
+        }
+        expert = make(action_dit.ActionDiT, attention=attention, **flow)
+    else:
+        layers = len(config.adapter_layers)
+        sources = action.resolve_sources(config.sources, config.layer_sources, layers)
+        expert = make(action.StateFusionActionExpert, layer_sources=sources)
     return lightwam.LightWAM(dit=backbone, expert=expert, dtype=dtype)
 
 
@@ -53,4 +59,6 @@ def init_params(model, rng, config):
     noisy = jnp.zeros((1, 2, 2, 2, config.latent_channels))
     text = jnp.zeros((1, 1, config.text_dim))
     proprio = jnp.zeros((1, config.proprio_dim))
-    return model.init(rng, noisy, jnp.zeros(1), latents, text, proprio, 1)["params"]
+    noised = (jnp.zeros((1, 1, config.action_dim)), jnp.zeros(1)) if model.generates else None
+    inputs = (noisy, jnp.zeros(1), latents, text, proprio, 1, None, noised)
+    return model.init(rng, *inputs)["params"]

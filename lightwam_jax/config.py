@@ -1,5 +1,7 @@
 """Every config key, once: type, default and meaning. `docs/config.md` is made from this file.
 
+Those of config.model are in `config_model.py`.
+
 A comment above a key, or behind it, is its meaning there; `make docs` writes the page. Configs are
 ConfigDicts (`configs/*.py`) down to `from_config_dict`; everything below works with these frozen
 dataclasses. A key that is missing, unknown or of another type is an error before anything else
@@ -12,66 +14,11 @@ import typing
 from typing import Literal
 
 from lightwam_jax import config_checks, config_read
+from lightwam_jax.config_model import ModelConfig
 from lightwam_jax.models import variants
 
 # Video frames that the codec packs into each latent frame after the first.
 FRAMES_PER_LATENT = 4
-
-Source = Literal["backbone", "adapted", "delta"]
-DType = Literal["bfloat16", "float32"]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """Sizes and dtypes. Keys without a default here have one per table of `models/variants.py`."""
-
-    variant: str  # the table the sizes come from
-    dim: int  # width of the backbone
-    num_heads: int  # attention heads of a block
-    head_dim: int  # width of a head
-    ffn_dim: int  # width of the feed-forward layers
-    num_layers: int  # blocks
-    text_dim: int  # width of the text encoder's rows
-    freq_dim: int  # width of the timestep's sinusoids
-    latent_channels: int  # channels of the video latent
-    eps: float = 1e-6  # of the backbone's norms
-    # Which frames a video token sees: "first_frame_causal": all, but frame 0 only itself.
-    attention_mask: Literal["first_frame_causal", "per_frame_causal", "bidirectional"] = (
-        "first_frame_causal"
-    )
-    gate_init: float = 0.0  # mean of the blocks' gates at the start; 1: their output counts at once
-    lora_rank: int  # 0: no LoRA
-    lora_alpha: float  # what LoRA adds is scaled by lora_alpha / lora_rank
-    lora_layers: tuple[int, ...]  # blocks with LoRA
-    lora_targets: tuple[str, ...] = variants.ALL_LORA_TARGETS  # linear layers with LoRA
-    adapter_layers: tuple[int, ...]  # blocks followed by an adapter; the action expert reads there
-    adapter_dim: int  # width of the adapters' bottleneck
-    adapter_scale: float = 1.0  # factor of what the adapters add
-    # How the action expert reads the tokens; "concat" joins the means of num_queries groups.
-    pooling: Literal["learned_query", "mean", "concat"] = "learned_query"
-    num_queries: int  # learned queries per state that is read; of "concat": groups
-    query_init: float = 0.02  # deviation of the learned queries at the start, as released
-    pool_heads: int  # attention heads of the learned queries
-    merge_dim: int = 0  # width of the merged query slots; 0: one softmax-weighted sum over queries
-    merge_slots: int = 2  # merged query slots; only with merge_dim
-    sources: tuple[Source, ...] = ("adapted",)  # which states the action expert reads
-    layer_sources: tuple[tuple[Source, ...], ...] = ()  # per adapter layer; (): `sources` for all
-    per_layer_dim: int  # width of the summary of one adapter layer
-    trunk_dim: int  # width of the action expert's trunk
-    trunk_blocks: int = 1  # residual blocks of the trunk
-    step_pos_dim: int  # width of the sinusoids that number the steps of the action chunk
-    action_dim: int = 7  # width of an action
-    proprio_dim: int = 8  # width of the robot's state
-    dtype: DType = "bfloat16"  # compute
-    # Storage of parameters that do not learn. "int8": kernels of the blocks' linears, with a scale
-    # per output channel, in half the memory of bfloat16; the rest is bfloat16 then.
-    frozen_dtype: Literal["bfloat16", "float32", "int8"] = "bfloat16"
-    # "cudnn": NVIDIA, bfloat16 only; "auto": that where it can be, else "xla".
-    attention: Literal["auto", "xla", "cudnn"] = "auto"
-    # What the backward pass computes again: nothing; all but what linears and attention give
-    # ("linears"); all but the matrix products of linears ("dots"), which keeps more; or everything.
-    remat: Literal["none", "linears", "dots", "full"] = "none"
-    scan_unroll: int = 1  # blocks per loop iteration; large: fully unrolled
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,6 +15,13 @@ def check(c, frames_per_latent):
             f"config.model.attention='cudnn' computes in bfloat16 only, "
             f"config.model.dtype is {c.model.dtype!r}; use 'auto' or 'xla'"
         )
+    if c.model.flow_steps < 1:
+        raise ValueError(f"config.model.flow_steps={c.model.flow_steps}: expected 1 or more")
+    if c.model.generates and c.model.attention_mask == "bidirectional":
+        raise ValueError(
+            "config.model.action_head='flow_dit' reads frame 0, which must not depend on later "
+            "frames: use config.model.attention_mask='first_frame_causal'"
+        )
     if c.train.batch_size % c.optimizer.accum_steps:
         raise ValueError(
             f"config.train.batch_size={c.train.batch_size} must be a multiple of "

@@ -16,7 +16,18 @@ RENAMED = {
 }
 
 # Keys that came later, with the value that keeps the meaning of a config saved without them.
-ADDED = {"data.action_kinds": (), "data.tolerance_s": 0.0, "train.wandb": ""}
+ADDED = {
+    "data.action_kinds": (),
+    "data.tolerance_s": 0.0,
+    "model.action_head": "state_fusion",
+    "model.flow_dim": 0,
+    "model.flow_ffn_dim": 0,
+    "model.flow_steps": 10,
+    "model.flow_shift": 5.0,
+    "model.flow_init": "random",
+    "model.flow_noise": "fresh",
+    "train.wandb": "",
+}
 
 
 class ConfigError(ValueError):

@@ -23,6 +23,9 @@ SMALL = {
     "model.ffn_dim": 32,
     "model.per_layer_dim": 16,
     "model.trunk_dim": 16,
+    "model.flow_dim": 16,
+    "model.flow_ffn_dim": 16,
+    "model.flow_steps": 2,
     "model.num_layers": 2,
     "model.adapter_layers": "(0,1)",
     "evaluation.episodes": 2,
@@ -41,10 +44,11 @@ def run(*command, **environment):
 
 
 @pytest.mark.slow
-def test_demo_pipeline(tmp_path):
+@pytest.mark.parametrize("head", ["state_fusion", "flow_dit"])
+def test_demo_pipeline(tmp_path, head):
     config = [
         "--config",
-        "configs/demo.py",
+        f"configs/demo.py:{head}",
         f"--config.data.path={tmp_path / 'episodes'}",
         f"--config.data.cache={tmp_path / 'cache'}",
     ]

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 LEVELS = [
     ["atomic", "flow", "folders", "html_report"],
     ["models"],
-    ["config", "config_read", "config_checks", "config_docs", "command_line"],
+    ["config", "config_model", "config_read", "config_checks", "config_docs", "command_line"],
     ["params", "build"],
     ["sharding", "distributed"],
     ["checkpoint"],

@@ -12,7 +12,7 @@ from converters import lightwam, rules
 from converters.parity.fixtures import Compare, channels_first, channels_last, matching
 from lightwam_jax import build, flow, params
 from lightwam_jax import config as config_lib
-from lightwam_jax.models import adapters, dit, layers
+from lightwam_jax.models import adapters, blocks, layers
 
 # ---- a_dit -------------------------------------------------------------------------------------
 
@@ -83,7 +83,7 @@ def _blocks(name, module, flat, data):
     rope = layers.rope_table(*_grid(data), module.head_dim)
     prefix = "dit/blocks/"
     stacked = {path[len(prefix) :]: x for path, x in flat.items() if path.startswith(prefix)}
-    block = dit.Block(**module.block_fields(True))  # the fixture has LoRA in every block
+    block = blocks.Block(**module.block_fields(True))  # the fixture has LoRA in every block
 
     # Keys and values first, as in a real pass; then the block with its inner results captured.
     @jax.jit
@@ -104,14 +104,14 @@ def _blocks(name, module, flat, data):
         if i == 0:
             attention = seen["self_attn"]
             inner = {
-                "q_normed": attention["norm_q"],
-                "k_normed": attention["norm_k"],
-                "self_attn": attention,
-                "cross_attn": seen["cross_attn"],
+                "q_normed": attention["norm_q"]["__call__"][0],
+                "k_normed": attention["norm_k"]["__call__"][0],
+                "self_attn": attention["__call__"][0][0],  # besides, its keys and values
+                "cross_attn": seen["cross_attn"]["__call__"][0],
             }
             for tensor, value in inner.items():
                 tensor = f"block0_{tensor}"
-                yield compare(tensor, value["__call__"][0], data[tensor])
+                yield compare(tensor, value, data[tensor])
         x = data.get(f"adapter_out_{i}", data[f"block_out_{i}"])
 
 

@@ -28,7 +28,7 @@ def d_train(fixtures):
         config = _loss_config(told["options"])
         differentiate = fixtures.has(f"d_train/{name}_grads.safetensors")
         run, trainable = _gradient_function(fixtures, config, differentiate)
-        batch, noise = _batch(data)
+        batch, noise = batch_of(data)
         recorded = info.get("grad_noise_f32_vs_f64", {}).get(name, {})
         parts, out, grads = run(trainable, batch, noise)
         yield from _losses(fixtures, name, data, config, (batch, noise, parts, out))
@@ -60,7 +60,7 @@ def _loss_config(options):
     )
 
 
-def _batch(data):
+def batch_of(data):
     """A fixture's inputs -> (batch as the loader makes it, Noise)."""
     latents = data.get("input_latents", data.get("in_video_latents"))
     batch = {
@@ -182,7 +182,7 @@ _ADAMW = dict(
 
 def _optimizer(fixtures, told, run, start, recorded):
     """AdamW from the checkpoint over the recorded batches, with and without clipping."""
-    batches = [_batch(fixtures.arrays(f"d_train/opt_step{i}.npz")) for i in (1, 2)]
+    batches = [batch_of(fixtures.arrays(f"d_train/opt_step{i}.npz")) for i in (1, 2)]
     fields = {name: told[name] for name in ("lr", "eps", "weight_decay")}
     fields = {**_ADAMW, **fields, **dict(zip(("b1", "b2"), told["betas"]))}
     for label, clip in ((f"clip{told['max_norm']}", told["max_norm"]), ("noclip", 0.0)):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import jax
 
-from converters.parity import data, inference, model, pretrained, training
+from converters.parity import data, flow_action, inference, model, pretrained, training
 from converters.parity.fixtures import Fixtures, NotCovered
 
 # Folder of a group -> function (fixtures) that yields its `Check`s and `NotCovered`s.
@@ -22,6 +22,7 @@ GROUPS = {
     "f_vae": pretrained.f_vae,
     "g_text": pretrained.g_text,
     "h_data": data.h_data,
+    "i_flow_action": flow_action.i_flow_action,
 }
 
 

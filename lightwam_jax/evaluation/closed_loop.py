@@ -216,12 +216,12 @@ def _published_section(published):
 def _episode_sections(policy, directory, suite, result, videos):
     """One episode as a strip of images, then the attention in several of them.
 
-    A policy that pools without queries has no attention to draw, and no second section.
+    A policy without learned queries has no attention to draw, and no second section.
     """
     strip = directory / f"{suite}.png"
     html_report.save_png(strip, draw.episode_strip(policy, result, videos[0]))
-    if policy.config.model.pooling != "learned_query":
-        text = "This policy pools without learned queries: there is no attention to draw."
+    if not policy.config.model.attends:
+        text = "This policy reads without learned queries: there is no attention to draw."
         return [html_report.Section("One episode", text, _wide(strip))]
     seen = [each["observations"][len(each["observations"]) // 3] for each in videos[:3]]
     html_report.save_png(directory / "attention.png", draw.attention_grid(policy, seen))

@@ -267,7 +267,7 @@ def episode_strip(policy, result, video, count=6, edge=150):
     images = [{camera: video["frames"][camera][k] for camera in cameras} for k in frames]
     images = [cameras_lib.shown(each, policy.config.data) for each in images]
     rows = [html_report.Row([p[camera] for p in images], f"{camera} camera") for camera in cameras]
-    if policy.config.model.pooling == "learned_query":
+    if policy.config.model.attends:
         maps = list(attention(policy, video["observations"]).values())[-1]  # last adapter layer
         plans = np.searchsorted(video["plan_steps"], steps[frames], "right") - 1  # those in force
         overlaid = [draw_over(image, maps, plan) for image, plan in zip(images, plans)]

@@ -29,9 +29,11 @@ def evaluate(policy, batches):
     """
     assets = policy.assets
     grippers = gripper_timing_lib.of_data(policy.config, assets.statistics, assets.action)
+    # As the validation of the run has it.
+    key = jax.random.key(policy.config.seed) if policy.config.model.generates else None
     errors = jax.jit(
         lambda params, batch: validation.open_loop_errors(
-            policy.model, params, batch, policy.config.loss, grippers
+            policy.model, params, batch, policy.config.loss, grippers, key
         )
     )
     sums, samples = [], 0

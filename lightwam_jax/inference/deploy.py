@@ -169,20 +169,42 @@ def act(weights, latents, text, mask, proprio, config, taps=False):
 
 
 def _block(w, x, keys, values, mask, rope, config):
-    heads = lambda a: a.reshape(*a.shape[:-1], config.num_heads, config.head_dim)
-    kernel = build.attention_implementation(config)
-    attend = lambda q, k, v, mask=None: layers.attention(q, k, v, mask, kernel, False)
-    qkv = _linear(w["qkv"], x, config.eps)
-    qkv = einops.rearrange(qkv, "b s (three d) -> b s three d", three=3)
-    qk = _rms_rotated(heads(qkv[:, :, :2]), heads(w["norm_qk"]), *rope, config.eps).astype(x.dtype)
-    out = attend(qk[:, :, 0], qk[:, :, 1], heads(qkv[:, :, 2]))
-    x = x + _linear(w["o"], out.reshape(x.shape))
-    q = _linear(w["cross_q"], x, config.eps)
-    q = heads(_rms(q, w["cross_norm_q"], config.eps).astype(x.dtype))
-    x = x + _linear(w["cross_o"], attend(q, keys, values, mask).reshape(x.shape))
+    own = queries_keys_values(w, _linear(w["qkv"], x, config.eps), rope, config)
+    return after_attention(w, x, own, keys, values, mask, config)
+
+
+def after_attention(w, x, own, keys, values, mask, config):
+    """The rest of a block of the frame, of its queries, keys and values `own`."""
+    out = attend(*own, None, config)
+    x = x + _linear(w["o"], out.reshape(*x.shape[:2], -1))
+    x = cross_attended(w, x, keys, values, mask, config)
     # In the compute dtype, not in float32 as elsewhere: on GPUs it then is part of the product.
     h = jax.nn.gelu(_linear(w["up"], x, config.eps), approximate=True)
     return x + _linear(w["down"], h)
+
+
+def queries_keys_values(w, qkv, rope, config):
+    """The product of a block's "qkv" [B,S,3NK] -> q, k (normed, rotated) and v, [B,S,N,K] each."""
+    heads = lambda a: a.reshape(*a.shape[:-1], config.num_heads, config.head_dim)
+    qkv = einops.rearrange(qkv, "b s (three d) -> b s three d", three=3)
+    qk = _rms_rotated(heads(qkv[:, :, :2]), heads(w["norm_qk"]), *rope, config.eps)
+    qk = qk.astype(qkv.dtype)
+    return qk[:, :, 0], qk[:, :, 1], heads(qkv[:, :, 2])
+
+
+def cross_attended(w, x, keys, values, mask, config):
+    """x [B,S,D] and what it reads of the context; keys and values [B,L,N,K]."""
+    q = _linear(w["cross_q"], x, config.eps)
+    q = _rms(q, w["cross_norm_q"], config.eps).astype(x.dtype)
+    q = q.reshape(*q.shape[:-1], config.num_heads, config.head_dim)
+    out = attend(q, keys, values, mask, config)
+    return x + _linear(w["cross_o"], out.reshape(*x.shape[:2], -1))
+
+
+def attend(q, k, v, mask, config):
+    """`layers.attention` without derivatives, as a `ModelConfig` has it."""
+    kernel = build.attention_implementation(config)
+    return layers.attention(q, k, v, mask, kernel, differentiable=False)
 
 
 def _rms_rotated(x, scale, cos, sin, eps):

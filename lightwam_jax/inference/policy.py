@@ -28,8 +28,10 @@ from lightwam_jax.data import cameras as cameras_lib
 from lightwam_jax.data import device_canvas
 from lightwam_jax.encoders import text as text_lib
 from lightwam_jax.inference import contexts as contexts_lib
-from lightwam_jax.inference import deploy as deploy_lib
+from lightwam_jax.inference import rows as rows_lib
 from lightwam_jax.inference.batching import PADDED_SIZES, pad_rows
+from lightwam_jax.inference.deployment import form as _form
+from lightwam_jax.inference.rows import padded_size as _padded_size
 from lightwam_jax.models import lightwam, quantized
 
 # Arrays of a context, and which axis is the batch: of the whole model, of the deployed form.
@@ -46,6 +48,7 @@ class Policy:
       config: `Config`. assets: `data.assets.Assets`.
       step: of the checkpoint; None for parameters that were never trained.
       demonstrated: seeds that an exported policy knows, as `suites.SuiteRun` has them; else None.
+      noise_seed: of the noise that plans start from, where the model `generates`.
     """
 
     def __init__(self, model, params, config, assets, step=None, deploy=False):
@@ -57,6 +60,7 @@ class Policy:
         self.is_deployed, self._stored = deploy, None if deploy else _dtypes(params)
         self._deployed = self.demonstrated = None
         self._transform = actions_lib.from_config(config)
+        self.noise_seed = 0
         self._traced = []  # batch size of each compilation of the action pass
         bare = copy.copy(self)  # what is compiled is of it: other weights share it, and keep no old
         self.params = jax.device_put(params)
@@ -110,7 +114,8 @@ class Policy:
         params = params_lib.segmented(stored.params, config.model)
         dtypes = _dtypes(params)
         if deploy:
-            params = deploy_lib.deployed(params, config.model, config.data.action_horizon)
+            horizon = config.data.action_horizon
+            params = _form(config.model).deployed(params, config.model, horizon)
         model = build.build_model(config.model)
         policy = cls(model, params, config, assets, stored.meta["step"], deploy)
         policy._stored, policy.demonstrated = dtypes, stored.meta.get("demonstrated")
@@ -290,19 +295,22 @@ class Policy:
         """What of an instruction stays the same from call to call; see `_CONTEXT_AXES`."""
         if not self.is_deployed:
             return {"text": text, "mask": mask}
-        keys, values = deploy_lib.keys_values(params, text, self.config.model)
+        keys, values = _form(self.config.model).keys_values(params, text, self.config.model)
         return {"keys": keys, "values": values, "mask": mask}
 
-    def _action_pass(self, params, codec, canvas, context, state, taps):
+    def _action_pass(self, params, codec, canvas, context, state, seeds=None, taps=False):
         self._traced.append(len(canvas))
         latents, proprio = self._inputs(codec, canvas, state)
-        mask, model = self._mask(context), self.config.model
+        mask, model, given = self._mask(context), self.config.model, {}
+        horizon = self.config.data.action_horizon
+        if seeds is not None:
+            given["noise"] = rows_lib.noise(seeds, (horizon, model.action_dim), model.flow_noise)
         if self.is_deployed:
-            text = context["keys"], context["values"]
-            actions, seen = deploy_lib.act(params, latents, text, mask, proprio, model, taps)
+            inputs = latents, (context["keys"], context["values"]), mask, proprio, model, taps
+            actions, seen = _form(model).act(params, *inputs, **given)
         else:
-            inputs = latents, context["text"], proprio, self.config.data.action_horizon, mask
-            actions, seen = self.model.apply({"params": params}, *inputs, method="act")
+            inputs = latents, context["text"], proprio, horizon, mask
+            actions, seen = self.model.apply({"params": params}, *inputs, **given, method="act")
         shown = ("attention_", "query_importance_")
         seen = {name: tap for name, tap in seen.items() if taps and name.startswith(shown)}
         actions = self.assets.action.inverse(actions[..., : config_lib.action_width(self.config)])
@@ -332,7 +340,11 @@ class Policy:
     # ---- around them ---------------------------------------------------------------------------
 
     def _act_padded(self, images, state, prompts, taps=False, rows=None):
-        actions, seen = self._act(*self._padded(images, state, prompts, rows), taps=taps)
+        inputs = self._padded(images, state, prompts, rows)
+        if self.config.model.generates:
+            seeds = rows_lib.noise_seeds(images, state, self.noise_seed)
+            inputs = *inputs, pad_rows(seeds, len(inputs[-1]))
+        actions, seen = self._act(*inputs, taps=taps)
         return np.asarray(actions, np.float32)[: len(state)], seen
 
     def _padded(self, images, state, prompts, rows=None):
@@ -355,7 +367,8 @@ class Policy:
         return rows.astype(_CACHE_DTYPE), masks
 
     def _deployed_weights(self, params):
-        return deploy_lib.deployed(params, self.config.model, self.config.data.action_horizon)
+        model, horizon = self.config.model, self.config.data.action_horizon
+        return _form(model).deployed(params, model, horizon)
 
     def _need_whole_model(self):
         if self.is_deployed:
@@ -388,10 +401,3 @@ class Policy:
         if isinstance(prompts, str) or len(prompts) != rows:
             raise ValueError(f"prompts is {prompts!r}; expected a list of {rows} instructions")
         return images, state
-
-
-def _padded_size(rows):
-    """Returns the smallest padded batch size that holds `rows`."""
-    if rows > PADDED_SIZES[-1]:
-        raise ValueError(f"{rows} rows at once; expected at most {PADDED_SIZES[-1]}")
-    return next(size for size in PADDED_SIZES if size >= rows)

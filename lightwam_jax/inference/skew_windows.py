@@ -14,6 +14,7 @@ from lightwam_jax import encoders
 from lightwam_jax.data import actions as actions_lib
 from lightwam_jax.data import loader
 from lightwam_jax.data import windows as windows_lib
+from lightwam_jax.inference import rows as rows_lib
 
 _BATCH = 8  # windows of a call of the model
 _GOLDEN = 0.6180339887  # places of the windows of an episode: evenly spread, never the same twice
@@ -156,10 +157,10 @@ def trained(policy, windows):
         encode = policy.assets.codec.encode
         latents = np.concatenate([np.asarray(encode(s["video"][None, :1])) for s in samples])
         latents = latents.astype(ml_dtypes.bfloat16)
-    states = np.stack([window.moment().state for window in windows])
+    moments = [window.moment() for window in windows]
     return _planned(
-        policy, np.stack(canvas), latents, stack("context"), stack("context_mask"),
-        stack("proprio"), states,
+        policy, moments, np.stack(canvas), latents, stack("context"), stack("context_mask"),
+        stack("proprio"),
     )  # fmt: skip
 
 
@@ -177,7 +178,7 @@ def recomputed(policy, moments):
     latents = latents.astype(ml_dtypes.bfloat16)
     context = context.astype(ml_dtypes.bfloat16)
     canvas = encoders.base.to_float(canvas)
-    return _planned(policy, canvas, latents, context, mask, proprio, states)
+    return _planned(policy, moments, canvas, latents, context, mask, proprio)
 
 
 def _canvas(window):
@@ -200,19 +201,30 @@ def _planner(policy):
     horizon, hides = policy.config.data.action_horizon, policy.config.loss.mask_text_padding
 
     @jax.jit
-    def plan(params, latents, context, mask, proprio):
-        inputs = latents.astype(jnp.float32), context, proprio, horizon, mask if hides else None
+    def plan(params, latents, context, mask, proprio, seeds=None):
+        inputs = [latents.astype(jnp.float32), context, proprio, horizon, mask if hides else None]
+        if seeds is not None:
+            model = policy.config.model
+            inputs.append(rows_lib.noise(seeds, (horizon, model.action_dim), model.flow_noise))
         return policy.model.apply({"params": params}, *inputs, method="act")[0]
 
     return plan
 
 
-def _planned(policy, canvas, latents, context, mask, proprio, states):
-    config, plan = policy.config, _planner(policy)
-    rows = min(_BATCH, len(latents))
+def _noise_seeds(policy, moment):
+    """As `Policy.act` has it of a moment, uint32 [1]."""
+    images = {camera: image[None] for camera, image in moment.images.items()}
+    return rows_lib.noise_seeds(images, moment.state[None], policy.noise_seed)
+
+
+def _planned(policy, moments, canvas, latents, context, mask, proprio):
+    config, plan, states = policy.config, _planner(policy), np.stack([m.state for m in moments])
+    rows, inputs = min(_BATCH, len(latents)), [latents, context, mask, proprio]
+    if config.model.generates:
+        inputs.append(np.concatenate([_noise_seeds(policy, moment) for moment in moments]))
     parts = []
     for start in range(0, len(latents), rows):
-        some = [x[start : start + rows] for x in (latents, context, mask, proprio)]
+        some = [x[start : start + rows] for x in inputs]
         missing = rows - len(some[0])  # one shape: compiled once
         some = [np.concatenate([x, np.repeat(x[:1], missing, axis=0)]) for x in some]
         parts.append(np.asarray(plan(policy.params, *some))[: rows - missing])

@@ -130,6 +130,15 @@ def rope_table(frames, height, width, head_dim):
     return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
 
 
+def line_rope_table(count, head_dim):
+    """As `rope_table`, of tokens in a line: one axis, their index, over the whole head dim.
+
+    Returns two float32 constants [1, count, K/2].
+    """
+    angles = np.outer(np.arange(count), _frequencies(head_dim))[None]
+    return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+
+
 def apply_rope(x, cos, sin):
     """Rotates adjacent pairs of x [B,S,N,K] by tables [F, S/F, K/2], in float32.
 

@@ -3,6 +3,9 @@
 `velocity` is the world model: it denoises three pooled latent frames. `act` is the policy: it
 runs the clean current frame up to the last adapter and regresses the action chunk from what the
 learned queries read there. A training step runs both over shared context (`__call__`).
+
+With `ActionDiT` as its expert it is what the paper compares with: the clean frame runs through all
+blocks, and actions are denoised over the keys and values that it leaves there.
 """
 
 from typing import Any, NamedTuple
@@ -14,6 +17,7 @@ import jax.numpy as jnp
 
 from lightwam_jax import flow
 from lightwam_jax.models.action import StateFusionActionExpert
+from lightwam_jax.models.action_dit import ActionDiT
 from lightwam_jax.models.dit import WanDiT
 from lightwam_jax.models.layers import Linear
 
@@ -30,57 +34,78 @@ class LightWAM(nn.Module):
 
     Latents are channels-last [B,F,H,W,C]; text is the raw text encoder's output
     [B,L,text_dim] with zero rows past the prompt; text_mask [B,L] bool, or None to let attention
-    see the zero rows as the release does; proprio [B,P] normalised, or None.
+    see the zero rows as the release does; proprio [B,P] normalised, or None. Only where `generates`
+    do actions begin as noise.
     """
 
     dit: WanDiT
-    expert: StateFusionActionExpert
+    expert: StateFusionActionExpert | ActionDiT
     dtype: jnp.dtype
 
     def setup(self):
         self.proprio_encoder = Linear(self.dit.text_dim, self.dtype)
 
-    def __call__(self, noisy, t, observation, text, proprio, horizon, text_mask=None):
+    @property
+    def generates(self):
+        """Whether actions are denoised (`ActionDiT`) or regressed in one pass."""
+        return isinstance(self.expert, ActionDiT)
+
+    def __call__(self, noisy, t, observation, text, proprio, horizon, text_mask=None, noised=None):
         """Both passes of a training step over one context.
 
         Args:
           noisy: pooled latents [B,F,h,w,C], frame 0 clean; t: [B] in 0..1000.
           observation: the current frame at full resolution [B,1,H,W,C].
+          noised: actions [B,horizon,A] and their own timesteps [B], for a model that `generates`.
 
         Returns:
-          velocity [B,F,h,w,C] and actions [B,horizon,A], float32.
+          velocity [B,F,h,w,C] and actions [B,horizon,A], float32; of a model that `generates`, the
+          velocity of `noised` in place of actions.
         """
         context = self.encode_context(text, proprio, text_mask)
         velocity = self.dit.velocity(noisy, t, *context)
-        actions, _ = self._read_actions(observation, context, horizon)
-        return velocity, actions
+        if not self.generates:
+            return velocity, self._read_actions(observation, context, horizon)[0]
+        own = self.encode_action_context(text, proprio)
+        seen = self._observe(observation, context)
+        return velocity, self.expert.velocity(*noised, seen, own, context.mask)
 
     def encode_context(self, text, proprio=None, text_mask=None, stop_after=None):
         """Text rows and, last, one proprio row, through the text embedding to every block.
 
         The proprio row lives in raw text space (lightwam.py, append proprio token).
         """
-        rows, mask = text.astype(self.dtype), text_mask
-        if proprio is not None:
-            row = self.proprio_encoder(proprio)[:, None]
-            rows = jnp.concatenate([rows, row], axis=1)
-            if mask is not None:
-                mask = jnp.pad(mask, ((0, 0), (0, 1)), constant_values=True)
-        context = self.dit.embed_context(rows)
+        mask = text_mask
+        if proprio is not None and mask is not None:
+            mask = jnp.pad(mask, ((0, 0), (0, 1)), constant_values=True)
+        context = self.dit.embed_context(_context_rows(self, text, proprio))
         return Context(self.dit.keys_values(context, stop_after), mask)
 
-    def act(self, latents, text, proprio, horizon, text_mask=None):
+    def encode_action_context(self, text, proprio=None):
+        """The same rows through the embedding of `ActionDiT`: (k, v) [n,B,L,N,K] of its blocks."""
+        context = self.expert.embed_context(_context_rows(self, text, proprio))
+        return self.expert.keys_values(context)
+
+    def act(self, latents, text, proprio, horizon, text_mask=None, noise=None):
         """Action chunk for the current frame's latents [B,1,H,W,C].
 
         Runs no block beyond the last adapter. Returns actions [B,horizon,A] float32
         (normalised units) and taps: `state_{layer}` {"backbone","adapted"} [B,S,D] and the
         expert's, where the names carry the adapter's layer: `attention_{layer}_{source}`.
+
+        A model that `generates` runs all blocks, and starts from `noise` [B,horizon,A], unit
+        normal; its taps are those of `ActionDiT.solve`.
         """
         chex.assert_rank([latents, text], [5, 3])
         chex.assert_axis_dimension(latents, 1, 1)
-        stop_after = self.dit.adapter_layers[-1]
-        context = self.encode_context(text, proprio, text_mask, stop_after)
-        return self._read_actions(latents, context, horizon)
+        if not self.generates:
+            stop_after = self.dit.adapter_layers[-1]
+            context = self.encode_context(text, proprio, text_mask, stop_after)
+            return self._read_actions(latents, context, horizon)
+        chex.assert_shape(noise, (latents.shape[0], horizon, self.expert.action_dim))
+        context = self.encode_context(text, proprio, text_mask)
+        own = self.encode_action_context(text, proprio)
+        return self.expert.solve(noise, self._observe(latents, context), own, context.mask)
 
     def velocity(self, latents, t, text, proprio=None, text_mask=None):
         """Flow velocity [B,F,h,w,C] of noised latents (frame 0 clean) at timesteps t [B]."""
@@ -128,6 +153,10 @@ class LightWAM(nn.Module):
         solve = nn.scan(body, variable_broadcast="params", split_rngs={"params": False})
         return solve(self.dit, jnp.asarray(noise).at[:, :1].set(first), (times, deltas))
 
+    def _observe(self, observation, context):
+        """Keys and values (k, v) [n,B,S,N,K] of the clean frame, of every block."""
+        return self.dit.observe(observation, None, *context)[-1]
+
     def _read_actions(self, observation, context, horizon):
         stop_after = self.dit.adapter_layers[-1]
         _, states, _ = self.dit.backbone(observation, None, *context, stop_after=stop_after)
@@ -139,6 +168,14 @@ class LightWAM(nn.Module):
                 for name in [name for name in read if name.startswith(prefix)]:
                     taps[f"{kind}_{layer}_{name.removeprefix(prefix)}"] = read[name]
         return actions, taps
+
+
+def _context_rows(model, text, proprio):
+    """Raw rows [B,L,text_dim] of text and, last, of the state."""
+    rows = text.astype(model.dtype)
+    if proprio is None:
+        return rows
+    return jnp.concatenate([rows, model.proprio_encoder(proprio)[:, None]], axis=1)
 
 
 def pool_latents(latents, factor):

@@ -15,7 +15,7 @@ class LoRALinear(nn.Module):
     (zero, so that a fresh LoRA changes nothing). Source: wan_video_dit.py:62-91.
 
     The output and `x A` are named "linear" and "low_rank" for the rematerialisation policies of
-    `dit.py`: what the backward pass needs of the two products.
+    `blocks.py`: what the backward pass needs of the two products.
     """
 
     features: int

@@ -2,7 +2,8 @@
 
 What JAX derives by itself keeps float32 arrays of the input's size and reads them in several
 passes; these read the input and the gradient twice. Statistics and outputs are float32, and the
-caller casts. The statistics are named "statistics" for the rematerialisation policies of `dit.py`.
+caller casts. The statistics are named "statistics" for the rematerialisation policies of
+`blocks.py`.
 """
 
 import functools

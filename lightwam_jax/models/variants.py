@@ -30,6 +30,8 @@ WAN21_1_3B = dict(
     per_layer_dim=4608,
     trunk_dim=6144,
     step_pos_dim=256,
+    flow_dim=1024,
+    flow_ffn_dim=4096,
 )
 # Wan2.2-TI2V-5B. The paper has no such model: LoRA and what follows the pooling are those of the
 # 1.3B; adapters and the number of pooling heads grow with the width, which is twice that.
@@ -62,5 +64,7 @@ TINY = dict(
     per_layer_dim=32,
     trunk_dim=48,
     step_pos_dim=16,
+    flow_dim=32,
+    flow_ffn_dim=64,
 )
 VARIANTS = {"wan21_1_3b": WAN21_1_3B, "wan22_5b": WAN22_5B, "tiny": TINY}

@@ -1,7 +1,7 @@
-"""The losses of Light-WAM: future-video flow matching and action regression.
+"""The losses of Light-WAM: future-video flow matching and action regression, or flow matching.
 
-Formulas: docs/spec.md section 5. Every loss is a mean over the batch, so micro-batches of equal
-size average to the whole.
+Formulas: docs/spec.md section 5, and 16 for a head that generates. Every loss is a mean over the
+batch, so micro-batches of equal size average to the whole.
 """
 
 from typing import NamedTuple
@@ -21,6 +21,27 @@ class Noise(NamedTuple):
     noise: jax.Array
 
 
+class FlowNoise(NamedTuple):
+    """As `Noise`, and that of the actions: their own t [B] and noise [B,T,A]."""
+
+    t: jax.Array
+    noise: jax.Array
+    action_t: jax.Array
+    action_noise: jax.Array
+
+
+def draw(rng, batch, config):
+    """Draws what a step needs for a batch under a `Config`: `Noise`, or `FlowNoise`."""
+    noise = draw_noise(rng, batch["latents"].shape, config.loss)
+    if not config.model.generates:
+        return noise
+    # Keys of their own, so that the video's draws are those of a run without them.
+    time_key, noise_key = jax.random.split(jax.random.fold_in(rng, 1))
+    shape = batch["actions"].shape
+    t = flow.sample_time(jax.random.uniform(time_key, shape[:1]), config.model.flow_shift)
+    return FlowNoise(*noise, t, jax.random.normal(noise_key, shape))
+
+
 def draw_noise(rng, latents_shape, config):
     """Draws `Noise` for latents of shape [B,F,H,W,C] under a `LossConfig`, float32."""
     b, f, h, w, c = latents_shape
@@ -35,15 +56,14 @@ def training_loss(model, params, batch, noise, config):
 
     Args:
       model: `LightWAM`. params: its parameters, in-memory layout.
-      batch: see `data/spec.py`. noise: `draw_noise(...)`, or a key to draw it from.
+      batch: see `data/spec.py`. noise: from `draw`.
       config: `LossConfig`.
 
     Returns:
       loss, a float32 scalar, and {"loss", "loss_video", "loss_action", "action_l1"} (before the
-      lambdas; the last is the mean absolute error over the weighted steps).
+      lambdas; the last is the mean absolute error over the weighted steps, of the actions or of
+      their velocity).
     """
-    if not isinstance(noise, Noise):
-        noise = draw_noise(noise, batch["latents"].shape, config)
     return loss_of(forward(model, params, batch, noise, config), batch, noise, config)
 
 
@@ -51,8 +71,9 @@ def loss_of(out, batch, noise, config):
     """What `training_loss` returns, from what `forward` returned."""
     video = video_loss(out["velocity"], out["target"], noise.t, batch["image_is_pad"], config)
     weights = action_weights(batch["action_is_pad"], config)
-    error = out["actions"] - batch["actions"].astype(jnp.float32)
-    action = weighted_mean(jnp.square(error).mean(axis=-1), weights).mean()
+    error = out["actions"] - out.get("action_target", batch["actions"].astype(jnp.float32))
+    action = weighted_mean(jnp.square(error).mean(axis=-1), weights)
+    action = (action * out.get("action_weight", 1.0)).mean()
     total = config.lambda_video * video + config.lambda_action * action
     l1 = weighted_mean(jnp.abs(error).mean(axis=-1), weights).mean()
     return total, {"loss": total, "loss_video": video, "loss_action": action, "action_l1": l1}
@@ -62,7 +83,9 @@ def forward(model, params, batch, noise, config):
     """Both passes -> {"velocity", "target", "noisy" [B,F,h,w,C], "actions" [B,T,A]}, float32.
 
     Two independent passes over the same context: pooled, noised clip for the video; the clean
-    first frame at full resolution for the actions. Gradients flow through both.
+    first frame at full resolution for the actions. Gradients flow through both. With `FlowNoise`
+    "actions" is the velocity of the noised actions; beside it are "action_target" [B,T,A] and
+    "action_weight" [B], by which a sample counts.
     """
     latents = batch["latents"].astype(jnp.float32)
     clean = latents - latents[:, :1] if config.residual_target else latents
@@ -71,14 +94,20 @@ def forward(model, params, batch, noise, config):
     first = pool_latents(latents[:, :1], config.downsample)
     noisy = flow.add_noise(clean, noise.noise, noise.t).at[:, :1].set(first)
     text, mask, horizon = batch["context"], text_mask(batch, config), batch["actions"].shape[1]
-    velocity, actions = model.apply(
-        {"params": params}, noisy, noise.t, latents[:, :1], text, batch["proprio"], horizon, mask
-    )
+    inputs = [noisy, noise.t, latents[:, :1], text, batch["proprio"], horizon, mask]
+    of_actions = {}
+    if isinstance(noise, FlowNoise):
+        recorded, t = batch["actions"].astype(jnp.float32), noise.action_t
+        inputs.append((flow.add_noise(recorded, noise.action_noise, t), t))
+        of_actions["action_target"] = flow.target(recorded, noise.action_noise)
+        of_actions["action_weight"] = flow.weight(t, model.expert.shift)
+    velocity, actions = model.apply({"params": params}, *inputs)
     return {
         "velocity": velocity.astype(jnp.float32),
         "actions": actions,
         "noisy": noisy,
         "target": flow.target(clean, noise.noise),
+        **of_actions,
     }
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from lightwam_jax import build, sharding
 from lightwam_jax import params as params_lib
 from lightwam_jax.data import spec
-from lightwam_jax.models import dit
+from lightwam_jax.models import blocks
 from lightwam_jax.training import losses
 
 GIB = 2**30
@@ -77,7 +77,7 @@ def activations(config, state, rows):
     known = {x.shape for x in jax.tree.leaves((state.trainable, state.frozen))}
 
     def kept(trainable, frozen, batch, key):
-        noise = losses.draw_noise(key, batch["latents"].shape, config.loss)
+        noise = losses.draw(key, batch, config)
 
         def loss(trainable):
             params = params_lib.merge(trainable, frozen)
@@ -103,7 +103,7 @@ def remat_that_fits(config, state, shardings, limit):
 
     The others are those of `plan`. Each try traces the loss: seconds at full size.
     """
-    for remat in ("none", *dit.REMAT_POLICIES):
+    for remat in ("none", *blocks.REMAT_POLICIES):
         model = dataclasses.replace(config.model, remat=remat)
         tried = plan(dataclasses.replace(config, model=model), state, shardings)
         if sum(tried.values()) <= limit:

@@ -11,7 +11,7 @@ import optax
 from lightwam_jax import build, sharding
 from lightwam_jax import params as params_lib
 from lightwam_jax.data import spec
-from lightwam_jax.models import quantized
+from lightwam_jax.models import action_dit, quantized
 from lightwam_jax.training import losses
 from lightwam_jax.training import optimizer as optimizer_lib
 
@@ -59,10 +59,13 @@ def start_state(model, config, optimizer, given=None):
       given: base weights, canonical layout, or None. Kernels of a run with int8 kernels are
         made whole first.
     """
-    params = build.init_params(model, jax.random.key(config.seed), config.model)
+    params, given = build.init_params(model, jax.random.key(config.seed), config.model), given or {}
     if given:
         given = params_lib.segmented(quantized.dequantized(given), config.model)
         params = start_params(params, given, config.train.trainable)
+    if config.model.generates and config.model.flow_init == "from_video" and "expert" not in given:
+        video = params_lib.canonical({"dit": params["dit"]})["dit"]
+        params = params | {"expert": action_dit.from_video(video, params["expert"])}
     return init_state(params, config, optimizer)
 
 
@@ -148,7 +151,7 @@ def make_train_step(model, config, optimizer, shardings, loss_fn=losses.training
         if encode is not None:
             batch = encode(*arrays, batch, jax.random.fold_in(rng, _AUGMENT))
         # Drawn for the whole global batch, so that neither accumulation nor devices change it.
-        noise = losses.draw_noise(rng, batch["latents"].shape, config.loss)
+        noise = losses.draw(rng, batch, config)
         parts, grads = mean_gradients(state.trainable, state.frozen, batch, noise)
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(parts["loss"]) & jnp.isfinite(norm) & ~state.halted

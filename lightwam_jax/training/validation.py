@@ -8,13 +8,14 @@ from lightwam_jax.training import gripper_timing as gripper_timing_lib
 from lightwam_jax.training import losses
 
 
-def open_loop_errors(model, params, batch, config, grippers=()):
+def open_loop_errors(model, params, batch, config, grippers=(), key=None):
     """Action errors of the policy on recorded observations, as sums to add up over batches.
 
     Args:
       model: `LightWAM`. params: its parameters, in-memory layout.
       batch: see `data/spec.py`. config: `LossConfig`.
       grippers: `gripper_timing.Gripper`s whose timing is measured.
+      key: of the noise, for a model that `generates`.
 
     Returns {"l1": [A], "mse": [A], "l1_step": [T], "l1_step_dim": [T,A], "count": [],
     "count_step": [T]} in normalised units over the steps that are not padded, and with grippers
@@ -23,9 +24,10 @@ def open_loop_errors(model, params, batch, config, grippers=()):
     latents = batch["latents"][:, :1].astype(jnp.float32)
     text, mask = batch["context"], losses.text_mask(batch, config)
     horizon = batch["actions"].shape[1]
-    actions, _ = model.apply(
-        {"params": params}, latents, text, batch["proprio"], horizon, mask, method="act"
-    )
+    inputs = [latents, text, batch["proprio"], horizon, mask]
+    if key is not None:
+        inputs.append(jax.random.normal(key, batch["actions"].shape))
+    actions, _ = model.apply({"params": params}, *inputs, method="act")
     valid = ~batch["action_is_pad"] & batch.get("valid", jnp.ones(len(latents), bool))[:, None]
     weight = valid.astype(jnp.float32)
     recorded = batch["actions"].astype(jnp.float32)

@@ -11,6 +11,7 @@ import pytest
 
 from lightwam_jax.encoders import pca
 from lightwam_jax.encoders import text as text_lib
+from lightwam_jax.inference import deploy
 from lightwam_jax.inference import policy as policy_lib
 from tests.inference.test_policy import CAMERAS, make_assets, make_config, observe, take
 
@@ -234,7 +235,7 @@ def test_a_policy_is_loaded_with_what_its_checkpoint_says(policy, monkeypatch, t
         policy_lib.assets_lib, "load_assets", lambda directory, c: (directory, c.data.text_weights)
     )
     monkeypatch.setattr(policy_lib.params_lib, "segmented", lambda params, model: params)
-    monkeypatch.setattr(policy_lib.deploy_lib, "deployed", deployed)
+    monkeypatch.setattr(deploy, "deployed", deployed)
     monkeypatch.setattr(policy_lib.build, "build_model", lambda model: model.num_layers)
     monkeypatch.setattr(policy_lib.jax, "device_put", lambda params: params)
     loaded = policy_lib.Policy.load(tmp_path)

@@ -11,7 +11,7 @@ import pytest
 from configs import base
 from lightwam_jax import build, params
 from lightwam_jax import config as config_lib
-from lightwam_jax.models import action, dit, t5
+from lightwam_jax.models import action, blocks, t5
 
 QUERIES = 0.05  # deviation of the learned queries
 
@@ -78,7 +78,7 @@ def test_no_two_parameters_and_no_two_blocks_are_drawn_alike(initial):
 
 def test_gates_may_start_open():
     """Only rows 2 and 5 of six are gates."""
-    make = lambda gate: dit._modulation_init(gate)(jax.random.key(0), (1, 6, 8))
+    make = lambda gate: blocks._modulation_init(gate)(jax.random.key(0), (1, 6, 8))
     np.testing.assert_allclose(
         make(1.0) - make(0.0), np.ones((1, 6, 8)) * [[0], [0], [1], [0], [0], [1]], atol=1e-6
     )

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lightwam_jax import flow
-from lightwam_jax.models import adapters, dit, layers, lightwam, lora, t5
+from lightwam_jax.models import adapters, blocks, layers, lightwam, lora, t5
 
 
 def test_rotary_angles_belong_to_frame_row_and_column_in_this_order():
@@ -44,7 +44,7 @@ def test_each_attention_mode_sees_the_frames_it_names():
 
 def test_gate_init_moves_the_two_gates_alone():
     key, shape = jax.random.key(0), (1, 6, 4)
-    moved = dit._modulation_init(1.0)(key, shape) - dit._modulation_init(0.0)(key, shape)
+    moved = blocks._modulation_init(1.0)(key, shape) - blocks._modulation_init(0.0)(key, shape)
     np.testing.assert_allclose(moved[0, :, 0], [0, 0, 1, 0, 0, 1], atol=1e-6)
 
 

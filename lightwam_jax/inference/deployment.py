@@ -1,0 +1,8 @@
+"""Which deployed form a model has."""
+
+from lightwam_jax.inference import deploy, deploy_flow
+
+
+def form(config):
+    """Returns the module with `deployed`, `keys_values` and `act` of a `ModelConfig`."""
+    return deploy_flow if config.generates else deploy

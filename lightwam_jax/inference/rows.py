@@ -1,0 +1,43 @@
+"""Rows of a policy's batch: how many there are, and the noise that a plan of each starts from."""
+
+import zlib
+
+import jax
+import numpy as np
+
+from lightwam_jax.inference.batching import PADDED_SIZES
+
+_CONSTANT = 42  # the seed that Fast-WAM's scripts give every call
+
+
+def padded_size(rows):
+    """Returns the smallest padded batch size that holds `rows`."""
+    if rows > PADDED_SIZES[-1]:
+        raise ValueError(f"{rows} rows at once; expected at most {PADDED_SIZES[-1]}")
+    return next(size for size in PADDED_SIZES if size >= rows)
+
+
+def noise_seeds(images, state, seed=0):
+    """Returns uint32 [B] from which `noise` draws: a checksum of what each row shows.
+
+    Two calls, and two rows of a call, start from different noise as long as anything differs in
+    what their cameras and their states show; and the plan of an observation is the same whatever
+    batch, process or computer it is made in.
+
+    Args:
+      images: {camera: uint8 [B,h,w,3]}. state: float32 [B,P]. seed: of the policy.
+    """
+    seeds = np.empty(len(state), np.uint32)
+    for row in range(len(state)):
+        check = zlib.crc32(np.ascontiguousarray(state[row]).tobytes(), seed)
+        for camera in sorted(images):
+            check = zlib.crc32(np.ascontiguousarray(images[camera][row]), check)
+        seeds[row] = check
+    return seeds
+
+
+def noise(seeds, shape, kind):
+    """Returns unit normal [B,*shape], a row per seed; kind: config.model.flow_noise."""
+    if kind == "constant":
+        seeds = jax.numpy.full_like(seeds, _CONSTANT)
+    return jax.vmap(lambda seed: jax.random.normal(jax.random.key(seed), shape))(seeds)
