@@ -114,8 +114,7 @@ class Policy:
         params = params_lib.segmented(stored.params, config.model)
         dtypes = _dtypes(params)
         if deploy:
-            horizon = config.data.action_horizon
-            params = _form(config.model).deployed(params, config.model, horizon)
+            params = _form(config.model).deployed(params, config.model, config.data.action_horizon)
         model = build.build_model(config.model)
         policy = cls(model, params, config, assets, stored.meta["step"], deploy)
         policy._stored, policy.demonstrated = dtypes, stored.meta.get("demonstrated")
@@ -258,15 +257,14 @@ class Policy:
 
         May run in another thread than `act`.
         """
-        for n in sorted({_padded_size(size) for size in batch_sizes}):
+        for n in {_padded_size(size) for size in batch_sizes}:
             self._canvas({name: np.zeros((n, *size, 3), np.uint8) for name, size in sizes.items()})
 
     @property
     def known_prompts(self):
         """Instructions of the text cache, which cost nothing; a tuple."""
         before, _, after = self.config.data.prompt_template.partition("{task}")
-        end = -len(after) or None
-        return tuple(text[len(before) : end] for text in self._cached_texts)
+        return tuple(t[len(before) : -len(after) or None] for t in self._cached_texts)
 
     def known_prompt(self, task):
         """Returns whether `act` needs no text encoder for an instruction."""
@@ -319,8 +317,7 @@ class Policy:
     def _video_pass(self, params, codec, canvas, context, state, key, steps, full):
         loss, frames = self.config.loss, self.config.data.latent_frames
         first, proprio = self._inputs(codec, canvas, state)
-        if not full:
-            first = lightwam.pool_latents(first, loss.downsample)
+        first = first if full else lightwam.pool_latents(first, loss.downsample)
         noise = jax.random.normal(key, (first.shape[0], frames, *first.shape[2:]))
         arguments = (first, noise, context["text"], proprio, self._mask(context))
         solver = (steps, loss.shift, loss.downsample if full else 1)
@@ -367,8 +364,8 @@ class Policy:
         return rows.astype(_CACHE_DTYPE), masks
 
     def _deployed_weights(self, params):
-        model, horizon = self.config.model, self.config.data.action_horizon
-        return _form(model).deployed(params, model, horizon)
+        c = self.config
+        return _form(c.model).deployed(params, c.model, c.data.action_horizon)
 
     def _need_whole_model(self):
         if self.is_deployed:
@@ -396,8 +393,8 @@ class Policy:
                 f"{width}]: a row per image, {width} numbers in the units of the data"
             )
         if not np.isfinite(state).all():
-            bad = np.flatnonzero(~np.isfinite(state).all(axis=1)).tolist()
-            raise ValueError(f"state is not finite in rows {bad}")
+            bad = np.flatnonzero(~np.isfinite(state).all(axis=1))
+            raise ValueError(f"state is not finite in rows {bad.tolist()}")
         if isinstance(prompts, str) or len(prompts) != rows:
             raise ValueError(f"prompts is {prompts!r}; expected a list of {rows} instructions")
         return images, state
