@@ -50,7 +50,10 @@ _RANGES = {
         "val_fraction": (0, 1, True),
     },
     "data.fields": {"fps": _SOME},
-    "data.augment": dict.fromkeys(("crop", "brightness", "contrast", "saturation"), _ONE),
+    "data.augment": {
+        **dict.fromkeys(("brightness", "contrast", "saturation"), _SOME),
+        "crop": _ONE,
+    },
     "optimizer": {
         **dict.fromkeys(("warmup_steps", "weight_decay", "clip_norm", "lr"), _SOME),
         **dict.fromkeys(("b1", "b2", "ema_decay"), (0, 1, True)),

@@ -29,13 +29,6 @@ from lightwam_jax.evaluation import closed_loop, report, side_by_side
 from lightwam_jax.evaluation import suites as suites_lib
 from lightwam_jax.inference import policy as policy_lib
 
-_WORKDIR = flags.DEFINE_string("workdir", "", "Run directory of train.py, or one checkpoint.")
-_OUT = flags.DEFINE_string("out", "", "Directory of the policy: policies/NAME.")
-_RESULTS = flags.DEFINE_string(
-    "results", "", "Results of --out, from evaluate.py: write README.md."
-)
-_MAX_MB = flags.DEFINE_float("max_mb", 6.0, "Largest size, in millions of bytes.")
-
 _NOT_NEEDED = ("example_batch.npz", "fitted_on.json")  # to act
 _PATHS = ("path", "cache", "codec_weights", "text_weights")
 
@@ -158,19 +151,24 @@ def command(config, manifest, name):
 def main(argv):
     """Exports, or writes README.md."""
     logging.set_verbosity(logging.WARNING)  # Orbax reports every file it writes
-    if len(argv) > 1 or not _OUT.value or bool(_WORKDIR.value) == bool(_RESULTS.value):
+    given = flags.FLAGS
+    if len(argv) > 1 or not given.out or bool(given.workdir) == bool(given.results):
         raise app.UsageError("--out and either --workdir or --results are needed")
     try:
-        if _WORKDIR.value:
-            size = export(_WORKDIR.value, _OUT.value, _MAX_MB.value)
-            print(f"{_OUT.value}: {size / 1e6:.2f} MB")
+        if given.workdir:
+            size = export(given.workdir, given.out, given.max_mb)
+            print(f"{given.out}: {size / 1e6:.2f} MB")
         else:
-            text = readme(_OUT.value, _RESULTS.value)
-            pathlib.Path(_OUT.value, "README.md").write_text(text, encoding="utf-8")
+            text = readme(given.out, given.results)
+            pathlib.Path(given.out, "README.md").write_text(text, encoding="utf-8")
             print(text.splitlines()[0])
     except (ValueError, OSError) as error:
         command_line.fail(error)
 
 
 if __name__ == "__main__":
+    flags.DEFINE_string("workdir", "", "Run directory of train.py, or one checkpoint.")
+    flags.DEFINE_string("out", "", "Directory of the policy: policies/NAME.")
+    flags.DEFINE_string("results", "", "Results of --out, from evaluate.py: write README.md.")
+    flags.DEFINE_float("max_mb", 6.0, "Largest size, in millions of bytes.")
     command_line.run(main)

@@ -127,13 +127,13 @@ def test_datasets_of_a_mixture_are_cropped_by_their_own_layout():
 @pytest.mark.parametrize(
     ("key", "value", "words"),
     [
-        ("crop", 0.0, "crop is 0.0; expected a share"),
-        ("crop", 1.5, "crop is 1.5; expected a share"),
-        ("contrast", -0.1, "contrast is -0.1; expected the largest"),
+        ("crop", 0.0, "crop is 0.0; expected above 0 to 1"),
+        ("crop", 1.5, "crop is 1.5; expected above 0 to 1"),
+        ("contrast", -0.1, "contrast is -0.1; expected 0 or more"),
         ("brightness", 0.1, "set config.data.encode_online=True"),
     ],
 )
 def test_impossible_settings_are_refused(key, value, words):
-    config = synthetic.make_config(**{f"data.augment.{key}": value})
     with pytest.raises(ValueError, match=words):
+        config = synthetic.make_config(**{f"data.augment.{key}": value})
         encode_video.make_encoder(config, None)
