@@ -50,10 +50,14 @@ MODEL = dict(
 FLOW = dict(action_head="flow_dit", flow_dim=192, flow_ffn_dim=384)
 
 
+HEADS = {"state_fusion": {}, "flow_dit": FLOW}
+
+
 def get_config(head="state_fusion"):
     """The demo; `head="flow_dit"` (`--config configs/demo.py:flow_dit`) denoises its actions."""
-    model = MODEL | {"state_fusion": {}, "flow_dit": FLOW}[head]
-    c = base.get_config("tiny", **model)
+    if head not in HEADS:
+        raise ValueError(f"configs/demo.py:{head}: expected one of {', '.join(HEADS)}")
+    c = base.get_config("tiny", **MODEL | HEADS[head])
     c.name = "demo" if head == "state_fusion" else f"demo_{head}"
     c.data.source = "lerobot"
     c.data.path, c.data.cache = "data/demo/episodes", "data/demo/cache"
