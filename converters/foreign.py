@@ -3,6 +3,7 @@
 Nothing is unpickled here: `unsafe_names` reads the opcodes of a pickle, it runs none.
 """
 
+import itertools
 import json
 import pickletools
 import re
@@ -175,18 +176,18 @@ def unsafe_names(path):
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as packed:
                 place = next(n for n in packed.namelist() if n.endswith("data.pkl"))
-                return _foreign_names(packed.read(place))
-        with open(path, "rb") as file:
-            return _foreign_names(file)
+                return _foreign_names([packed.read(place)])
+        with open(path, "rb") as file:  # each pickle is read where the one before it ends
+            return _foreign_names([file] * _OLD_PICKLES)
     except (OSError, ValueError, StopIteration, zipfile.BadZipFile, UnicodeDecodeError):
         return []
 
 
-def _foreign_names(pickled):
-    """Globals in the opcodes of a pickle, but for those that rebuild tensors; in their order."""
+def _foreign_names(pickles):
+    """Globals in the opcodes of pickles, but for those that rebuild tensors; in their order."""
     found, strings = {}, []
     try:
-        for code, value, _ in pickletools.genops(pickled):
+        for code, value, _ in itertools.chain.from_iterable(map(pickletools.genops, pickles)):
             if "UNICODE" in code.name or "STRING" in code.name:
                 strings.append(str(value))
             elif code.name in ("GLOBAL", "INST"):
@@ -198,6 +199,8 @@ def _foreign_names(pickled):
     return [name for name in found if not _OF_TENSORS.fullmatch(name)]
 
 
+# In files of the older format: magic number, version, system, content, keys of the tensors.
+_OLD_PICKLES = 5
 _OF_TENSORS = re.compile(
     r"torch\._utils\._rebuild_\w+|torch\._tensor\._rebuild\w*|torch\.(\w+Storage|storage\.\w+)"
     r"|torch\.(Size|Tensor|device|dtype|nn\.parameter\.Parameter|serialization\.\w+)"
