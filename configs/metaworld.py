@@ -8,8 +8,8 @@
     python train.py --config configs/metaworld.py --workdir runs/metaworld
     python evaluate.py --workdir runs/metaworld --mode metaworld
 
-The model is the demo's. It solved 70 of 80 unseen episodes after 13 minutes of training on two CPU
-cores (README.md).
+The model is the demo's. It solved 71 of 80 unseen episodes after 6,000 steps, 13 minutes of two CPU
+cores. That policy is policies/metaworld (README.md).
 """
 
 from configs import demo
