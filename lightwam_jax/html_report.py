@@ -24,7 +24,7 @@ BLUE, GREY, GREEN = "#2563eb", "#a3adba", "#2f9e6e"
 COLOURS = (BLUE, "#d97706", GREEN, "#9333ea", "#dc2626", "#0891b2", INK, GREY)  # of curves
 GAP = 8  # pixels between images of a grid
 TALLEST = 224  # pixels of a tile whose size is chosen
-PAGE = 956  # width of what a section shows, in pixels of a screen that is wide enough
+PAGE = 926  # width of what a section shows, in pixels of a screen that is wide enough
 
 
 # ---- the page ------------------------------------------------------------------------------------
@@ -36,7 +36,7 @@ class Media:
 
     Attributes:
       tag: short coloured label, e.g. "solved". wide: as wide as the page.
-      drawn: shown pixel by pixel, as large as it was drawn; a narrow screen scrolls.
+      drawn: shown pixel by pixel, as large as it was drawn; images scroll on a narrow screen.
       places: of a video beside charts of a section: steps of their axis per second.
     """
 
@@ -181,7 +181,8 @@ figure { margin: 0; min-width: 0 }
 figure.wide { grid-column: 1 / -1 }
 img, video { width: 100%; display: block; border-radius: 8px }
 .drawn div { overflow-x: auto }
-.drawn img, .drawn video { width: auto; max-width: none; border-radius: 0 }
+.drawn img { width: auto; max-width: none; border-radius: 0 }
+.drawn video { width: auto; max-width: 100%; border-radius: 0 }
 figcaption { font-size: .88rem; color: var(--soft); margin-top: 6px }
 figcaption i { font-style: normal; font-size: .75rem; font-weight: 650; border-radius: 99px;
   padding: 2px 9px; margin-right: 8px; background: #e8ecf2; color: var(--ink) }

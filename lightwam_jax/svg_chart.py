@@ -158,6 +158,7 @@ CSS = """
 .chart b { font-size: .88rem; font-weight: 600 }
 .chart svg { width: 100%; display: block; touch-action: pan-y }
 .chart text { font-size: 12px; fill: var(--soft) }
+@media (max-width: 600px) { .chart text { font-size: 15px } }
 .chart path { fill: none; stroke-width: 1.6; stroke-linejoin: round; stroke-linecap: round }
 .chart .tick { stroke: var(--line) } .chart .mark { stroke: #f0f2f5 }
 .chart .cursor { stroke: var(--ink); stroke-width: 1 }

@@ -8,7 +8,8 @@ from lightwam_jax.evaluation import stitched
 
 _OPEN = 2  # episodes that are not folded away, and have a video
 _FRAMES = 64  # of a video, read at once
-_RECORDED, _PREDICTED = html_report.GREY, html_report.BLUE
+_RECORDED, _PREDICTED = html_report.SOFT, html_report.BLUE
+_CURVES = len(html_report.COLOURS)  # dimensions that are told apart by colours
 
 
 def write(directory, errors, episodes, span, policy, missing=""):
@@ -127,23 +128,36 @@ def _chunks(errors, names, directory):
     """Errors by step of the chunk, over all held-out windows."""
     by_dim = np.asarray(errors["l1_step_dim"])
     steps = np.arange(len(by_dim))
-    shown = {name: (steps, by_dim[:, dim]) for dim, name in enumerate(names)}
-    charts = [
+    charts = {"L1, normalised units, mean over dimensions": {"mean": (steps, errors["l1_step"])}}
+    media = []
+    if len(names) <= _CURVES:
+        series = {name: (steps, by_dim[:, dim]) for dim, name in enumerate(names)}
+        charts["L1, normalised units, each dimension"] = series
+    else:
+        media.append(html_report.Media(directory / "open_loop_dimensions.png", wide=True))
+    shown = [
         svg_chart.Chart(title, series, "step of the chunk", low=0.0, high=0.1)
-        for title, series in (
-            ("L1, normalised units, mean over dimensions", {"mean": (steps, errors["l1_step"])}),
-            ("L1, normalised units, each dimension", shown),
-        )
+        for title, series in charts.items()
     ]
-    media = [html_report.Media(directory / "open_loop_dimensions.png", wide=True)]
     if errors["grippers"]:
-        media.append(html_report.Media(directory / "open_loop_gripper.png", wide=True))
+        shown.append(_gripper_changes(errors))
     return html_report.Section(
         "How far ahead it can plan",
         "Errors of the whole chunk, executed or not, over windows of the held-out data, in "
         "normalised units: the training range is about 2 wide.",
-        (*charts, *media),
+        (*shown, *media),
     )
+
+
+def _gripper_changes(errors):
+    """How much later than recorded grippers move: windows by the steps between."""
+    series = {}
+    for counts, (name, found) in zip(errors["gripper_offsets"], errors["grippers"].items()):
+        missed = found["changing"] - int(np.sum(counts))
+        label = f"gripper {name}: {found['changing']} recorded changes, {missed} missed"
+        series[label] = (np.arange(len(counts)) - len(counts) // 2, np.asarray(counts))
+    title = "Windows by how many steps later than recorded the gripper moves"
+    return svg_chart.Chart(title, series, "steps later", low=0.0, high=1.0, marks=(0,))
 
 
 def _episode(one, span, names, policy, directory, number):
@@ -171,7 +185,7 @@ def _episode(one, span, names, policy, directory, number):
     if number < _OPEN:
         media = _video(episode, cameras, directory / f"episode_{number}.mp4")
     return html_report.Section(
-        f"“{episode.task}” · episode {episode.id}, {episode.length} steps",
+        f"“{episode.task}” · {episode.id}, {episode.length} steps",
         "Grey is recorded, blue is predicted; faint lines are new plans. An axis covers at least a "
         "quarter of the training range. Point at a chart for values.",
         (*media, *charts),
