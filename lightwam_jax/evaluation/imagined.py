@@ -33,23 +33,25 @@ def _gains(numbers, kind):
 
 
 def _compared(numbers, kind, shown):
-    """One measure: "PSNR: better at +3 to +8 (by 0.2 to 1.4 dB), worse at +1 (by 0.7 dB)."."""
+    """One measure: "PSNR: better at +3 to +8 (by 0.2 to 1.4 dB), not better at +1 (...)."."""
     name, unit, digits = shown
-    gains, parts = _gains(numbers, kind), []
-    for word, which in (("better", gains > 0), ("not better", gains <= 0)):
-        if not which.any():
-            continue
-        ends = sorted(
-            {f"{abs(gains[which]).min():.{digits}f}", f"{abs(gains[which]).max():.{digits}f}"}
+    gains = _gains(numbers, kind)
+
+    def by(which):
+        low, high = (f"{each:.{digits}f}" for each in np.sort(abs(gains[which]))[[0, -1]])
+        return (low if low == high else f"{low} to {high}") + unit
+
+    won, lost = gains > 0, gains <= 0
+    if won.all():
+        said = f"better at every offset (by {by(won)})"
+    elif lost.all():
+        said = f"better at no offset ({by(lost)} less)"
+    else:
+        where = (_places(numbers["offsets"], which) for which in (won, lost))
+        said = "better at {} (by {}), not better at {} ({} less)".format(
+            *itertools.chain(*zip(where, (by(won), by(lost))))
         )
-        by = (
-            f"by {' to '.join(ends)}{unit}"
-            if word == "better"
-            else f"{' to '.join(ends)}{unit} less"
-        )
-        where = "every offset" if which.all() else _places(numbers["offsets"], which)
-        parts.append(f"{word} at {where} ({by})")
-    return f"{name}: {', '.join(parts)}."
+    return f"{name}: {said}."
 
 
 def _places(offsets, which):

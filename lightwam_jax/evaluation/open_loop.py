@@ -83,6 +83,7 @@ def report(directory, errors, policy, most=None):
         except (ValueError, OSError) as error:  # the cache is enough for all else
             missing = f"the episodes cannot be read. {error}"
         else:
+            missing = "no episode is held out"
             episodes, span = stitched.evaluate(policy, *splits, most or stitched.EPISODES)
     said = f"no whole episodes: {missing}"
     if episodes:

@@ -36,7 +36,7 @@ def write(directory, errors, episodes, span, policy, missing=""):
             _episode(each, span, names, policy, directory, number)
             for number, each in enumerate(episodes)
         ]
-    sections[1:1] = [_chunks(errors, names, directory)]
+    sections.append(_chunks(errors, names, directory))
     facts += [
         (f"{errors['samples']:,}", "held-out windows"),
         (f"{policy.step:,}", "training steps"),
