@@ -156,7 +156,7 @@ def _numbers(values):
 
 CSS = """
 .chart b { font-size: .88rem; font-weight: 600 }
-.chart svg { width: 100%; display: block; touch-action: pan-y }
+.chart svg { width: 100%; display: block; overflow: visible; touch-action: pan-y }
 .chart text { font-size: 12px; fill: var(--soft) }
 @media (max-width: 600px) { .chart text { font-size: 15px } }
 .chart path { fill: none; stroke-width: 1.6; stroke-linejoin: round; stroke-linecap: round }
