@@ -41,7 +41,11 @@ _MODE = flags.DEFINE_string("mode", None, f"One of {', '.join(MODES)}.")
 _STEP = flags.DEFINE_integer("step", None, "Checkpoint to evaluate; default: the newest.")
 _TASKS = flags.DEFINE_list("tasks", None, "Of the suite; default: config.evaluation.tasks.")
 _EPISODES = flags.DEFINE_integer(
-    "episodes", None, "Of each task; default: config.evaluation.episodes.", lower_bound=1
+    "episodes",
+    None,
+    "Of each task; default: config.evaluation.episodes. Of open_loop: whole episodes that are "
+    "shown, in all; default: 12.",
+    lower_bound=1,
 )
 _SEED = flags.DEFINE_integer(
     "seed", None, "First episode seed; default: config.evaluation.first_seed."
@@ -233,41 +237,17 @@ def open_loop(policy, workdir, out, began):
     from lightwam_jax.evaluation import open_loop as open_loop_lib
 
     errors = open_loop_lib.evaluate(policy, loader.val_batches(policy.config))
-    print(open_loop_lib.write(out / "open_loop", errors))
-    print(f"written to {out / 'open_loop'}")
+    print(open_loop_lib.report(out / "open_loop", errors, policy, _EPISODES.value))
+    print(f"report      {out / 'open_loop' / 'open_loop.html'}")
 
 
 def visualize(policy, workdir, out, began):
     """Attention and imagined video on episodes of the validation split."""
     del workdir, began
-    from lightwam_jax import html_report
-    from lightwam_jax.data import episodes
-    from lightwam_jax.evaluation import closed_loop as closed_loop_lib
-    from lightwam_jax.evaluation import draw
+    from lightwam_jax.evaluation import visualize as visualize_lib
 
-    recorded = episodes.load_episodes(policy.config)
-    _, held_out = episodes.split(recorded, policy.config.data.val_fraction)
-    if not held_out:
-        raise ValueError(
-            "config.data.val_fraction holds no episode out: every image would show training data"
-        )
-    chosen = held_out[:6]
-    directory = out / "visualize"
-    directory.mkdir(parents=True, exist_ok=True)
-    seen = [
-        {
-            "images": {c: e.frames(c, [e.length // 3])[0] for c in policy.config.data.cameras},
-            "state": e.state[e.length // 3],
-            "prompt": e.task,
-        }
-        for e in chosen[:3]
-    ]
-    if not policy.config.model.attends:
-        print("no attention.png: only learned queries (config.model.pooling) attend")
-    else:
-        html_report.save_png(directory / "attention.png", draw.attention_grid(policy, seen))
-    closed_loop_lib.draw_future(policy, directory, chosen)
-    print(f"written to {directory}")
+    path, lines = visualize_lib.write(policy, out / "visualize")
+    print("\n".join([*lines, f"report      {path}"]))
 
 
 def _beside(workdir):

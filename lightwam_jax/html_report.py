@@ -1,6 +1,7 @@
 """What reports are made of: the page, one HTML file that needs nothing else; charts; image grids.
 
-Charts are drawn by matplotlib, image grids by PIL; both become PNG files that a page includes.
+Charts of `svg_chart` show their values under the pointer. Others are drawn by matplotlib, image
+grids by PIL; both become PNG files that a page includes.
 """
 
 import base64
@@ -16,10 +17,14 @@ import typing
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from lightwam_jax import svg_chart
+
 INK, SOFT, PAPER = "#1d2733", "#5d6b7c", "white"
 BLUE, GREY, GREEN = "#2563eb", "#a3adba", "#2f9e6e"
 COLOURS = (BLUE, "#d97706", GREEN, "#9333ea", "#dc2626", "#0891b2", INK, GREY)  # of curves
 GAP = 8  # pixels between images of a grid
+TALLEST = 224  # pixels of a tile whose size is chosen
+PAGE = 926  # width of what a section shows, in pixels of a screen that is wide enough
 
 
 # ---- the page ------------------------------------------------------------------------------------
@@ -31,19 +36,24 @@ class Media:
 
     Attributes:
       tag: short coloured label, e.g. "solved". wide: as wide as the page.
+      drawn: shown pixel by pixel, as large as it was drawn; images scroll on a narrow screen.
+      places: of a video beside charts of a section: steps of their axis per second.
     """
 
     path: pathlib.Path
     caption: str = ""
     tag: str = ""
     wide: bool = False
+    drawn: bool = False
+    places: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-    """A heading, a sentence or two, then media and a table.
+    """A heading, a sentence or two, then media (`Media`, `svg_chart.Chart`) and a table.
 
-    The table's first row is its header; a long one scrolls unless it is shown `whole`.
+    The table's first row is its header; a long one scrolls unless it is shown `whole`. A section
+    that is `folded` shows its heading, until one clicks at it.
     """
 
     title: str
@@ -51,6 +61,7 @@ class Section:
     media: tuple = ()
     table: tuple = ()
     whole: bool = False
+    folded: bool = False
 
 
 def write_html(path, title, headline, facts, sections, manifest, folded="Run manifest", tone=""):
@@ -71,13 +82,15 @@ def write_html(path, title, headline, facts, sections, manifest, folded="Run man
         f"<tr><th>{text(name)}</th><td>{text(str(value))}</td></tr>"
         for name, value in _leaves("", manifest)
     ]
+    body = "".join(map(_section, sections))
     page = _PAGE.format(
         title=text(title),
         number=text(headline[0]),
         meaning=text(headline[1]),
-        css=_CSS,
+        css=_CSS + svg_chart.CSS,
         facts="".join(cards),
-        body="".join(map(_section, sections)),
+        body=body,
+        script=svg_chart.SCRIPT if 'class="chart"' in body else "",
         manifest="".join(rows),
         folded=text(folded),
         tone=tone + " words" * (len(headline[0]) > 12),
@@ -86,7 +99,7 @@ def write_html(path, title, headline, facts, sections, manifest, folded="Run man
 
 
 def _section(section):
-    parts = [f"<h2>{html.escape(section.title)}</h2>"]
+    parts = []
     if section.text:
         parts.append(f"<p>{html.escape(section.text)}</p>")
     if section.media:
@@ -99,7 +112,10 @@ def _section(section):
             f'<div class="{kind}"><table><thead>{_row("th", head)}</thead>'
             f"<tbody>{body}</tbody></table></div>"
         )
-    return f"<section>{''.join(parts)}</section>"
+    title, body = html.escape(section.title), "".join(parts)
+    if section.folded:
+        return f"<section><details><summary>{title}</summary>{body}</details></section>"
+    return f"<section><h2>{title}</h2>{body}</section>"
 
 
 def _row(tag, cells):
@@ -107,10 +123,13 @@ def _row(tag, cells):
 
 
 def _media(media):
+    if isinstance(media, svg_chart.Chart):
+        return svg_chart.figure(media, COLOURS)
     data = base64.b64encode(pathlib.Path(media.path).read_bytes()).decode()
     if pathlib.Path(media.path).suffix == ".mp4":
+        linked = f'data-places="{media.places:g}"' if media.places else "autoplay"
         shown = (
-            "<video autoplay loop muted playsinline controls "
+            f"<video {linked} loop muted playsinline controls "
             f'src="data:video/mp4;base64,{data}"></video>'
         )
     else:
@@ -120,7 +139,8 @@ def _media(media):
         kind = html.escape(media.tag.split()[0])  # "not solved" is of class "not"
         caption = f'<i class="{kind}">{html.escape(media.tag)}</i>{caption}'
     caption = f"<figcaption>{caption}</figcaption>" if caption else ""
-    return f'<figure class="{"wide" if media.wide else ""}">{shown}{caption}</figure>'
+    kinds = "wide drawn" if media.drawn else "wide" if media.wide else ""
+    return f'<figure class="{kinds}"><div>{shown}</div>{caption}</figure>'
 
 
 def _leaves(prefix, value):
@@ -160,6 +180,9 @@ section { padding: 22px 26px; margin-top: 18px }
 figure { margin: 0; min-width: 0 }
 figure.wide { grid-column: 1 / -1 }
 img, video { width: 100%; display: block; border-radius: 8px }
+.drawn div { overflow-x: auto }
+.drawn img { width: auto; max-width: none; border-radius: 0 }
+.drawn video { width: auto; max-width: 100%; border-radius: 0 }
 figcaption { font-size: .88rem; color: var(--soft); margin-top: 6px }
 figcaption i { font-style: normal; font-size: .75rem; font-weight: 650; border-radius: 99px;
   padding: 2px 9px; margin-right: 8px; background: #e8ecf2; color: var(--ink) }
@@ -187,7 +210,7 @@ _PAGE = """<!doctype html>
 <div class="facts">{facts}</div>
 {body}
 <section><details><summary>{folded}</summary><table>{manifest}</table></details></section>
-</main></body></html>
+</main><script>{script}</script></body></html>
 """
 
 
@@ -253,12 +276,19 @@ def grid(rows, header=(), edge=128, title=""):
 
     Args:
       rows: `Row`s. header: text above each column.
-      edge: height of a tile; widths follow. title: of the whole image.
+      edge: height of a tile; widths follow. None: what makes the image as wide as a page (`PAGE`)
+        shows it, at most `TALLEST`.
+      title: of the whole image.
 
     Returns:
       uint8 [H,W,3].
     """
     margin = GAP + max(_width(row.label, 14) for row in rows) + GAP
+    if edge is None:
+        ratios = [[np.shape(tile)[1] / np.shape(tile)[0] for tile in row.tiles] for row in rows]
+        columns = [max(column) for column in itertools.zip_longest(*ratios, fillvalue=0)]
+        room = PAGE - margin - (GAP + 1) * len(columns)  # 1: widths are rounded
+        edge = min(TALLEST, int(room / sum(columns)))
     tiles = [[_fit(tile, edge) for tile in row.tiles] for row in rows]
     widths = [max(t.width for t in column if t) for column in itertools.zip_longest(*tiles)]
     lefts = [margin, *(margin + np.cumsum([width + GAP for width in widths])).tolist()]

@@ -14,6 +14,7 @@ from lightwam_jax import html_report
 from lightwam_jax.data import episodes as episodes_lib
 from lightwam_jax.evaluation import (
     draw,
+    imagined,
     instructions,
     libero_published,
     report,
@@ -222,7 +223,7 @@ def _episode_sections(policy, directory, suite, result, videos):
     html_report.save_png(strip, draw.episode_strip(policy, result, videos[0]))
     if not policy.config.model.attends:
         text = "This policy reads without learned queries: there is no attention to draw."
-        return [html_report.Section("One episode", text, _wide(strip))]
+        return [html_report.Section("One episode", text, _drawn(strip))]
     seen = [each["observations"][len(each["observations"]) // 3] for each in videos[:3]]
     html_report.save_png(directory / "attention.png", draw.attention_grid(policy, seen))
     return [
@@ -230,14 +231,14 @@ def _episode_sections(policy, directory, suite, result, videos):
             "One episode, and where the policy looked",
             "Learned queries read the states of the video backbone. The image is bright where the "
             "queries of the last adapter layer attended when the plan in execution was made.",
-            _wide(strip),
+            _drawn(strip),
         ),
         html_report.Section(
             "Query attention, layer by layer",
             "Attention of the learned queries, weighted by their importance. Each layer has one "
             "scale for all cameras, so that brightness compares between them. What gets less "
             "attention than average turns grey.",
-            _wide(directory / "attention.png"),
+            _drawn(directory / "attention.png"),
         ),
     ]
 
@@ -249,14 +250,15 @@ def _imagined_section(policy, directory, env, results, size):
     episodes = episodes or tables.choose(results["trained"], 6)
     longest = max(result.steps for result in episodes)
     replays = rollout.replay(env, episodes, longest, size, replan_steps=1)
-    draw_future(policy, directory, [_as_episode(*each) for each in zip(episodes, replays)])
+    moments = [_as_episode(*each) for each in zip(episodes, replays)]
+    numbers = draw_future(policy, directory, moments)
     return html_report.Section(
         "What it imagines",
         "The same backbone predicts video from the first frame and the instruction. Three rows "
         f"each: what happened when {acted} acted, at the resolution of the video loss; the most "
         "that the latent codec can show of it; and what the policy imagines. Below each frame: "
         "PSNR and SSIM against what happened.",
-        _wide(*(directory / name for name in ("future.png", "future.mp4", "psnr.png", "ssim.png"))),
+        imagined.media(directory, numbers),
     )
 
 
@@ -286,6 +288,10 @@ def _curves(workdir, directory):
     return (*media, html_report.Media(validation, "Open-loop error on held-out demonstrations."))
 
 
+def _drawn(path):
+    return (html_report.Media(path, drawn=True),)
+
+
 def _wide(*paths):
     return tuple(html_report.Media(path, wide=True) for path in paths)
 
@@ -311,7 +317,8 @@ def draw_future(policy, directory, episodes):
     """Imagines from moments of the episodes and compares with what was recorded.
 
     Writes into `directory`, of three windows: future.png, frame by frame, and future.mp4, imagined
-    beside real; of up to 32: psnr.png, ssim.png and future.json, the means per offset.
+    beside real; of up to 32: psnr.png, ssim.png and future.json, the means per offset, which are
+    also returned.
     """
     span = policy.config.data.num_frames
     windows = [
@@ -342,3 +349,4 @@ def draw_future(policy, directory, episodes):
         path = directory / f"{kind}.png"
         html_report.curve_chart(path, series, title, xlabel="steps ahead", width=9.4)
     (directory / "future.json").write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
+    return numbers

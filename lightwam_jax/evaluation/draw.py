@@ -95,13 +95,13 @@ def attention(policy, observations):
     }
 
 
-def attention_grid(policy, observations, edge=168):
+def attention_grid(policy, observations, edge=None):
     """A row per observation and camera: the image, then the attention of every layer.
 
     Args:
       policy: `Policy`.
       observations: dicts {"images", "state", "prompt"} as environments give them.
-      edge: height of a tile in pixels.
+      edge: height of a tile in pixels; None: as a page shows it (`html_report.grid`).
 
     Returns:
       uint8 [H,W,3].
@@ -186,12 +186,12 @@ def future(policy, windows, seed=0, steps=10):
     }
 
 
-def future_grid(result, shown, columns=5, edge=112):
+def future_grid(result, shown, columns=5, edge=None):
     """Real frames, what the codec can show of them, and the imagined ones with PSNR and SSIM.
 
     Args:
       result: of `future`. shown: which of its windows. columns: frames per row.
-      edge: height of a tile in pixels.
+      edge: height of a tile in pixels; None: as a page shows it (`html_report.grid`).
 
     Returns:
       uint8 [H,W,3].
@@ -250,13 +250,13 @@ def shrink(frames, factor):
 # ---- episodes ------------------------------------------------------------------------------------
 
 
-def episode_strip(policy, result, video, count=6, edge=150):
+def episode_strip(policy, result, video, count=6, edge=None):
     """One episode in one image: all cameras over time, and where the policy looked.
 
     Args:
       policy: `Policy`.
       result, video: `worker.EpisodeResult`, and what `rollout.replay` returned for it.
-      count: columns. edge: of a tile in pixels.
+      count: columns. edge: of a tile in pixels; None: as a page shows it.
 
     Returns:
       uint8 [H,W,3].

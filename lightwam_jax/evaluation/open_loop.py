@@ -8,6 +8,8 @@ import ml_dtypes
 import numpy as np
 
 from lightwam_jax import html_report
+from lightwam_jax.data import episodes as episodes_lib
+from lightwam_jax.evaluation import open_loop_page, stitched
 from lightwam_jax.training import gripper_timing as gripper_timing_lib
 from lightwam_jax.training import validation
 
@@ -59,6 +61,37 @@ def evaluate(policy, batches):
         "samples": samples,
         "grippers": gripper_timing_lib.summary(means, grippers),
     }
+
+
+def report(directory, errors, policy, most=None):
+    """Adds whole episodes, and writes the numbers, the images and open_loop.html.
+
+    Args:
+      directory: to write into. errors: of `evaluate`. policy: `Policy`.
+      most: episodes that are shown, at most; default: `stitched.EPISODES`.
+
+    Returns:
+      the printable tables.
+    """
+    config, directory = policy.config, pathlib.Path(directory)
+    episodes, span, missing = [], None, "the batches are random"
+    if config.data.source != "fake":
+        try:
+            splits = episodes_lib.split(
+                episodes_lib.load_episodes(config), config.data.val_fraction
+            )
+        except (ValueError, OSError) as error:  # the cache is enough for all else
+            missing = f"the episodes cannot be read. {error}"
+        else:
+            missing = "no episode is held out"
+            episodes, span = stitched.evaluate(policy, *splits, most or stitched.EPISODES)
+    said = f"no whole episodes: {missing}"
+    if episodes:
+        errors = errors | {"whole_episodes": stitched.numbers(episodes, span, config)}
+        said = open_loop_page.text_table(stitched.errors(episodes), span, stitched.names(config))
+    tables = write(directory, errors)
+    open_loop_page.write(directory, errors, episodes, span, policy, missing)
+    return f"{tables}\n\n{said}"
 
 
 def write(directory, errors):

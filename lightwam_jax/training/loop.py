@@ -18,7 +18,7 @@ from lightwam_jax import params as params_lib
 from lightwam_jax.checkpoint import run as checkpoint
 from lightwam_jax.checkpoint import storage
 from lightwam_jax.data import loader, spec
-from lightwam_jax.training import chips, flops, memory, not_finite, stuck, wandb_log
+from lightwam_jax.training import chips, curves_page, flops, memory, not_finite, stuck, wandb_log
 from lightwam_jax.training import encode_video as encode_video_lib
 from lightwam_jax.training import gripper_timing as gripper_timing_lib
 from lightwam_jax.training import metrics as metrics_lib
@@ -311,6 +311,8 @@ def _outcome(r, step, bad, stopped_by):
         _say(f"Stopped by {signal.Signals(stopped_by).name} after step {step} of "
              f"{r.config.train.steps}; saved in {r.workdir}. Run the same command again to "
              "continue.")  # fmt: skip
+    if jax.process_index() == 0 and (page := curves_page.write(r.workdir, r.config)):
+        _say(f"report      {page}")
     return Outcome(step, stopped_by)
 
 

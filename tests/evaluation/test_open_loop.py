@@ -14,6 +14,7 @@ from lightwam_jax import html_report
 from lightwam_jax.data import normalize
 from lightwam_jax.evaluation import open_loop
 from tests.evaluation.test_report import Drawn
+from tests.evaluation.test_stitched import episode
 from tests.inference.test_policy import make_config
 
 
@@ -188,3 +189,29 @@ def test_open_loop_without_grippers_says_so(tmp_path):
     }
     assert "no action dimension is known to be a gripper" in open_loop.write(tmp_path, errors)
     assert not (tmp_path / "open_loop_gripper.png").exists()
+
+
+@pytest.mark.parametrize("gone", [True, False])
+def test_the_report_needs_the_cache_alone(gone, monkeypatch, tmp_path):
+    policy, asked = stand_in(), []
+    policy.step = 3
+
+    def load(config):
+        if gone:
+            raise FileNotFoundError("data/x is not a directory of episodes")
+        return [episode("a", [[0, 0]] * 4), episode("b", [[0, 1]] * 4)]
+
+    def evaluate(policy, train, held_out, most):
+        asked.append((len(train), len(held_out), most))
+        return [], None
+
+    data = dataclasses.replace(policy.config.data, source="hdf5", val_fraction=0.5)
+    policy.config = dataclasses.replace(policy.config, data=data)
+    monkeypatch.setattr(open_loop.episodes_lib, "load_episodes", load)
+    monkeypatch.setattr(open_loop.stitched, "evaluate", evaluate)
+    errors = open_loop.evaluate(policy, two_batches())
+    said = open_loop.report(tmp_path, errors, policy)
+    page = (tmp_path / "open_loop.html").read_text(encoding="utf-8")
+    assert asked == ([] if gone else [(1, 1, 12)])
+    assert ("data/x is not a directory" in said) == ("data/x is not a directory" in page) == gone
+    assert (tmp_path / "open_loop.json").exists() and "L1, normalised units" in page

@@ -131,6 +131,7 @@ def test_run_leaves_everything_it_should(whole):
     assert kept == [16, 18]
     policy = checkpoint.load_params(whole)
     assert policy.config == CONFIG and policy.meta["next_batch"] == 18
+    assert "after step 18" in (whole / "training.html").read_text(encoding="utf-8")
     example = np.load(policy.assets / "example_batch.npz")
     assert example["actions"].shape == (1, CONFIG.data.action_horizon, CONFIG.model.action_dim)
 
