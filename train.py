@@ -55,13 +55,7 @@ def main(argv):
             _HEARTBEAT.value or distributed.HEARTBEAT_S,
         )
         run = loop.prepare(config_lib.from_config_dict(flags.FLAGS.config), _WORKDIR.value, profile)
-    except (
-        ValueError,
-        FileNotFoundError,
-        FileExistsError,
-        NotADirectoryError,
-        MemoryError,
-    ) as error:
+    except (ValueError, OSError, MemoryError) as error:
         logging.debug("Where it was found:", exc_info=True)  # shown by --verbosity=1
         command_line.fail(error)
     try:
