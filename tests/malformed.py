@@ -131,7 +131,8 @@ def in_parquet(rng, path):
             cells = [[cell] for cell in cells]
         else:
             cells[row], kind = _cell(rng, cells[row]), table.schema.field(number).type
-        array = pa.array(cells, kind) if how == "value" else pa.array(cells)
+        fixed = how == "value" and not pa.types.is_fixed_size_list(kind)
+        array = pa.array(cells, kind) if fixed else pa.array(cells)
         table = table.set_column(number, name, array)
     pq.write_table(table, path)
     return f"{name}, row {row}: {how}{f' {cells[row]!r}' if how == 'value' else ''}"

@@ -1,12 +1,14 @@
 """Malformed inputs at every door: one clear error that names the file, or nothing has changed."""
 
+import collections
+import contextlib
 import dataclasses
 import functools
 import hashlib
-import json
+import io
+import pathlib
 import random
-import warnings
-import zlib
+import shutil
 
 import h5py
 import jax
@@ -16,10 +18,11 @@ from absl import flags
 from ml_collections import config_flags
 
 from configs import base
+from converters import files
 from converters.__main__ import main as converters
-from lightwam_jax import command_line, precompute
+from lightwam_jax import command_line, config_read, precompute
 from lightwam_jax import params as params_lib
-from lightwam_jax.checkpoint import compact, storage
+from lightwam_jax.checkpoint import compact
 from lightwam_jax.checkpoint import run as checkpoint
 from lightwam_jax.data import assets as assets_lib
 from lightwam_jax.data import episodes as episodes_lib
@@ -51,9 +54,10 @@ def _episodes(config):
     if report.errors:
         raise ValueError(said)
     content = [
-        (e.id, e.fps, [e.task_at(i) for i in range(e.length)], e.state, e.action)
-        + tuple(e.frames(camera, np.arange(e.length)) for camera in config.data.cameras)
-        for e in found
+        [e.id, e.fps, [e.task_at(i) for i in range(e.length)], e.state, e.action] for e in found
+    ]
+    content += [
+        e.frames(camera, np.arange(e.length)) for e in found for camera in config.data.cameras
     ]
     return _digest(content), said
 
@@ -128,11 +132,152 @@ def _policy(root, cache):
     return read
 
 
-def _inspected(capsys, path):
-    capsys.readouterr()
-    code = converters(["inspect", str(path), "--head_dim", "20"])
-    shown = capsys.readouterr()
-    if code:
-        assert shown.err.startswith("error: ")
-        raise ValueError(shown.err)
-    return shown.out.replace(str(path), ""), ""
+def _weights(root, golden, suffix):
+    """A transformer's weights, as `converters inspect` lists them."""
+    path = root / f"dit{suffix}"
+    tensors = files.read_tensors(golden / "a_dit" / "dit_alt.safetensors")
+    tensors = {k: x for k, x in tensors.items() if "lora" not in k and "adapters" not in k}
+    files.write_tensors(path, tensors)
+
+    def read(place):
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            code = converters(["inspect", str(place / path.name), "--head_dim", "14"])
+        if code:
+            assert code == 2 and err.getvalue().startswith("error: ")
+            raise ValueError(err.getvalue())
+        return out.getvalue().replace(str(place), ""), ""
+
+    return read
+
+
+_CONFIG = """from configs import base
+
+
+def get_config():
+    config = base.get_config("tiny")
+    config.train.steps = 7
+    return config
+"""
+
+
+def _config(root):
+    (root / "mine.py").write_text(_CONFIG, encoding="utf-8")
+
+    def read(place):
+        argv, values = ["train.py", f"--config={place / 'mine.py'}"], flags.FlagValues()
+        config_flags.DEFINE_config_file("config", None, flag_values=values, sys_argv=argv)
+        command_line.parse(argv, values)
+        return values.config.to_json(), ""
+
+    return read
+
+
+# ---- the test ------------------------------------------------------------------------------------
+
+# How many damages of each kind; 300 in all, with the flags.
+KINDS = {"lerobot2.1": 30, "lerobot3.0": 30, "hdf5": 30, "rlds": 30, "cache": 50, "policy": 30}
+KINDS |= {"checkpoint": 20, "safetensors": 30, "pt": 20, "config": 10}
+FLAGS = 20
+# Metadata that describe another file: where the two differ, either may be named.
+_OTHER = {"features.json": "robot-train.tfrecord", "dataset_info.json": "robot-train.tfrecord"}
+
+
+@pytest.fixture(scope="module")
+def valid(tmp_path_factory, golden):
+    """A function: kind -> (directory of a valid input, reader of it or of a copy, its content)."""
+
+    @functools.cache
+    def make(kind):
+        root = tmp_path_factory.mktemp(kind)
+        if kind.startswith("lerobot"):
+            root = root / "set"
+            read = _lerobot(root, kind.removeprefix("lerobot"))
+        elif kind in ("safetensors", "pt"):
+            if kind == "pt":
+                pytest.importorskip("torch")
+            read = _weights(root, golden, f".{kind}")
+        elif kind == "policy":
+            read = _policy(root, make("cache")[0])
+        else:
+            makers = {"hdf5": _hdf5, "rlds": _rlds, "cache": _cache, "checkpoint": _checkpoint}
+            read = (makers | {"config": _config})[kind](root)
+        content, said = read(root)
+        assert "error" not in said
+        return root, read, content
+
+    return make
+
+
+def _outcome(read, place, file, content):
+    """Returns what came of a damaged file: "equal", "warned" or "refused"; anything else fails."""
+    try:
+        got, said = read(place)
+    except (ValueError, OSError) as error:  # what the commands' main functions make one line of
+        got, said = None, str(error)
+    if got == content:
+        return "equal"
+    names = [file.name, _OTHER.get(file.name, file.name)]
+    if file.parent.name in ("params", "d", "ocdbt.process_0"):  # Orbax's own files, of one item
+        names.append("/params cannot be read")
+        names.append("/params: ")
+    if not file.is_file():
+        names.append(str(file.parent))
+    assert any(name in said for name in names), said or "accepted, and its content is another"
+    assert "allow_pickle" not in said and "weights_only" not in said
+    return "refused" if got is None else "warned"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_damaged_files_are_refused_by_name_or_change_nothing(kind, valid, tmp_path, capsys):
+    root, read, content = valid(kind)
+    count = collections.Counter()
+    for seed in range(KINDS[kind]):
+        rng = random.Random(f"{kind} {seed}")
+        place = malformed.copy(root, tmp_path / str(seed))
+        file, how = malformed.damage(rng, place)
+        try:
+            count[_outcome(read, place, file, content)] += 1
+        except Exception as error:
+            relative = file.relative_to(place)
+            error.add_note(f"{kind}, seed {seed}: {relative} {how}")
+            raise
+        shutil.rmtree(place)
+    with capsys.disabled():
+        print(f" {kind}: {dict(count)}", end="")
+    assert count["refused"] > KINDS[kind] // 4
+
+
+_BAD = {
+    int: ("x", "2.5", "nan", "", "[]", "None", "-1000000000000"),
+    float: ("x", "nan", "", "-inf", "[]", "None", "inf"),
+    bool: ("x", "2", "nan"),
+    tuple: ("(3,", "(None,)", "(nan", "({},)"),
+}
+
+
+def test_flags_of_a_wrong_kind_are_named():
+    keys = {key: kind for key, kind in _leaves(base.get_config("tiny")).items() if kind in _BAD}
+    root = pathlib.Path(__file__).parent.parent
+    for seed in range(FLAGS):
+        rng = random.Random(seed)
+        key = rng.choice(sorted(keys))
+        argument = f"--config.{key}={rng.choice(_BAD[keys[key]])}"
+        argv, values = ["train.py", f"--config={root}/configs/base.py", argument]
+        values = flags.FlagValues()
+        config_flags.DEFINE_config_file("config", None, flag_values=values, sys_argv=argv)
+        with pytest.raises(config_read.ConfigError) as caught:
+            command_line.parse(argv, values)
+            pytest.fail(f"accepted: {argument}")
+        said = str(caught.value)
+        assert key in said and "\n" not in said, argument
+
+
+def _leaves(config, start=""):
+    found = {}
+    for key, value in config.items():
+        if hasattr(value, "items"):
+            found |= _leaves(value, f"{start}{key}.")
+        else:
+            found[start + key] = type(value)
+    return found

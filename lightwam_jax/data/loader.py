@@ -249,8 +249,9 @@ class _CacheRecords:
             for name, feature in latent_cache.features(config).items()
             if name in latent_cache.TENSORS
         }
+        found = dict(features.items())
         for name, form in self._tensors.items():
-            have = features[name] if name in features else None
+            have = found.get(name)
             if have is None or (have.np_dtype, have.shape) != form:
                 raise ValueError(
                     f"{cache.directory}/features.json: {name} is {have!r}; expected {form[0]} "

@@ -132,7 +132,9 @@ class PcaCodec:
             with np.load(path, allow_pickle=False) as stored:
                 return cls(dict(stored))
         except _DAMAGE as error:
-            raise ValueError(f"{path} is damaged ({error})") from error
+            # Else numpy would advise to load it as a pickle.
+            reason = error if zipfile.is_zipfile(path) else "it is no .npz file, or cut off"
+            raise ValueError(f"{path} is damaged ({reason})") from error
 
 
 def _namespace(x):

@@ -197,8 +197,8 @@ def read_meta(config):
         there = sum(shard["records"] for shard in meta["shards"] if shard["split"] == split)
         if meta["records"][split] != there:
             raise ValueError(
-                f"{path} says {meta['records'][split]} records of {split}, its shards hold {there}; "
-                f"{REDO}"
+                f"{path} says {meta['records'][split]} records of {split}, its shards hold "
+                f"{there}; {REDO}"
             )
     return meta
 

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import shutil
+import tokenize
 
 import ml_dtypes
 import numpy as np
@@ -30,7 +31,8 @@ class TextCache:
 
     def __init__(self, directory):
         index_path = os.path.join(directory, "index.json")
-        index = atomic.read_json(index_path, _KINDS, f"delete {directory} and run {_REDO}")
+        redo = f"delete {directory} and run {_REDO}"
+        index = atomic.read_json(index_path, _KINDS, redo)
         if index is None:
             raise FileNotFoundError(f"{index_path} is missing; make it with: {_REDO}")
         self.kind, self.template = index["kind"], index["template"]
@@ -38,7 +40,7 @@ class TextCache:
         self.text_len, self.place = index.get("text_len"), index_path
         self._row = {text: i for i, text in enumerate(self.prompts)}
         lengths = index["lengths"]
-        if len(lengths) != len(self._row) or min(lengths, default=0) < 0:
+        if len(lengths) != len(self._row) or not all(0 <= n < 2**31 for n in lengths):
             raise ValueError(
                 f"{index_path} has {len(lengths)} lengths for {len(self._row)} prompts; expected "
                 f"one of 0 or more for each; delete {directory} and run {_REDO}"
@@ -47,7 +49,7 @@ class TextCache:
         path = os.path.join(directory, "rows.npy")
         try:
             rows = np.lib.format.open_memmap(path, mode="r")
-        except (ValueError, EOFError) as error:
+        except (ValueError, EOFError, tokenize.TokenError) as error:
             raise ValueError(
                 f"{path} is damaged ({error}); delete {directory} and run {_REDO}"
             ) from error
@@ -57,6 +59,8 @@ class TextCache:
                 f"[{self._ends[-1]}, {self.dim}] of uint16: one is damaged; delete {directory} and "
                 f"run {_REDO}"
             )
+        if os.path.getsize(path) != rows.offset + rows.nbytes:
+            raise ValueError(f"{path} is damaged: its header is not of its size; {redo}")
         self._rows = rows.view(ml_dtypes.bfloat16)
 
     def __contains__(self, text):

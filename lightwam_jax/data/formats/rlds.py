@@ -222,7 +222,7 @@ class _Source:
             features = dict(features.items())
         if "steps" not in features or not isinstance(features["steps"], tfds.features.Sequence):
             raise ValueError(
-                f"{directory} has no nested steps, so it is not RLDS; its features: "
+                f"{directory}/features.json has no nested steps, so it is not RLDS; its features: "
                 f"{', '.join(features)}"
             )
         self.fps, self.channel_order = data.fields.fps, data.fields.channel_order
@@ -231,7 +231,7 @@ class _Source:
                 "config.data.fields.fps is 0 and RLDS data do not say how many steps a second "
                 "has; set it"
             )
-        self.leaves = dict(_leaves(features))
+        self.leaves, self._file = dict(_leaves(features)), directory / "features.json"
         self.keys = {
             name: getattr(data.fields, name) or default for name, default in _DEFAULTS.items()
         }
@@ -259,7 +259,7 @@ class _Source:
                 f"{f'/{p}'.removeprefix('/steps/')}: {feature!r}"
                 for p, feature in self.leaves.items()
             )
-            raise ValueError(f"{entry}the data have no {key!r}; they have\n  {there}")
+            raise ValueError(f"{entry}{self._file} has no {key!r}; it has\n  {there}")
         if name != "task" and not path.startswith("steps/"):
             raise ValueError(f"{entry}{key} is not in the steps of an episode")
         if not fits(self.leaves[path]):

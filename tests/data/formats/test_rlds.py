@@ -135,7 +135,7 @@ def test_keys(data, written):
 @pytest.mark.parametrize(
     "changes, words",
     [
-        ({"data__fields__state": ("proprio",)}, "state: the data have no 'proprio'; they have"),
+        ({"data__fields__state": ("proprio",)}, "features.json has no 'proprio'; it has"),
         ({"data__fields__state": ("language_instruction",)}, "expected numbers"),
         ({"data__fields__task": "action"}, "expected text"),
         ({"data__fields__task": "instruction"}, "no 'instruction'; they have"),
