@@ -83,8 +83,6 @@ def _value(kind, value, path):
             raise ValueError(f"{path} is {value!r}; expected {len(kinds)} values")
         return tuple(_value(k, v, f"{path}[{i}]") for i, (k, v) in enumerate(zip(kinds, value)))
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        if abs(value) > 2**53:
-            raise ValueError(f"{path} is {value}; expected a number that a float holds exactly")
         return float(value)
     plain = origin or kind
     if not isinstance(value, plain) or (plain is int and isinstance(value, bool)):

@@ -7,7 +7,6 @@ checksum (pictures, weights) are never changed in place: nothing could tell that
 
 import json
 import math
-import shutil
 
 import h5py
 import numpy as np
@@ -266,8 +265,3 @@ def damage(rng, root):
         path.unlink()
         return path, "is gone"
     return path, rng.choice(damages_of(path))(rng, path)
-
-
-def copy(source, target):
-    """Returns a copy of a valid directory, made in `target`."""
-    return shutil.copytree(source, target)
