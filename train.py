@@ -42,6 +42,7 @@ def main(argv):
     command_line.check_directory(_WORKDIR.value, "--workdir")
     from lightwam_jax import distributed
     from lightwam_jax.checkpoint import storage
+    from lightwam_jax.data.caches import latents
     from lightwam_jax.training import loop
 
     if not flags.FLAGS["verbosity"].present:
@@ -55,18 +56,12 @@ def main(argv):
             _HEARTBEAT.value or distributed.HEARTBEAT_S,
         )
         run = loop.prepare(config_lib.from_config_dict(flags.FLAGS.config), _WORKDIR.value, profile)
-    except (
-        ValueError,
-        FileNotFoundError,
-        FileExistsError,
-        NotADirectoryError,
-        MemoryError,
-    ) as error:
+    except (ValueError, OSError, MemoryError) as error:
         logging.debug("Where it was found:", exc_info=True)  # shown by --verbosity=1
         command_line.fail(error)
     try:
         outcome = loop.run(run)
-    except (FloatingPointError, MemoryError, storage.SaveError) as error:
+    except (FloatingPointError, MemoryError, storage.SaveError, latents.DamagedRecord) as error:
         command_line.fail(error)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):

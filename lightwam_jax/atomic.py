@@ -10,13 +10,46 @@ class InUse(RuntimeError):
     """Another process writes the same file: the same command runs twice."""
 
 
-def read_json(path):
-    """Returns the content of a JSON file, None where there is none."""
+def read_json(path, kinds=None, redo="restore it, or delete it and make it again"):
+    """Returns the content of a JSON file, None where there is none.
+
+    Args:
+      kinds: {key: type} that the content, an object, has to have; [type] is a list of these. None:
+        it may be anything.
+      redo: what to do about a file that is damaged.
+
+    Raises:
+      ValueError: not JSON, no object, or without such a key; names the file and the key.
+    """
     try:
         with open(path, encoding="utf-8") as f:
-            return json.load(f)
+            content = json.load(f)
     except FileNotFoundError:
         return None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON ({error}); {redo}") from error
+    if kinds is not None:
+        check_json(content, kinds, path, redo)
+    return content
+
+
+def check_json(content, kinds, place, redo):
+    """Raises ValueError where `content` is no object with such keys; see `read_json`."""
+    if not isinstance(content, dict):
+        raise ValueError(f"{place} holds {str(content)[:60]}; expected a JSON object; {redo}")
+    for key, kind in kinds.items():
+        if key not in content:
+            raise ValueError(f"{place} lacks {key}; {redo}")
+        if not _is(content[key], kind):
+            named = f"a list of {kind[0].__name__}" if isinstance(kind, list) else kind.__name__
+            said = str(content[key])[:60]
+            raise ValueError(f"{place}: {key} is {said}; expected {named}; {redo}")
+
+
+def _is(value, kind):
+    if isinstance(kind, list):
+        return isinstance(value, list) and all(_is(each, kind[0]) for each in value)
+    return isinstance(value, kind) and not (kind is int and isinstance(value, bool))
 
 
 def write_json(path, content):

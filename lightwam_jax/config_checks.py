@@ -79,7 +79,10 @@ _RANGES = {
         **dict.fromkeys(("pool_heads", "per_layer_dim", "trunk_dim", "action_dim"), _COUNT),
         **dict.fromkeys(("proprio_dim", "scan_unroll"), _COUNT),
         **dict.fromkeys(("lora_rank", "lora_layers", "adapter_layers", "adapter_dim"), _SOME),
+        **dict.fromkeys(("merge_dim", "merge_slots", "trunk_blocks", "step_pos_dim"), _SOME),
+        **dict.fromkeys(("flow_dim", "flow_ffn_dim"), _SOME),
     },
+    "mesh": dict.fromkeys(("data", "fsdp"), (-1, None, False)),
 }  # fmt: skip
 _ABOVE_0 = ("optimizer.lr", "optimizer.eps", "loss.shift", "data.augment.crop")
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import math
 import re
 import typing
 
@@ -86,6 +87,8 @@ def _value(kind, value, path):
     plain = origin or kind
     if not isinstance(value, plain) or (plain is int and isinstance(value, bool)):
         raise ValueError(f"{path} is {value!r} ({type(value).__name__}); expected {plain.__name__}")
+    if kind is float and not math.isfinite(value):
+        raise ValueError(f"{path} is {value}; expected a finite number")
     return value
 
 

@@ -6,10 +6,11 @@ import typing
 
 
 class Found(typing.NamedTuple):
-    """What lies below a folder: its files, and (path, reason) of what could not be entered."""
+    """What lies below a folder: its files, (path, reason) of what could not be entered, folders."""
 
     files: list
     missed: list
+    entered: typing.Sequence = ()
 
 
 def search(root):
@@ -18,7 +19,7 @@ def search(root):
     A folder is entered once, under the name it has below `root` rather than that of a link to it,
     so that links in a circle, or to a folder that is found anyway, add nothing.
     """
-    files, missed, seen = [], [], set()
+    files, missed, entered, seen = [], [], [], set()
     own, linked = [pathlib.Path(root)], []
     while own or linked:
         folder = (own or linked).pop(0)
@@ -26,6 +27,7 @@ def search(root):
         if real in seen:
             continue
         seen.add(real)
+        entered.append(folder)
         try:
             entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
         except OSError as error:
@@ -39,7 +41,7 @@ def search(root):
                 files.append(path)
             elif entry.is_symlink() and not path.exists():
                 missed.append((path, f"a link to {os.readlink(path)}, which is not there"))
-    return Found(files, missed)
+    return Found(files, missed, entered)
 
 
 def files_below(root):

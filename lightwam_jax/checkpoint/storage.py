@@ -29,6 +29,10 @@ COMMIT_FILE = "commit_success.txt"  # Orbax writes its own into every item
 LARGE = 1 << 20  # bytes from which a file of assets is linked rather than copied
 
 
+# What Orbax raises for files that are missing or damaged.
+_DAMAGE = (OSError, ValueError, LookupError, TypeError, AttributeError)
+
+
 class DamagedCheckpointError(ValueError):
     """A checkpoint whose files are missing, truncated or altered."""
 
@@ -251,10 +255,14 @@ def read_meta(directory):
     directory = pathlib.Path(directory)
     try:
         meta = json.loads((directory / "meta" / "metadata").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DamagedCheckpointError(f"{directory}/meta cannot be read: {error}") from error
-    if meta.get("checksum") != meta_checksum(meta):
-        raise DamagedCheckpointError(f"{directory}/meta was altered on disk: its checksum differs")
+    except (OSError, ValueError, RecursionError) as error:
+        raise DamagedCheckpointError(
+            f"{directory}/meta/metadata cannot be read: {error}"
+        ) from error
+    if not isinstance(meta, dict) or meta.get("checksum") != meta_checksum(meta):
+        raise DamagedCheckpointError(
+            f"{directory}/meta/metadata was altered on disk: its checksum differs"
+        )
     if meta.get("format") != FORMAT:
         raise ValueError(
             f"{directory} has checkpoint format {meta.get('format')}, this version reads {FORMAT}"
@@ -298,9 +306,9 @@ def _read_item(directory, name, target, meta):
         with ocp.StandardCheckpointer(multiprocessing_options=alone) as reader:
             return reader.restore(directory / name, stored)
     except Exception as error:  # Orbax raises a bare Exception for arrays it cannot decode
-        if type(error) is not Exception and not isinstance(error, (OSError, ValueError, KeyError)):
+        if type(error) is not Exception and not isinstance(error, _DAMAGE):
             raise
-        reason = str(error).splitlines()[0]
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise DamagedCheckpointError(f"{where} cannot be read: {reason}") from error
 
 

@@ -74,7 +74,7 @@ def load_normalizers(directory, config):
         path, config_lib.state_width(config), config_lib.action_width(config)
     )
     # Statistics without "made_from" were put there by hand (a released file): taken as they are.
-    have = statistics.get("made_from", {}).get("config", {})
+    have = statistics.get("made_from", {"config": {}})["config"]
     lines = [
         f"{key}: statistics {have[key]!r}, config {value!r}"
         for key, value in statistics_keys(config).items()
@@ -115,7 +115,7 @@ def load_text(directory, config):
         for key, (have, want) in pairs.items()
         if have != want
     ]
-    _refuse(lines, f"the text embeddings in {directory}/text were made", "text")
+    _refuse(lines, f"the text embeddings of {cache.place} were made", "text")
     return cache
 
 

@@ -19,6 +19,7 @@ import threading
 import grain
 import numpy as np
 from absl import flags
+from google.protobuf import message
 from tensorflow_datasets.proto import tf_example_pb2
 
 from lightwam_jax import config as config_lib
@@ -212,7 +213,7 @@ def _records(config, split):
     if config.data.encode_online:
         return windows.open_windows(config, split)
     cache = latent_cache.open_cache(config)
-    return _CacheRecords(cache.source(split)) if cache.size(split) else (), cache.meta["tasks"]
+    return _CacheRecords(cache, split, config) if cache.size(split) else (), cache.meta["tasks"]
 
 
 def _samples(config, directory, records, tasks, keys):
@@ -240,22 +241,40 @@ class _CacheRecords:
     TFDS's own decoder takes ten times as long, all of it under Python's lock.
     """
 
-    def __init__(self, source):
+    def __init__(self, cache, split, config):
+        source, self._cache, self._split = cache.source(split), cache, split
         self._bytes, features = source.data_source, source.dataset_info.features
         self._tensors = {
-            name: (features[name].np_dtype, features[name].shape) for name in latent_cache.TENSORS
+            name: (feature.np_dtype, feature.shape)
+            for name, feature in latent_cache.features(config).items()
+            if name in latent_cache.TENSORS
         }
+        found = dict(features.items())
+        for name, form in self._tensors.items():
+            have = found.get(name)
+            if have is None or (have.np_dtype, have.shape) != form:
+                raise ValueError(
+                    f"{cache.directory}/features.json: {name} is {have!r}; expected {form[0]} "
+                    f"{list(form[1])}; {latent_cache.REDO}"
+                )
 
     def __len__(self):
         return len(self._bytes)
 
     def __getitem__(self, row):
-        stored = tf_example_pb2.Example.FromString(self._bytes[row]).features.feature
-        record = {
-            name: np.frombuffer(stored[name].bytes_list.value[0], dtype).reshape(shape)
-            for name, (dtype, shape) in self._tensors.items()
-        }
-        return {**record, "task": stored["task"].int64_list.value[0]}
+        try:
+            stored = tf_example_pb2.Example.FromString(self._bytes[row]).features.feature
+            record = {
+                name: np.frombuffer(stored[name].bytes_list.value[0], dtype).reshape(shape)
+                for name, (dtype, shape) in self._tensors.items()
+            }
+            return {**record, "task": stored["task"].int64_list.value[0]}
+        except (RuntimeError, ValueError, LookupError, message.DecodeError) as error:
+            file = self._cache.file(self._split, row)
+            raise latent_cache.DamagedRecord(
+                f"{file}: record {row} of {self._split} cannot be read ({error}); "
+                f"{latent_cache.REDO}"
+            ) from error
 
 
 class _FakeRecords:

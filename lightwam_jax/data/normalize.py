@@ -231,9 +231,14 @@ def read_statistics(path, state_dim, action_dim):
       FileNotFoundError: no such file; the message says how to make it.
       ValueError: another width, a missing entry, or a number that is not finite.
     """
-    statistics = atomic.read_json(path)
+    statistics = atomic.read_json(path, {}, f"restore it, or run {_COMPUTE}")
     if statistics is None:
         raise FileNotFoundError(f"{path} is missing; make it with: {_COMPUTE}")
+    if "made_from" in statistics:
+        made_from, redo = statistics["made_from"], f"delete {path} and run {_COMPUTE}"
+        atomic.check_json(made_from, {"config": dict}, f"{path}: made_from", redo)
+        if not isinstance(made_from.get("data", ""), str):
+            raise ValueError(f"{path}: made_from: data is no text; {redo}")
     parts = ("state", "proprio_dim", state_dim), ("action", "action_dim", action_dim)
     for name, key, width in parts:
         if name not in statistics:
@@ -241,7 +246,12 @@ def read_statistics(path, state_dim, action_dim):
                 f"{path} has no {name!r} entry (it has {', '.join(sorted(statistics))}); expected "
                 "a dataset_stats.json"
             )
-        table = table_of(statistics, name)
+        try:
+            table = table_of(statistics, name)
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{path}: {name!r} is no table of numbers ({error}); restore it, or run {_COMPUTE}"
+            ) from error
         for field in _FIELDS:
             values = np.asarray(table.get(f"global_{field}", ()), np.float32)
             if values.shape != (width,):
@@ -255,6 +265,15 @@ def read_statistics(path, state_dim, action_dim):
                     f"{path}: {name} global_{field} is not finite in dimension "
                     f"{int(np.argmin(np.isfinite(values)))}: compute it again from clean data"
                 )
+        for low, high in (("min", "max"), ("q01", "q99")):
+            least, most = (np.asarray(table[f"global_{field}"]) for field in (low, high))
+            if dims := np.flatnonzero(least > most).tolist():
+                raise ValueError(
+                    f"{path}: {name} global_{low} is above global_{high} in dimensions {dims}: run "
+                    f"{_COMPUTE}"
+                )
+        if (np.asarray(table["global_std"]) < 0).any():
+            raise ValueError(f"{path}: {name} global_std is negative: run {_COMPUTE}")
     return statistics
 
 
@@ -274,10 +293,13 @@ def table_of(statistics, name):
             f"the statistics of {name!r} hold tables ({', '.join(tables)}) of different entries; "
             "expected at least one, and the same in each"
         )
-    return {
-        key: np.concatenate([np.asarray(table[key]) for table in tables.values()], -1).tolist()
+    joined = {
+        key: np.concatenate([np.asarray(table[key]) for table in tables.values()], -1)
         for key in next(iter(tables.values()))
     }
+    if wrong := [key for key, values in joined.items() if values.dtype.kind not in "fiu"]:
+        raise ValueError(f"{', '.join(wrong)} of {name!r} hold what is no number")
+    return {key: values.tolist() for key, values in joined.items()}
 
 
 def describe(statistics):

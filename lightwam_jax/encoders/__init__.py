@@ -18,7 +18,8 @@ def load_codec(directory):
     """
     make = "python -m lightwam_jax.precompute --config CONFIG --what latents"
     path = os.path.join(directory, "codec.json")
-    description = atomic.read_json(path)
+    redo = f"restore it, or delete {directory} and run {make}"
+    description = atomic.read_json(path, {"kind": str, "id": str}, redo)
     if description is None:
         raise FileNotFoundError(f"{path} is missing; make it with: {make}")
     kind = description["kind"]
@@ -28,10 +29,14 @@ def load_codec(directory):
             f"{', '.join(map(repr, base.STRIDES))}"
         )
     if kind == "pca":
-        codec = pca.PcaCodec.load(directory)
+        try:
+            codec = pca.PcaCodec.load(directory)
+        except ValueError as error:
+            raise ValueError(f"{error}; {redo}") from error
     else:
         from lightwam_jax.encoders import wan
 
+        atomic.check_json(description, {"dtype": str}, path, redo)
         codec = wan.WanCodec(os.path.join(directory, "weights"), kind, description["dtype"])
     if codec.id != description["id"]:
         raise ValueError(

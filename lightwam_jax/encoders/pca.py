@@ -3,6 +3,8 @@
 import functools
 import hashlib
 import os
+import zipfile
+import zlib
 
 import einops
 import jax
@@ -14,6 +16,8 @@ from lightwam_jax.encoders import base
 from lightwam_jax.encoders.base import STRIDE
 
 _CHUNK_BYTES = 1 << 20  # encoded at once; more than the CPU's cache holds takes four times as long
+# What numpy raises for a damaged .npz file.
+_DAMAGE = (ValueError, EOFError, LookupError, NotImplementedError, zipfile.BadZipFile, zlib.error)
 PLACES = 4  # latent channels that tell a cell's place on the canvas
 _CHROMA = 3.0  # weight of colour differences against brightness when components are chosen
 
@@ -122,9 +126,15 @@ class PcaCodec:
 
     @classmethod
     def load(cls, directory):
-        """Returns the codec that `save` wrote."""
-        with np.load(os.path.join(directory, "codec.npz")) as stored:
-            return cls(dict(stored))
+        """Returns the codec that `save` wrote; ValueError: its file is damaged."""
+        path = os.path.join(directory, "codec.npz")
+        try:
+            with np.load(path, allow_pickle=False) as stored:
+                return cls(dict(stored))
+        except _DAMAGE as error:
+            # Else numpy would advise to load it as a pickle.
+            reason = error if zipfile.is_zipfile(path) else "it is no .npz file, or cut off"
+            raise ValueError(f"{path} is damaged ({reason})") from error
 
 
 def _namespace(x):

@@ -121,8 +121,8 @@ class CachedTextEncoder:
     def __init__(self, encoder, cache):
         if cache.encoder_id != encoder.id:
             raise ValueError(
-                f"the text cache was made by {cache.encoder_id}, the encoder is {encoder.id}; run: "
-                f"{ENCODE}"
+                f"the text cache ({cache.place}) was made by {cache.encoder_id}, the encoder is "
+                f"{encoder.id}; run: {ENCODE}"
             )
         self.dim, self.id = encoder.dim, encoder.id
         self._encoder, self._cache, self.prompts = encoder, cache, cache.prompts

@@ -116,7 +116,9 @@ def test_a_cache_without_prompts_asks_the_encoder(tmp_path):
 
 def test_cache_errors(cache, tmp_path):
     stored = text_cache.TextCache(cache)
-    with pytest.raises(KeyError, match=r"'jump' is not among the 2 .* add it with: .*--what text"):
+    with pytest.raises(
+        ValueError, match=r"'jump' is not among the 2 .* add it with: .*--what text"
+    ):
         stored.table(["jump"], 8)
     with pytest.raises(ValueError, match=r"has 3 rows, config.data.text_len is 2"):
         stored.table(["lift the cup"], 2)

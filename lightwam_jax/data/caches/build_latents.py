@@ -119,7 +119,7 @@ class _LatentBuild(resumable.Build):
         left = []
         for shard in shards:
             path = self._file(shard)
-            if os.path.exists(path) and _count(path) != shard["records"]:
+            if os.path.exists(path) and latent_cache.count(path) != shard["records"]:
                 print(f"{path} is damaged and is made again", flush=True)
                 os.remove(path)
             if not os.path.exists(path):
@@ -145,7 +145,7 @@ class _LatentBuild(resumable.Build):
             written += len(batch.windows)
             bar.update(len(batch.windows))
         writer.close()
-        if _count(path) != written:
+        if latent_cache.count(path) != written:
             raise OSError(errno.ENOSPC, f"{path} cannot be read back")
 
 
@@ -288,17 +288,6 @@ def _records(batch, latents, number):
 
 
 # ---- files ---------------------------------------------------------------------------------------
-
-
-def _count(path):
-    """Records in a finished file; 0 if it is not one."""
-    try:
-        reader = array_record_module.ArrayRecordReader(path)
-        count = reader.num_records()
-        reader.close()
-    except RuntimeError:
-        return 0
-    return count
 
 
 def _serializer(features):

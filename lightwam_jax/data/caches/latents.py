@@ -17,13 +17,19 @@ import os
 import ml_dtypes  # noqa: F401 (else TFDS imports TensorFlow to find bfloat16, when it reads)
 import numpy as np
 import tensorflow_datasets as tfds
+from array_record.python import array_record_module
 
 from lightwam_jax import atomic
 from lightwam_jax import config as config_lib
-from lightwam_jax.data import assets, spec
+from lightwam_jax.data import assets, spec, tfds_metadata
 from lightwam_jax.data.caches import contents
 
 REBUILD = "python -m lightwam_jax.precompute --config CONFIG --what"
+REDO = f"delete its directory and run {REBUILD} latents"
+# What cache.json and each of its shards have to hold.
+_KINDS = {"config": dict, "data": str, "train_data": str, "codec": str, "tasks": [str]}
+_KINDS |= {"shards": [dict], "records": dict, "episodes": dict}
+_OF_A_SHARD = {"split": str, "file": str, "records": int}
 TENSORS = ("latents", "proprio", "actions", "action_is_pad", "image_is_pad")  # of a record
 
 # Config keys that decide what the records hold. What only normalises or transforms raw windows
@@ -119,6 +125,10 @@ def _content(episode, camera):
     return first + b"".join(map(contents.digest, files))
 
 
+class DamagedRecord(ValueError):
+    """A record that cannot be read; the message names its file."""
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Cache:
     """An opened latent cache.
@@ -134,8 +144,37 @@ class Cache:
     directory: str
 
     def source(self, split):
-        """Returns the random-access records of "train" or "val": len(), [i] -> dict of arrays."""
-        return tfds.builder_from_directory(self.directory).as_data_source(split)
+        """Returns the random-access records of "train" or "val": len(), [i] -> dict of arrays.
+
+        Raises:
+          ValueError: the files are not those that were written; names the one that differs.
+        """
+        with tfds_metadata.naming(os.path.join(self.directory, "features.json"), REDO):
+            tfds.features.FeatureConnector.from_config(self.directory)
+        path = os.path.join(self.directory, "dataset_info.json")
+        with tfds_metadata.naming(path, REDO):
+            builder = tfds.builder_from_directory(self.directory)
+            info = builder.info.splits[split]
+            listed, size = info.shard_lengths, info.num_bytes
+        shards = [shard for shard in self.meta["shards"] if shard["split"] == split]
+        if listed != [shard["records"] for shard in shards]:
+            raise ValueError(f"{path} lists other records of {split} than cache.json; {REDO}")
+        files = [os.path.join(self.directory, shard["file"]) for shard in shards]
+        if sum(map(os.path.getsize, files)) != size:
+            for file, shard in zip(files, shards):
+                if (there := count(file)) != shard["records"]:
+                    raise ValueError(
+                        f"{file} is damaged: {there} of its {shard['records']} records are there; "
+                        f"{REDO}"
+                    )
+            raise ValueError(f"{path} says another size of {split} than its files have; {REDO}")
+        return builder.as_data_source(split)
+
+    def file(self, split, row):
+        """Returns the file that holds a record of a split."""
+        shards = [shard for shard in self.meta["shards"] if shard["split"] == split]
+        ends = np.cumsum([shard["records"] for shard in shards])
+        return os.path.join(self.directory, shards[np.searchsorted(ends, row, "right")]["file"])
 
     def size(self, split):
         """Returns the number of records of a split."""
@@ -149,8 +188,19 @@ def latents_directory(config):
 
 
 def read_meta(config):
-    """Returns cache.json, or None where there is no finished cache."""
-    return atomic.read_json(os.path.join(latents_directory(config), "cache.json"))
+    """Returns cache.json, or None where there is no finished cache; ValueError: it is damaged."""
+    path = os.path.join(latents_directory(config), "cache.json")
+    meta = atomic.read_json(path, _KINDS, REDO)
+    for number, shard in enumerate(meta["shards"] if meta else ()):
+        atomic.check_json(shard, _OF_A_SHARD, f"{path}: shards[{number}]", REDO)
+    for split in meta["records"] if meta else ():
+        there = sum(shard["records"] for shard in meta["shards"] if shard["split"] == split)
+        if meta["records"][split] != there:
+            raise ValueError(
+                f"{path} says {meta['records'][split]} records of {split}, its shards hold "
+                f"{there}; {REDO}"
+            )
+    return meta
 
 
 def open_cache(config):
@@ -169,14 +219,14 @@ def open_cache(config):
     lines = differences(meta["config"], config)
     codec = _asset(config, "codec", "codec.json").get("id")
     if codec != meta["codec"]:
-        lines.append(f"codec: cache {meta['codec']}, assets {codec}")
+        lines.append(f"codec: cache {meta['codec']}, assets/codec/codec.json {codec}")
     # Statistics without "made_from" were put there by hand (a released file): taken as they are.
     made_from = _asset(config, assets.statistics_file(config)).get("made_from")
     if made_from and meta["train_data"] not in made_from["data"].split("+"):
         lines.append(f"training data: cache {meta['train_data']}, statistics {made_from['data']}")
     if lines:
         raise ValueError(
-            f"the latent cache in {latents_directory(config)} does not fit:\n  "
+            f"the latent cache of {latents_directory(config)}/cache.json does not fit:\n  "
             + "\n  ".join(lines)
             + "\nSet another config.data.cache, change the config back, or rebuild the cache: "
             f"{REBUILD} stats,text,latents\n(If only config.data.path changed, that command "
@@ -187,4 +237,15 @@ def open_cache(config):
 
 def _asset(config, *path):
     """The JSON file `path` of the assets, {} if it is not there."""
-    return atomic.read_json(os.path.join(config.data.cache, "assets", *path)) or {}
+    return atomic.read_json(os.path.join(config.data.cache, "assets", *path), {}) or {}
+
+
+def count(path):
+    """Returns the number of records in a file; 0 if it is not one."""
+    try:
+        reader = array_record_module.ArrayRecordReader(path)
+        count = reader.num_records()
+        reader.close()
+    except RuntimeError:
+        return 0
+    return count

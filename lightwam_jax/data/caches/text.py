@@ -3,6 +3,7 @@
 import hashlib
 import os
 import shutil
+import tokenize
 
 import ml_dtypes
 import numpy as np
@@ -11,6 +12,9 @@ import tqdm
 from lightwam_jax import atomic, encoders
 from lightwam_jax.data.caches import resumable
 
+_REDO = encoders.text.ENCODE
+# What index.json has to hold.
+_KINDS = {"kind": str, "template": str, "id": str, "dim": int, "prompts": [str], "lengths": [int]}
 _BATCH = 16  # prompts encoded at once, and lost at most where that is interrupted
 
 
@@ -22,27 +26,41 @@ class TextCache:
       encoder_id, dim: of the encoder.
       text_len: rows it was asked for; None in caches from before that was kept.
       prompts: tuple of str.
+      place: index.json, for messages.
     """
 
     def __init__(self, directory):
         index_path = os.path.join(directory, "index.json")
-        index = atomic.read_json(index_path)
+        redo = f"delete {directory} and run {_REDO}"
+        index = atomic.read_json(index_path, _KINDS, redo)
         if index is None:
-            raise FileNotFoundError(
-                f"{index_path} is missing; make it with: {encoders.text.ENCODE}"
-            )
+            raise FileNotFoundError(f"{index_path} is missing; make it with: {_REDO}")
         self.kind, self.template = index["kind"], index["template"]
         self.encoder_id, self.dim, self.prompts = index["id"], index["dim"], tuple(index["prompts"])
-        self.text_len = index.get("text_len")
+        self.text_len, self.place = index.get("text_len"), index_path
         self._row = {text: i for i, text in enumerate(self.prompts)}
-        self._ends = np.cumsum([0, *index["lengths"]], dtype=np.int64)
-        rows = np.load(os.path.join(directory, "rows.npy"), mmap_mode="r")
-        if rows.shape != (self._ends[-1], self.dim):
+        lengths = index["lengths"]
+        if len(lengths) != len(self._row) or not all(0 <= n < 2**31 for n in lengths):
             raise ValueError(
-                f"{directory}/rows.npy has shape {list(rows.shape)}, index.json says "
-                f"[{self._ends[-1]}, {self.dim}]: one is damaged; delete {directory} and run "
-                f"{encoders.text.ENCODE}"
+                f"{index_path} has {len(lengths)} lengths for {len(self._row)} prompts; expected "
+                f"one of 0 or more for each; delete {directory} and run {_REDO}"
             )
+        self._ends = np.cumsum([0, *lengths], dtype=np.int64)
+        path = os.path.join(directory, "rows.npy")
+        try:
+            rows = np.lib.format.open_memmap(path, mode="r")
+        except (ValueError, EOFError, tokenize.TokenError) as error:
+            raise ValueError(
+                f"{path} is damaged ({error}); delete {directory} and run {_REDO}"
+            ) from error
+        if rows.shape != (self._ends[-1], self.dim) or rows.dtype != np.uint16:
+            raise ValueError(
+                f"{path} has shape {list(rows.shape)} of {rows.dtype}, index.json says "
+                f"[{self._ends[-1]}, {self.dim}] of uint16: one is damaged; delete {directory} and "
+                f"run {_REDO}"
+            )
+        if os.path.getsize(path) != rows.offset + rows.nbytes:
+            raise ValueError(f"{path} is damaged: its header is not of its size; {redo}")
         self._rows = rows.view(ml_dtypes.bfloat16)
 
     def __contains__(self, text):
@@ -57,14 +75,13 @@ class TextCache:
         """Returns (context bf16 [n, L, dim], mask bool [n, L]) of cached prompts.
 
         Raises:
-          KeyError: a prompt is not cached.
-          ValueError: a prompt is longer than `text_len` rows.
+          ValueError: a prompt is not cached, or is longer than `text_len` rows.
         """
         context = np.zeros((len(prompts), text_len, self.dim), ml_dtypes.bfloat16)
         mask = np.zeros((len(prompts), text_len), bool)
         for i, text in enumerate(prompts):
             if text not in self._row:
-                raise KeyError(
+                raise ValueError(
                     f"prompt {text!r} is not among the {len(self.prompts)} of the text "
                     f"cache; add it with: {encoders.text.ENCODE}"
                 )

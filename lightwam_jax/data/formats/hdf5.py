@@ -149,6 +149,11 @@ def _files(root):
             problems.append(Problem.warning("broken link", name, path, f"{name} is {reason}"))
         else:
             problems.append(Problem.error("unreadable folder", name, path, reason))
+    for path in found.entered:
+        if path.suffix.lower() in _SUFFIXES and not any(f.is_relative_to(path) for f in files):
+            name, reason = path.relative_to(root).as_posix(), "a directory is in its place"
+            if path != pathlib.Path(root):
+                problems.append(Problem.error("unreadable file", name, path, reason))
     return sorted(files, key=lambda path: _natural(path.relative_to(root).as_posix())), problems
 
 

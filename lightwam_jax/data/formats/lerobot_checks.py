@@ -22,7 +22,8 @@ def faults(data, entry, file, rows):
         yield Problem.error("rows out of order", entry.id, entry.data, message)
     used = set(rows.task_index.tolist())
     if unknown := sorted(used - set(data.tasks)):
-        message = f"task_index {unknown} of {len(data.tasks)} tasks in meta/"
+        name = "tasks.parquet" if data.packed else "tasks.jsonl"
+        message = f"task_index {unknown} of {len(data.tasks)} tasks in meta/{name}"
         message += "".join(f"; {fault}" for fault in data.task_faults[:1])
         yield Problem.error("unknown task", entry.id, file, message)
     else:
@@ -150,7 +151,7 @@ def _shapes(data, keys, width):
     for text in keys:
         key = keys_lib.parse(text)
         shape, names = (features[key.path].get(what) for what in ("shape", "names"))
-        if not isinstance(shape, list) or not all(isinstance(n, int) for n in shape):
+        if not isinstance(shape, list) or not all(_is_size(n) for n in shape):
             return
         size, named = math.prod(shape), len(list(_leaves(names)))
         expected += len(range(size)[key.dims])
@@ -161,6 +162,10 @@ def _shapes(data, keys, width):
             f"info.json: {', '.join(keys)} has {expected} numbers by its shape, the rows have "
             f"{width}; the rows are believed"
         )
+
+
+def _is_size(number):
+    return isinstance(number, int) and 0 <= number < 2**31
 
 
 def _leaves(names):

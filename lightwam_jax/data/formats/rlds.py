@@ -30,8 +30,9 @@ import numpy as np
 import tensorflow_datasets as tfds
 import tqdm
 from array_record.python import array_record_module
-from google.protobuf import json_format, message
+from google.protobuf import message
 
+from lightwam_jax.data import tfds_metadata
 from lightwam_jax.data.episodes import Problem
 from lightwam_jax.data.formats import keys as keys_lib
 from lightwam_jax.data.formats.stored import BadEpisode
@@ -71,13 +72,18 @@ def read(config):
     """
     directory = _directory(config.data.path)
     source = _Source(config.data, directory)
-    with _naming(directory / "dataset_info.json"):
+    with tfds_metadata.naming(directory / "dataset_info.json"):
         info = tfds.builder_from_directory(str(directory)).info
         splits = [
             (name, list(zip(s.filepaths, s.shard_lengths))) for name, s in info.splits.items()
         ]
     found, problems = [], []
     total = sum(expected for _, shards in splits for _, expected in shards)
+    if not total:
+        raise ValueError(f"{directory / 'dataset_info.json'} lists no episode; copy it again")
+    problems += _unlisted(
+        directory, {os.fspath(path) for _, shards in splits for path, _ in shards}
+    )
     with tqdm.tqdm(total=total, desc="columns", unit="episode") as bar:
         for name, shards in splits:
             first = 0
@@ -88,23 +94,15 @@ def read(config):
     return found, problems
 
 
-@contextlib.contextmanager
-def _naming(file):
-    """Makes one line of whatever TFDS says of a metadata file, with the name of the file."""
-    try:
-        yield
-    except (
-        json_format.Error,
-        ValueError,
-        TypeError,
-        AttributeError,
-        LookupError,
-        OSError,
-    ) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise ValueError(
-            f"{file} cannot be read as TFDS wrote it ({reason}); copy it again"
-        ) from error
+def _unlisted(directory, listed):
+    """Warnings about record files that dataset_info.json does not list."""
+    message = "dataset_info.json lists no records of it in any split; it is not read"
+    return [
+        Problem.warning("unlisted file", "", file, message)
+        for file in sorted(directory.iterdir())
+        if (".tfrecord" in file.name or ".array_record" in file.name)
+        and os.fspath(file) not in listed
+    ]
 
 
 def _read_shard(path, ids, source, found, problems, bar):
@@ -151,6 +149,8 @@ def _records(path):
     """Yields where each record of a file lies; `BadEpisode`: why there are no more."""
     if not os.path.exists(path):
         raise BadEpisode("missing file", "its file is not there")
+    if os.path.isdir(path):
+        raise BadEpisode("damaged file", "a directory is in its place")
     if _is_array_record(path):
         try:
             reader = array_record_module.ArrayRecordReader(path)
@@ -217,12 +217,12 @@ class _Source:
     """The features of a dataset that the config asks for, and the episodes read with them."""
 
     def __init__(self, data, directory):
-        with _naming(directory / "features.json"):
+        with tfds_metadata.naming(directory / "features.json"):
             features = tfds.features.FeatureConnector.from_config(str(directory))
             features = dict(features.items())
         if "steps" not in features or not isinstance(features["steps"], tfds.features.Sequence):
             raise ValueError(
-                f"{directory} has no nested steps, so it is not RLDS; its features: "
+                f"{directory}/features.json has no nested steps, so it is not RLDS; its features: "
                 f"{', '.join(features)}"
             )
         self.fps, self.channel_order = data.fields.fps, data.fields.channel_order
@@ -231,7 +231,7 @@ class _Source:
                 "config.data.fields.fps is 0 and RLDS data do not say how many steps a second "
                 "has; set it"
             )
-        self.leaves = dict(_leaves(features))
+        self.leaves, self._file = dict(_leaves(features)), directory / "features.json"
         self.keys = {
             name: getattr(data.fields, name) or default for name, default in _DEFAULTS.items()
         }
@@ -259,7 +259,7 @@ class _Source:
                 f"{f'/{p}'.removeprefix('/steps/')}: {feature!r}"
                 for p, feature in self.leaves.items()
             )
-            raise ValueError(f"{entry}the data have no {key!r}; they have\n  {there}")
+            raise ValueError(f"{entry}{self._file} has no {key!r}; it has\n  {there}")
         if name != "task" and not path.startswith("steps/"):
             raise ValueError(f"{entry}{key} is not in the steps of an episode")
         if not fits(self.leaves[path]):

@@ -203,6 +203,8 @@ def _open(path):
         if not container.streams.video:
             raise FrameError(path, None, "has no video stream")
         stream = container.streams.video[0]
+        if stream.codec_context is None:  # its description is cut off
+            raise FrameError(path, None, "its codec is not known here, or the file is damaged")
         # Several files are read at once: one thread each is the quickest, and dav1d with more
         # delays its frames.
         stream.codec_context.thread_count = 1

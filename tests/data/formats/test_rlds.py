@@ -135,13 +135,13 @@ def test_keys(data, written):
 @pytest.mark.parametrize(
     "changes, words",
     [
-        ({"data__fields__state": ("proprio",)}, "state: the data have no 'proprio'; they have"),
+        ({"data__fields__state": ("proprio",)}, "features.json has no 'proprio'; it has"),
         ({"data__fields__state": ("language_instruction",)}, "expected numbers"),
         ({"data__fields__task": "action"}, "expected text"),
-        ({"data__fields__task": "instruction"}, "no 'instruction'; they have"),
+        ({"data__fields__task": "instruction"}, "no 'instruction'; it has"),
         ({"data__fields__image": "observation/state"}, "expected a tfds.features.Image"),
         ({"data__fields__state": ("/episode_metadata/file_path",)}, "not in the steps"),
-        ({"data__cameras": ("front",)}, "no 'observation/front'; they have"),
+        ({"data__cameras": ("front",)}, "no 'observation/front'; it has"),
         ({"data__fields__fps": 0.0}, "config.data.fields.fps is 0"),
     ],
 )
