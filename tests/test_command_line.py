@@ -76,7 +76,8 @@ def test_flags_without_a_config():
         ("nothing.py", "no such file; there are configs/ablations.py, configs/base.py"),
         ("configs/libero.py:kitchen", "kitchen: expected one of spatial, object, goal, 10, all"),
         ("configs/hdf5_robot.py:nobody", "nobody"),
-        ("configs/demo.py:x", "get_config takes no :ARGUMENT"),
+        ("configs/demo.py:x", "x: expected one of state_fusion, flow_dit"),
+        ("configs/metaworld.py:x", "get_config takes no :ARGUMENT"),
         ("configs", "no such file"),
     ],
 )
