@@ -32,10 +32,10 @@ def after_precompute(config, what, splits, argv=None):
     if {"latents", "all"} & set(what):
         lacks = ["train.init"] * (data.codec != "pca" and not config.train.init)
         workdir = shlex.quote(f"runs/{config.name or 'x'}")
-        return said + _with_weights(f"train.py --workdir {workdir}", lacks, argv)
+        return said + _with_weights("train.py", f"--workdir {workdir}", lacks, argv)
     lacks = ["data.codec_weights"] * (data.codec != "pca" and not data.codec_weights)
     lacks += ["data.text_weights"] * (data.text_encoder == "umt5" and not data.text_weights)
-    return said + _with_weights("-m lightwam_jax.precompute --what all", lacks, argv)
+    return said + _with_weights("-m lightwam_jax.precompute", "--what all", lacks, argv)
 
 
 def after_training(config, workdir, rows):
@@ -67,10 +67,11 @@ def _next(program, workdir, *more):
     return f"next: python {program} {shlex.join(['--workdir', str(workdir), *more])}"
 
 
-def _with_weights(program, lacks, argv):
+def _with_weights(program, more, lacks, argv):
     """The next command of the same config; before it, which weights of `lacks` to convert."""
     directories = [f"--config.{key}={_WEIGHTS[key][0]}" for key in lacks]
-    command = f"next: python {program} {shlex.join([*_config_flags(argv), *directories])}"
+    given = shlex.join([*_config_flags(argv), *directories])
+    command = f"next: python {program} {given} {more}"
     makers = ", ".join(_WEIGHTS[key][1] for key in lacks)
     before = f"convert the weights first (docs/weights.md): python -m converters {makers}\n"
     return before * bool(lacks) + command
