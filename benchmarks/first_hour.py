@@ -1,6 +1,7 @@
 """The first hour of a robot's owner: from five edits to a trained policy and its open-loop report.
 
-    python -m benchmarks.first_hour [--layouts hdf5,lerobot] [--directory DIR] [--out FILE.json]
+    python -m benchmarks.first_hour [--layouts hdf5,lerobot] [--steps N] [--directory DIR]
+        [--out FILE.json]
 
 Records 40 demonstrations of the demo's simulated arm with images of 128x128, and writes them as a
 robot's owner may have them: one HDF5 file per episode, and a LeRobot v3.0 dataset. Then, for each,
@@ -108,15 +109,20 @@ def _processor_seconds():
     return used.ru_utime + used.ru_stime
 
 
-def first_hour(layout, data, directory):
-    """Types the commands for the recordings in `data`; returns what they took and gave."""
+def first_hour(layout, data, directory, steps=0):
+    """Types the commands for the recordings in `data`; returns what they took and gave.
+
+    Args:
+      steps: of the training; 0: the config's.
+    """
     mine, workdir = directory / f"mine_{layout}.py", directory / f"run_{layout}"
     mine.write_text(edited(layout, data), encoding="utf-8")
     config = f"--config {mine}:tiny --config.data.cache={directory / f'cache_{layout}'}"
+    shorter = f" --config.train.steps={steps}" * bool(steps)
     commands = {
         "stats": f"-m lightwam_jax.precompute {config} --what stats",
         "all": f"-m lightwam_jax.precompute {config} --what all",
-        "train": f"train.py {config} --workdir {workdir}",
+        "train": f"train.py {config}{shorter} --workdir {workdir}",
         "open_loop": f"evaluate.py --workdir {workdir} --mode open_loop",
     }
     found = {}
@@ -134,6 +140,7 @@ def first_hour(layout, data, directory):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layouts", default="hdf5,lerobot")
+    parser.add_argument("--steps", type=int, default=0, help="of the training; 0: the config's")
     parser.add_argument("--directory", type=Path, default=Path("data/first_hour"))
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/first_hour.json")
     given = parser.parse_args()
@@ -145,7 +152,7 @@ def main():
         data = directory / f"data_{layout}"
         if not data.exists():
             {"hdf5": write_hdf5, "lerobot": write_lerobot}[layout](episodes, data)
-        numbers[layout] = first_hour(layout, data, directory)
+        numbers[layout] = first_hour(layout, data, directory, given.steps)
         print(json.dumps({layout: numbers[layout]}, indent=2), flush=True)
     results.write(given.out, "first_hour", numbers)
 

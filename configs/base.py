@@ -8,7 +8,7 @@ import ml_collections
 
 from lightwam_jax import config
 
-# The model of the demo and of every config that starts without pretrained weights: 1.8 M values.
+# The model of the demo and of every config that starts without pretrained weights.
 SMALL = dict(
     dim=128,
     num_heads=4,
