@@ -1,18 +1,21 @@
 """The first hour of a robot's owner: from five edits to a trained policy and its open-loop report.
 
     python -m benchmarks.first_hour [--layouts hdf5,lerobot] [--steps N] [--directory DIR]
-        [--out FILE.json]
+        [--out FILE.json] [--docs docs/data.md]
 
 Records 40 demonstrations of the demo's simulated arm with images of 128x128, and writes them as a
 robot's owner may have them: one HDF5 file per episode, and a LeRobot v3.0 dataset. Then, for each,
 copies configs/NAME_robot.py, makes its five edits (`EDITS`), and types the commands that
 docs/data.md has: precompute --what stats, --what all, train.py, evaluate.py --mode open_loop.
 Measured are seconds and processor seconds of each; a busy machine changes the first, less the
-second. What the commands print is in DIR/NAME.log.
+second, and the load average before tells whether it was busy. What the commands print is in
+DIR/NAME.log; --docs writes the transcript of it. DIR is to be new: caches that are there cost
+nothing. MuJoCo is needed.
 """
 
 import argparse
 import json
+import os
 import re
 import resource
 import shlex
@@ -53,6 +56,10 @@ EDITS = {  # (3): LeRobot's features have their usual names; of HDF5, frame rate
     ),
     "lerobot": (*_EDITS, ('c.data.path = "data/own_lerobot"', 'c.data.path = "{data}"')),
 }
+
+
+# Lines of the logs that a transcript shows.
+_SHOWN = ("$ ", "No error", "report", "latents:", "split:", "validation:", "written", "next:")
 
 
 def edited(layout, data):
@@ -118,6 +125,7 @@ def first_hour(layout, data, directory, steps=0):
     mine, workdir = directory / f"mine_{layout}.py", directory / f"run_{layout}"
     mine.write_text(edited(layout, data), encoding="utf-8")
     config = f"--config {mine}:tiny --config.data.cache={directory / f'cache_{layout}'}"
+    load = os.getloadavg()[0]
     shorter = f" --config.train.steps={steps}" * bool(steps)
     commands = {
         "stats": f"-m lightwam_jax.precompute {config} --what stats",
@@ -125,7 +133,7 @@ def first_hour(layout, data, directory, steps=0):
         "train": f"train.py {config}{shorter} --workdir {workdir}",
         "open_loop": f"evaluate.py --workdir {workdir} --mode open_loop",
     }
-    found = {}
+    found = {"load_average_before": round(load, 1)}
     with (directory / f"{layout}.log").open("w", encoding="utf-8") as log:
         for name, command in commands.items():
             said, found[name] = run(command, log)
@@ -137,12 +145,47 @@ def first_hour(layout, data, directory, steps=0):
     return found
 
 
+def transcript(numbers, directory):
+    """Returns the transcript for docs/data.md.
+
+    Args:
+      numbers: {layout: what `first_hour` returned}. directory: where it left its logs.
+    """
+    layouts = [layout for layout in EDITS if layout in numbers]
+    parts = []
+    for layout in layouts:
+        said = (directory / f"{layout}.log").read_text(encoding="utf-8")
+        for made, named in (
+            (f"{directory}/mine_{layout}.py", "configs/mine.py"),
+            (f" --config.data.cache={directory}/cache_{layout}", ""),
+            (f"{directory}/cache_{layout}", "CACHE"),
+            (f"{directory}/run_{layout}", f"runs/{layout}_tiny"),
+            (f"{directory}/data_{layout}", "data/mine"),
+        ):
+            said = said.replace(made, named)
+        edits = [f"-{old}\n+{new.replace('{data}', 'data/mine')}" for old, new in EDITS[layout]]
+        kept = [line for line in said.splitlines() if line.startswith(_SHOWN)]
+        lines = ["```diff", *edits, "```", "", "```", *kept, "```", ""]
+        parts += [f"{layout}, the edits and what the commands end with:", "", *lines]
+    parts += [f"| seconds (processor seconds) | {' | '.join(layouts)} |"]
+    parts += ["|---" * (1 + len(layouts)) + "|"]
+    for stage in ("stats", "all", "train", "open_loop"):
+        took = (numbers[layout][stage] for layout in layouts)
+        cells = [f"{x['seconds']:.0f} ({x['processor_seconds']:.0f})" for x in took]
+        parts.append(f"| {stage} | {' | '.join(cells)} |")
+    for name in ("load_average_before", "all_seconds", "all_processor_seconds"):
+        cells = [str(numbers[layout][name]) for layout in layouts]
+        parts.append(f"| {name.replace('_', ' ')} | {' | '.join(cells)} |")
+    return "\n".join([*parts, ""])
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layouts", default="hdf5,lerobot")
     parser.add_argument("--steps", type=int, default=0, help="of the training; 0: the config's")
     parser.add_argument("--directory", type=Path, default=Path("data/first_hour"))
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/first_hour.json")
+    parser.add_argument("--docs", type=Path, help="page that gets the transcript")
     given = parser.parse_args()
     directory = given.directory.absolute()
     directory.mkdir(parents=True, exist_ok=True)
@@ -155,6 +198,12 @@ def main():
         numbers[layout] = first_hour(layout, data, directory, given.steps)
         print(json.dumps({layout: numbers[layout]}, indent=2), flush=True)
     results.write(given.out, "first_hour", numbers)
+    if given.docs:
+        page = given.docs.read_text(encoding="utf-8")
+        begin, end = (page.index(f"<!-- benchmarks.first_hour: {x} -->") for x in ("begin", "end"))
+        begin = page.index("\n", begin) + 1
+        page = page[:begin] + transcript(numbers, directory) + page[end:]
+        given.docs.write_text(page, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -39,3 +39,21 @@ def test_a_config_that_changed_is_noticed(monkeypatch):
     monkeypatch.setitem(first_hour.EDITS, "hdf5", [("no such line", "")])
     with pytest.raises(ValueError, match="'no such line' 0 times"):
         first_hour.edited("hdf5", "data")
+
+
+def test_the_transcript_has_the_commands_the_edits_and_the_times(tmp_path):
+    log = (
+        f"$ python train.py --config {tmp_path}/mine_hdf5.py:tiny "
+        f"--config.data.cache={tmp_path}/cache_hdf5 --workdir {tmp_path}/run_hdf5\n"
+        "Devices: one\nvalidation: L1 0.1234 at step 5\nnext: python evaluate.py\n"
+    )
+    (tmp_path / "hdf5.log").write_text(log, encoding="utf-8")
+    took = {"seconds": 12.3, "processor_seconds": 4.5}
+    numbers = {"load_average_before": 0.1, "all_seconds": 49.2, "all_processor_seconds": 18.0}
+    numbers |= dict.fromkeys(("stats", "all", "train", "open_loop"), took)
+    text = first_hour.transcript({"hdf5": numbers}, tmp_path)
+    assert "$ python train.py --config configs/mine.py:tiny --workdir runs/hdf5_tiny\n" in text
+    assert "validation: L1 0.1234" in text and "Devices" not in text
+    assert '+c.data.path = "data/mine"' in text
+    assert "-fps=30.0\n+fps=10.0\n" in text and "| train | 12 (4) |" in text
+    assert "| load average before | 0.1 |" in text and str(tmp_path) not in text
