@@ -20,7 +20,7 @@ import time
 
 from absl import app, flags, logging
 
-from lightwam_jax import command_line
+from lightwam_jax import command_line, next_command
 
 # Simulator processes import this file again, so jax is imported inside the functions only. The
 # flags are checked before that.
@@ -232,13 +232,14 @@ def compare(others):
 
 def open_loop(policy, workdir, out, began):
     """Action errors per dimension and step, and gripper timing, on the validation split."""
-    del workdir, began
+    del began
     from lightwam_jax.data import loader
     from lightwam_jax.evaluation import open_loop as open_loop_lib
 
     errors = open_loop_lib.evaluate(policy, loader.val_batches(policy.config))
     print(open_loop_lib.report(out / "open_loop", errors, policy, _EPISODES.value))
     print(f"report      {out / 'open_loop' / 'open_loop.html'}")
+    print(next_command.after_open_loop(policy.config, workdir))
 
 
 def visualize(policy, workdir, out, began):

@@ -10,7 +10,7 @@ import sys
 
 from absl import app, flags, logging
 
-from lightwam_jax import command_line
+from lightwam_jax import command_line, next_command
 from lightwam_jax import config as config_lib
 
 # jax and the rest are imported when flags and config are right: they take seconds, and more where
@@ -40,10 +40,12 @@ def main(argv):
         )
     profile = _profile_steps()
     command_line.check_directory(_WORKDIR.value, "--workdir")
+    import jax
+
     from lightwam_jax import distributed
     from lightwam_jax.checkpoint import storage
     from lightwam_jax.data.caches import latents
-    from lightwam_jax.training import loop
+    from lightwam_jax.training import loop, metrics
 
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # Orbax reports every file it moves
@@ -69,6 +71,9 @@ def main(argv):
         command_line.fail(f"{error}; make room and run the same command again")
     if outcome.signal:  # so that `train.py ... && evaluate.py ...` stops too
         sys.exit(128 + outcome.signal)
+    if jax.process_index() == 0:
+        rows = metrics.read_rows(run.workdir / "metrics.jsonl")
+        print(next_command.after_training(run.config, _WORKDIR.value, rows))
 
 
 def _profile_steps():

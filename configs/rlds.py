@@ -11,9 +11,7 @@ Convert the weights first: docs/weights.md.
 The recipe of `configs/libero.py` (the paper: 4 H100, 2.08 steps/s, 20 hours) on the same
 demonstrations, replayed and converted by others: its numbers are not promised here.
 
-For another RLDS dataset copy this file and change path, cameras, widths and keys; keys that fit
-nothing are an error that lists the features there are (the syntax and the defaults:
-lightwam_jax/data/formats/rlds.py). TensorFlow is not needed.
+For another RLDS dataset start from `configs/rlds_robot.py`. TensorFlow is not needed.
 """
 
 from configs import libero

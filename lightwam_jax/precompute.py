@@ -27,7 +27,7 @@ import time
 
 from absl import app, flags, logging
 
-from lightwam_jax import command_line
+from lightwam_jax import command_line, next_command
 
 if __name__ == "__main__":  # flags are global: importing this module must not define any
     # They are checked before the imports that take seconds.
@@ -59,7 +59,7 @@ _SHARED = (
 
 
 def precompute(config, what=("all",), process_index=0, process_count=1):
-    """Runs the steps named in `what` (of `STEPS`, or "all") for a `Config`.
+    """Runs the steps named in `what` (of `STEPS`, or "all"); returns the `Data`, if there are any.
 
     Args:
       process_index, process_count: which part of the work is this process's.
@@ -84,7 +84,7 @@ def precompute(config, what=("all",), process_index=0, process_count=1):
         )
     if config.data.source == "fake":
         print("config.data.source='fake' makes its batches on the fly: nothing to precompute")
-        return
+        return None
     cache = config.data.cache
     if not cache:
         raise ValueError(
@@ -100,6 +100,7 @@ def precompute(config, what=("all",), process_index=0, process_count=1):
             with resumable.explaining_full_disk(cache):
                 note = work[step](data)
             print(f"{step}: {note} ({time.monotonic() - started:.1f} s)", flush=True)
+    return data
 
 
 class SourceEpisodes:
@@ -180,6 +181,7 @@ def _examine(source):
         data = latent_cache.fingerprint(source.found, source.config)
         asked = json.loads(json.dumps({"data": data, "config": keys}))
         if atomic.read_json(done) == asked:
+            print(f"report: {os.path.join(directory, 'report.html')} is up to date", flush=True)
             return
     report = examine.examine(source.config, (source.found, source.problems))
     print(doctor_report.text(report), flush=True)
@@ -385,11 +387,13 @@ def main(argv):
         command_line.check_directory(given.config.data.cache, "--config.data.cache")
     try:
         config = config_lib.from_config_dict(given.config)
-        precompute(config, given.what, given.process_index, given.process_count)
+        data = precompute(config, given.what, given.process_index, given.process_count)
     # A missing file, a full disk and a timeout are OSErrors.
     except (ValueError, OSError, atomic.InUse) as error:
         logging.debug("Where it was found:", exc_info=True)  # shown by --verbosity=1
         command_line.fail(error)
+    if data and given.process_count == 1:
+        print(next_command.after_precompute(data.config, given.what, [s.splits for s in data.sets]))
 
 
 if __name__ == "__main__":

@@ -88,7 +88,11 @@ def in_a_line(rng, path):
     number = rng.randrange(len(lines))
     tree = json.loads(lines[number])
     said = _in_tree(rng, tree)
-    path.write_text("\n".join([*lines[:number], json.dumps(tree), *lines[number + 1 :]]), "utf-8")
+    path.write_text(
+        "\n".join([*lines[:number], json.dumps(tree), *lines[number + 1 :]]),
+        "utf-8",
+        encoding="utf-8",
+    )
     return f"line {number}: {said}"
 
 

@@ -76,6 +76,7 @@ def test_flags_without_a_config():
         ("nothing.py", "no such file; there are configs/ablations.py, configs/base.py"),
         ("configs/libero.py:kitchen", "kitchen: expected one of spatial, object, goal, 10, all"),
         ("configs/hdf5_robot.py:nobody", "nobody"),
+        ("configs/demo.py:x", "x: expected one of state_fusion, flow_dit"),
         ("configs/metaworld.py:x", "get_config takes no :ARGUMENT"),
         ("configs", "no such file"),
     ],
@@ -199,11 +200,11 @@ def test_usage_errors_and_interrupts_are_one_line(capsys):
 
 # Each command in a fork of one process, in which nothing slow is imported yet.
 _FORKS = """
-import os, runpy, sys
+import os, runpy, shlex, sys
 import absl.app, ml_collections, numpy
 for line in sys.stdin.read().splitlines():
     if not (pid := os.fork()):
-        sys.argv = line.split()
+        sys.argv = shlex.split(line)
         run = runpy.run_path if sys.argv[0].endswith(".py") else runpy.run_module
         try:
             run(sys.argv[0], run_name="__main__")

@@ -10,17 +10,19 @@ from configs import (
     base,
     demo,
     hdf5_robot,
+    lerobot_robot,
     libero,
     libero_scratch,
     libero_standin,
     metaworld,
     rlds,
+    rlds_robot,
     robotwin,
     wan22_5b,
 )
 from lightwam_jax import build, params
 from lightwam_jax import config as config_lib
-from lightwam_jax.data import spec
+from lightwam_jax.data import cameras, spec
 from lightwam_jax.models import variants
 
 
@@ -28,6 +30,7 @@ from lightwam_jax.models import variants
     "make",
     [
         demo.get_config,
+        lambda: demo.get_config("flow_dit"),
         metaworld.get_config,
         robotwin.get_config,
         wan22_5b.get_config,
@@ -37,6 +40,8 @@ from lightwam_jax.models import variants
                 (libero, libero.SUITES),
                 (rlds, rlds.SUITES),
                 (hdf5_robot, hdf5_robot.LAYOUTS),
+                (lerobot_robot, lerobot_robot.SIZES),
+                (rlds_robot, rlds_robot.SIZES),
                 (libero_standin, libero_standin.SUITES),
                 (libero_scratch, (*libero_scratch.SUITES, "all")),
             )
@@ -47,6 +52,34 @@ from lightwam_jax.models import variants
 def test_configs_resolve_and_survive_json(make):
     config = config_lib.from_config_dict(make())
     assert config_lib.from_json(config_lib.to_json(config)) == config
+
+
+@pytest.mark.parametrize("module", [hdf5_robot, lerobot_robot, rlds_robot])
+def test_a_robot_starts_small_with_the_edits_of_the_large_model(module):
+    """`tiny` needs no weights, is `own` in everything that describes the robot, and builds."""
+    own, tiny = (config_lib.from_config_dict(module.get_config(x)) for x in ("own", "tiny"))
+    assert (tiny.data.codec, tiny.data.text_encoder) == ("pca", "hashed")
+    assert (own.data.codec, own.data.text_encoder) == ("wan21", "umt5")
+    assert tiny.data.cache != own.data.cache and tiny.train.trainable == (".*",)
+    robot = ("source", "path", "fields", "cameras", "orientation", "layout", "delta_mask",
+             "gripper_dims", "gripper_closed_open", "val_fraction")  # fmt: skip
+    for key in robot:
+        assert getattr(tiny.data, key) == getattr(own.data, key), key
+    for c, pixels in ((own, 224), (tiny, 64)):
+        assert {box.size for box in cameras.regions(c.data).values()} == {(pixels, pixels)}
+    batch, model = spec.batch_spec(tiny, 2), build.build_model(tiny.model)
+    shapes = jax.eval_shape(lambda: build.init_params(model, jax.random.key(0), tiny.model))
+    table = {name: total for name, total, _ in params.count_table(shapes, tiny.train.trainable)}
+    assert table["total"] < 2e6
+    actions, _ = jax.eval_shape(
+        lambda p, x, text, state: model.apply(
+            {"params": p}, x[:, :1], text, state, tiny.data.action_horizon, method="act"
+        ),
+        *(shapes, batch["latents"], batch["context"], batch["proprio"]),
+    )
+    assert actions.shape == batch["actions"].shape == (2, 16, 7)
+    with pytest.raises(ValueError, match=r"configs/\w+_robot.py:huge: expected one of own"):
+        module.get_config("huge")
 
 
 def test_the_released_recipe():

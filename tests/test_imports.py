@@ -14,6 +14,7 @@ LEVELS = [
     ["atomic", "flow", "folders", "html_report", "svg_chart"],
     ["models"],
     ["config", "config_model", "config_read", "config_checks", "config_docs", "command_line"],
+    ["next_command"],
     ["params", "build"],
     ["sharding", "distributed"],
     ["checkpoint"],
