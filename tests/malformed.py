@@ -90,7 +90,6 @@ def in_a_line(rng, path):
     said = _in_tree(rng, tree)
     path.write_text(
         "\n".join([*lines[:number], json.dumps(tree), *lines[number + 1 :]]),
-        "utf-8",
         encoding="utf-8",
     )
     return f"line {number}: {said}"

@@ -297,8 +297,11 @@ def table_of(statistics, name):
         key: np.concatenate([np.asarray(table[key]) for table in tables.values()], -1)
         for key in next(iter(tables.values()))
     }
-    if wrong := [key for key, values in joined.items() if values.dtype.kind not in "fiu"]:
-        raise ValueError(f"{', '.join(wrong)} of {name!r} hold what is no number")
+    for key, values in joined.items():
+        if values.dtype.kind not in "fiu":
+            number = np.vectorize(lambda x: isinstance(x, (int, float)), otypes=[bool])(values)
+            dims = np.flatnonzero(~number.reshape(-1, number.shape[-1]).all(0)).tolist()
+            raise ValueError(f"{key} of {name!r} holds no number in dimensions {dims}")
     return {key: values.tolist() for key, values in joined.items()}
 
 

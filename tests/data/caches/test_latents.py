@@ -237,7 +237,7 @@ def test_processes_share_the_work_and_make_the_same_bytes(patch, tmp_path, finis
     config = interrupted.make_config(tmp_path)
     with concurrent.futures.ThreadPoolExecutor(3) as pool:
         done = [pool.submit(precompute.precompute, config, STEPS, i, 3) for i in (2, 1, 0)]
-    assert [future.result() for future in done] == [None] * 3
+    assert [future.result().index for future in done] == [2, 1, 0]
     same(tmp_path / "cache", finished)
 
 
@@ -269,7 +269,7 @@ def test_finishing_twice_at_once_hurts_nobody(patch, tmp_path, finished):
     os.rename(latents, f"{latents}.partial")
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         done = [pool.submit(precompute.precompute, config, ("latents",), i, 4) for i in range(4)]
-    assert [future.result() for future in done] == [None] * 4
+    assert [future.result().index for future in done] == [0, 1, 2, 3]
     same(tmp_path / "cache", finished)
 
 
