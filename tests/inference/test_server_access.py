@@ -159,7 +159,7 @@ def test_tls(tmp_path):
     trusting = ssl.create_default_context(cafile=cert)
     with serving(tls=access_lib.tls(cert, key)) as running:
         url = running.url.replace("ws://", "wss://")
-        with Client(url, tls=trusting, connect_s=10) as client:
+        with Client(url, tls=trusting, connect_s=60) as client:
             np.testing.assert_array_equal(client.infer(observe())["actions"], wanted(observe()))
         with pytest.raises(PermissionError, match="certificate is not trusted"):
             Client(url, connect_s=30)
