@@ -17,7 +17,7 @@ import numpy as np
 from lightwam_jax import config as config_lib
 from lightwam_jax import params as params_lib
 from lightwam_jax import sharding
-from lightwam_jax.inference import deploy
+from lightwam_jax.inference import folded
 from lightwam_jax.inference.deployment import form
 from lightwam_jax.models import vae as vae_lib
 from lightwam_jax.models.vae22 import Wan22VAE
@@ -96,7 +96,7 @@ def stages(model_config, encode_with, horizon):
         return deployed_as.keys_values(weights["policy"], text, model_config)
 
     def context(weights, state):
-        row = deploy._linear(weights["policy"]["proprio"], state)[:, None]
+        row = folded.linear(weights["policy"]["proprio"], state)[:, None]
         return deployed_as.keys_values(weights["policy"], row, model_config)
 
     def read(weights, latents, kept, state):

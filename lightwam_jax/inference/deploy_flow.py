@@ -15,8 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from lightwam_jax import build, flow
-from lightwam_jax.inference import deploy
-from lightwam_jax.inference.deploy import _after, _beside, _linear
+from lightwam_jax.inference import folded
 from lightwam_jax.models import dit, layers, norms
 from lightwam_jax.models.layers import gelu
 
@@ -30,7 +29,7 @@ def deployed(params, config, horizon):
         {"params": params}, method=lambda m: getattr(m, stream).embed_time(jnp.asarray(t))[1]
     )
     with jax.default_matmul_precision("highest"):
-        fold = jax.jit(deploy._fold_block, static_argnames="config")
+        fold = jax.jit(folded.fold_block, static_argnames="config")
         rows = embed("dit", 0.0)
         blocks, contexts = zip(*(fold(b, rows, config=config) for b in _blocks(old, config)))
         fold, rows = jax.jit(_fold_block, static_argnames="config"), embed("expert", times)
@@ -45,7 +44,7 @@ def deployed(params, config, horizon):
             "context": _context(old, contexts[:-1]),
             "own_context": _context(own, own_contexts),
             "blocks": [*blocks[:-1], {name: blocks[-1][name] for name in ("qkv", "norm_qk")}],
-            "adapters": [deploy._fold_mlp(adapter, "down", "up") for adapter in adapters],
+            "adapters": [folded.fold_mlp(adapter, "down", "up") for adapter in adapters],
             "expert": {
                 "encoder": own["action_encoder"],
                 "blocks": steps,
@@ -74,7 +73,7 @@ def _context(stream, contexts):
     if not contexts:
         return {"text": text}
     norm = jnp.stack([context["norm_k"] for context in contexts])
-    return {"text": text, **_beside(*contexts), "norm_k": norm}
+    return {"text": text, **folded.beside(*contexts), "norm_k": norm}
 
 
 def _fold_block(block, rows, config):
@@ -86,16 +85,18 @@ def _fold_block(block, rows, config):
     )
     weights = {
         "rows": block["modulation"] + rows,
-        "qkv": _beside(jax.tree.map(halves, own["q"]), jax.tree.map(halves, own["k"]), own["v"]),
+        "qkv": folded.beside(
+            jax.tree.map(halves, own["q"]), jax.tree.map(halves, own["k"]), own["v"]
+        ),
         "norm_qk": jnp.stack([halves(own[name]["scale"]) for name in ("norm_q", "norm_k")]),
         "o": own["o"],
-        "cross_q": _after(block["norm3"], cross["q"]),
+        "cross_q": folded.after(block["norm3"], cross["q"]),
         "cross_norm_q": cross["norm_q"]["scale"],
         "cross_o": cross["o"],
         "up": ffn["0"],
         "down": ffn["2"],
     }
-    context = _beside(cross["k"], cross["v"]) | {"norm_k": cross["norm_k"]["scale"]}
+    context = folded.beside(cross["k"], cross["v"]) | {"norm_k": cross["norm_k"]["scale"]}
     return jax.tree.map(lambda x: x.astype(config.dtype), (weights, context))
 
 
@@ -108,14 +109,14 @@ def keys_values(weights, rows, config):
     for name in ("context", "own_context"):
         w = weights[name]
         if "kernel" in w:
-            parts.append(deploy.keys_values({"text": w["text"], "context": w}, rows, config))
+            parts.append(folded.keys_values({"text": w["text"], "context": w}, rows, config))
     return tuple(jnp.concatenate(pair) for pair in zip(*parts))
 
 
 def act(weights, latents, text, mask, proprio, config, taps=False, noise=None):
     """As `deploy.act`, from noise [B,T,A]; there is no attention to return."""
     del taps
-    row = keys_values(weights, _linear(weights["proprio"], proprio)[:, None], config)
+    row = keys_values(weights, folded.linear(weights["proprio"], proprio)[:, None], config)
     keys, values = (jnp.concatenate(pair, axis=2) for pair in zip(text, row))
     if mask is not None:
         mask = jnp.pad(mask, ((0, 0), (0, 1)), constant_values=True)
@@ -129,15 +130,15 @@ def _observe(weights, latents, keys, values, mask, config):
     """Keys and values [B,S,N,K] that the clean frame leaves in every block."""
     rope = layers.rope_table(1, latents.shape[2] // 2, latents.shape[3] // 2, config.head_dim)
     patches = einops.rearrange(latents, "b 1 (h p) (w q) c -> b (h w) (p q c)", p=2, q=2)
-    x, seen, adapters = _linear(weights["patch"], patches), [], iter(weights["adapters"])
+    x, seen, adapters = folded.linear(weights["patch"], patches), [], iter(weights["adapters"])
     for i, w in enumerate(weights["blocks"]):
-        own = deploy.queries_keys_values(w, _linear(w["qkv"], x, config.eps), rope, config)
+        own = folded.queries_keys_values(w, folded.linear(w["qkv"], x, config.eps), rope, config)
         seen.append(own[1:])
         if i == config.num_layers - 1:
             break
-        x = deploy.after_attention(w, x, own, keys[i], values[i], mask, config)
+        x = folded.after_attention(w, x, own, keys[i], values[i], mask, config)
         if i in config.adapter_layers:
-            x = x + config.adapter_scale * deploy._mlp(next(adapters), x, config.eps)
+            x = x + config.adapter_scale * folded.mlp(next(adapters), x, config.eps)
     return seen
 
 
@@ -148,10 +149,10 @@ def _solve(weights, noise, seen, context, mask, config):
 
     def step(actions, now):
         rows, delta = now
-        x = _linear(expert["encoder"], actions.astype(dtype))
+        x = folded.linear(expert["encoder"], actions.astype(dtype))
         for i, w in enumerate(expert["blocks"]):
             x = _step_block(w, rows[i], x, seen[i], *context[i], mask, rope, config)
-        velocity = _linear(expert["head"], x).astype(jnp.float32)
+        velocity = folded.linear(expert["head"], x).astype(jnp.float32)
         return flow.euler_step(actions, velocity, delta), None
 
     rows = [w["rows"] for w in expert["blocks"]]
@@ -162,11 +163,11 @@ def _step_block(w, rows, x, seen, keys, values, mask, rope, config):
     """A block of the action stream at a step of the solver, whose modulation is rows [6,D]."""
     shift1, scale1, gate1, shift2, scale2, gate2 = rows
     modulated = lambda scale, shift: norms.normalize(x, config.eps) * (1 + scale) + shift
-    qkv = _linear(w["qkv"], modulated(scale1, shift1))
-    q, k, v = deploy.queries_keys_values(w, qkv, rope, config)
+    qkv = folded.linear(w["qkv"], modulated(scale1, shift1))
+    q, k, v = folded.queries_keys_values(w, qkv, rope, config)
     both = (jnp.concatenate(pair, axis=1) for pair in zip(seen, (k, v)))
-    out = deploy.attend(q, *both, None, config)
-    x = x + (gate1 * _linear(w["o"], out.reshape(*x.shape[:2], -1))).astype(x.dtype)
-    x = deploy.cross_attended(w, x, keys, values, mask, config)
-    h = gelu(_linear(w["up"], modulated(scale2, shift2)))
-    return x + (gate2 * _linear(w["down"], h)).astype(x.dtype)
+    out = folded.attend(q, *both, None, config)
+    x = x + (gate1 * folded.linear(w["o"], out.reshape(*x.shape[:2], -1))).astype(x.dtype)
+    x = folded.cross_attended(w, x, keys, values, mask, config)
+    h = gelu(folded.linear(w["up"], modulated(scale2, shift2)))
+    return x + (gate2 * folded.linear(w["down"], h)).astype(x.dtype)
