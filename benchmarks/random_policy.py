@@ -13,7 +13,7 @@ from lightwam_jax.data import actions as actions_lib
 from lightwam_jax.data import assets as assets_lib
 from lightwam_jax.data import normalize
 from lightwam_jax.encoders import base, text, wan
-from lightwam_jax.inference import policy as policy_lib
+from lightwam_jax.inference import rows
 from lightwam_jax.inference.policy import Policy
 
 
@@ -56,7 +56,7 @@ def parts(policy, observed):
     images, state = policy._check(images, state, prompts)
     *weights, canvas, kept, state = policy._padded(images, state, prompts)
     weights = dict(zip(("policy", "codec"), weights))
-    images = {camera: policy_lib.pad_rows(image, len(canvas)) for camera, image in images.items()}
+    images = {camera: rows.pad(image, len(canvas)) for camera, image in images.items()}
     on_device = jax.device_put(images)
     config = policy.config
     encode = policy.assets.codec.encode_with

@@ -20,13 +20,6 @@ PADDED_SIZES = (1, 2, 4, 8, 16, 32, 64)  # batch sizes that are ever compiled
 _LATELY_S = 1.0  # a session that asked within it may ask again; only with max_wait_s
 
 
-def pad_rows(array, rows):
-    """Repeats the first row until there are `rows`; rows of a batch do not see each other."""
-    if len(array) == rows:
-        return array
-    return np.concatenate([array, np.repeat(array[:1], rows - len(array), axis=0)])
-
-
 class Observation(typing.NamedTuple):
     """One robot's moment.
 

@@ -29,9 +29,8 @@ from lightwam_jax.data import device_canvas
 from lightwam_jax.encoders import text as text_lib
 from lightwam_jax.inference import contexts as contexts_lib
 from lightwam_jax.inference import rows as rows_lib
-from lightwam_jax.inference.batching import PADDED_SIZES, pad_rows
+from lightwam_jax.inference.batching import PADDED_SIZES
 from lightwam_jax.inference.deployment import form as _form
-from lightwam_jax.inference.rows import padded_size as _padded_size
 from lightwam_jax.models import lightwam, quantized
 
 # Arrays of a context, and which axis is the batch: of the whole model, of the deployed form.
@@ -246,7 +245,7 @@ class Policy:
         """
         data = self.config.data
         sizes = sizes or cameras_lib.given_sizes(data)
-        for n in sorted({_padded_size(size) for size in batch_sizes}):
+        for n in sorted({rows_lib.padded_size(size) for size in batch_sizes}):
             images = {camera: np.zeros((n, *size, 3), np.uint8) for camera, size in sizes.items()}
             state = np.zeros((n, config_lib.state_width(self.config)), np.float32)
             for asked in (False, True)[: 1 + taps]:
@@ -257,7 +256,7 @@ class Policy:
 
         May run in another thread than `act`.
         """
-        for n in {_padded_size(size) for size in batch_sizes}:
+        for n in {rows_lib.padded_size(size) for size in batch_sizes}:
             self._canvas({name: np.zeros((n, *size, 3), np.uint8) for name, size in sizes.items()})
 
     @property
@@ -340,7 +339,7 @@ class Policy:
         inputs = self._padded(images, state, prompts, rows)
         if self.config.model.generates:
             seeds = rows_lib.noise_seeds(images, state, self.noise_seed)
-            inputs = *inputs, pad_rows(seeds, len(inputs[-1]))
+            inputs = *inputs, rows_lib.pad(seeds, len(inputs[-1]))
         actions, seen = self._act(*inputs, taps=taps)
         return np.asarray(actions, np.float32)[: len(state)], seen
 
@@ -348,10 +347,10 @@ class Policy:
         """What the jitted functions read first, with as many rows as a padded batch has."""
         if rows is not None and (rows not in PADDED_SIZES or rows < len(state)):
             raise ValueError(f"rows={rows} for {len(state)}; expected one of {PADDED_SIZES}")
-        rows = rows or _padded_size(len(state))
-        canvas = self._canvas({camera: pad_rows(image, rows) for camera, image in images.items()})
+        rows = rows or rows_lib.padded_size(len(state))
+        canvas = self._canvas({name: rows_lib.pad(x, rows) for name, x in images.items()})
         context = self._contexts(list(prompts), rows)
-        return self.params, self._codec, canvas, context, pad_rows(state, rows)
+        return self.params, self._codec, canvas, context, rows_lib.pad(state, rows)
 
     @functools.cached_property
     def _codec(self):

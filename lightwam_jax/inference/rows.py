@@ -17,6 +17,13 @@ def padded_size(rows):
     return next(size for size in PADDED_SIZES if size >= rows)
 
 
+def pad(array, rows):
+    """Repeats the first row until there are `rows`; rows of a batch do not see each other."""
+    if len(array) == rows:
+        return array
+    return np.concatenate([array, np.repeat(array[:1], rows - len(array), axis=0)])
+
+
 def noise_seeds(images, state, seed=0):
     """Returns uint32 [B] from which `noise` draws: a checksum of what each row shows.
 

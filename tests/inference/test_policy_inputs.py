@@ -13,6 +13,7 @@ from lightwam_jax.encoders import pca
 from lightwam_jax.encoders import text as text_lib
 from lightwam_jax.inference import deploy
 from lightwam_jax.inference import policy as policy_lib
+from lightwam_jax.inference import rows as rows_lib
 from tests.inference.test_policy import CAMERAS, make_assets, make_config, observe, take
 
 LAYERS = ("1_adapted", "3_delta")
@@ -116,15 +117,15 @@ def test_padding_of_texts_is_masked_only_where_the_config_says(policy):
 
 @pytest.mark.parametrize("rows, size", [(1, 1), (2, 2), (3, 4), (4, 4), (5, 8), (33, 64), (64, 64)])
 def test_the_smallest_padded_size_that_is_large_enough(rows, size):
-    assert policy_lib._padded_size(rows) == size
+    assert rows_lib.padded_size(rows) == size
     with pytest.raises(ValueError, match="65 rows at once; expected at most 64"):
-        policy_lib._padded_size(65)
+        rows_lib.padded_size(65)
 
 
 def test_batches_are_filled_with_their_first_row():
     rows = np.array([[1, 2], [3, 4]])
-    assert policy_lib.pad_rows(rows, 4).tolist() == [[1, 2], [3, 4], [1, 2], [1, 2]]
-    assert policy_lib.pad_rows(rows, 2).tolist() == rows.tolist()
+    assert rows_lib.pad(rows, 4).tolist() == [[1, 2], [3, 4], [1, 2], [1, 2]]
+    assert rows_lib.pad(rows, 2).tolist() == rows.tolist()
 
 
 def test_warming_up_compiles_each_padded_size_once(policy):
