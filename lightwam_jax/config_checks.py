@@ -15,8 +15,6 @@ def check(c, frames_per_latent):
             f"config.model.attention='cudnn' computes in bfloat16 only, "
             f"config.model.dtype is {c.model.dtype!r}; use 'auto' or 'xla'"
         )
-    if c.model.flow_steps < 1:
-        raise ValueError(f"config.model.flow_steps={c.model.flow_steps}: expected 1 or more")
     if c.model.generates and c.model.attention_mask == "bidirectional":
         raise ValueError(
             "config.model.action_head='flow_dit' reads frame 0, which must not depend on later "
@@ -48,6 +46,7 @@ _RANGES = {
         **dict.fromkeys(("canvas", "camera_size", "prefetch"), _COUNT),
         **dict.fromkeys(("workers", "threads", "gripper_dims", "action_state_dims"), _SOME),
         "val_fraction": (0, 1, True),
+        "tolerance_s": (0, 1e6, True),
     },
     "data.fields": {"fps": _SOME},
     "data.augment": {
@@ -77,14 +76,14 @@ _RANGES = {
         **dict.fromkeys(("dim", "num_heads", "head_dim", "ffn_dim", "num_layers"), _COUNT),
         **dict.fromkeys(("text_dim", "freq_dim", "latent_channels", "num_queries"), _COUNT),
         **dict.fromkeys(("pool_heads", "per_layer_dim", "trunk_dim", "action_dim"), _COUNT),
-        **dict.fromkeys(("proprio_dim", "scan_unroll"), _COUNT),
+        **dict.fromkeys(("proprio_dim", "scan_unroll", "flow_steps"), _COUNT),
         **dict.fromkeys(("lora_rank", "lora_layers", "adapter_layers", "adapter_dim"), _SOME),
         **dict.fromkeys(("merge_dim", "merge_slots", "trunk_blocks", "step_pos_dim"), _SOME),
-        **dict.fromkeys(("flow_dim", "flow_ffn_dim"), _SOME),
+        **dict.fromkeys(("flow_dim", "flow_ffn_dim", "flow_shift"), _SOME),
     },
     "mesh": dict.fromkeys(("data", "fsdp"), (-1, None, False)),
 }  # fmt: skip
-_ABOVE_0 = ("optimizer.lr", "optimizer.eps", "loss.shift", "data.augment.crop")
+_ABOVE_0 = ("optimizer.lr", "optimizer.eps", "loss.shift", "model.flow_shift", "data.augment.crop")
 
 
 def _check_ranges(c):
@@ -156,11 +155,6 @@ def _check_data(d, model, frames_per_latent):
                 f"{'camera' if key == 'orientation' else 'action dimension'}, or ()"
             )
     _check_kinds(d)
-    if not 0 <= d.tolerance_s < 1e6:
-        raise ValueError(
-            f"config.data.tolerance_s={d.tolerance_s}; expected seconds, or 0 for a quarter of the "
-            "time between two frames"
-        )
     wrong = sorted(set(d.gripper_dims) - set(range(action_width)))
     if wrong:
         raise ValueError(

@@ -25,6 +25,8 @@ def rounded(params):
 def widened(params, meta):
     """Returns parameters in the dtypes that they had before `rounded`, of a checkpoint's meta."""
     dtypes = meta.get("dtypes", {})
+    if not dtypes:
+        return params
     flat = params_lib.flatten(params)
     return params_lib.unflatten({p: x.astype(dtypes.get(p, x.dtype)) for p, x in flat.items()})
 

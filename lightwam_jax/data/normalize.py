@@ -108,14 +108,15 @@ def _quantile_ends(table):
     A gripper that closes in less than 1 % of the steps has two equal quantiles: shifted but not
     scaled, its rare values would be clipped. Its extremes are taken instead.
     """
-    low, high, least, most = _ends(table)
-    rare = (high - low < _MIN_RANGE) & (most - least >= _MIN_RANGE)
+    low, high, least, most, rare = _ends(table)
     return np.where(rare, least, low), np.where(rare, most, high)
 
 
 def _ends(table):
+    """1 % and 99 % quantile, min, max, and where only the quantiles coincide; each [D]."""
     fields = ("q01", "q99", "min", "max")
-    return [np.asarray(table[f"global_{field}"], np.float32) for field in fields]
+    low, high, least, most = (np.asarray(table[f"global_{f}"], np.float32) for f in fields)
+    return low, high, least, most, (high - low < _MIN_RANGE) & (most - least >= _MIN_RANGE)
 
 
 def without_quantiles(statistics, name, mode):
@@ -125,8 +126,8 @@ def without_quantiles(statistics, name, mode):
     """
     if mode != "quantile":
         return {}
-    low, high, least, most = _ends(table_of(statistics, name))
-    dims = np.flatnonzero((high - low < _MIN_RANGE) & (most - least >= _MIN_RANGE))
+    low, _, least, most, rare = _ends(table_of(statistics, name))
+    dims = np.flatnonzero(rare)
     return {int(dim): (float(low[dim]), float(least[dim]), float(most[dim])) for dim in dims}
 
 
