@@ -154,12 +154,7 @@ GOAL = (
     "open_the_middle_drawer_of_the_cabinet",
     "turn_on_the_stove",
     "push_the_plate_to_the_front_of_the_stove",
-    pytest.param(
-        "open_the_top_drawer_and_put_the_bowl_inside",
-        marks=pytest.mark.xfail(
-            strict=True, reason="beside the open drawer the hand turns into a joint's limit"
-        ),
-    ),
+    "open_the_top_drawer_and_put_the_bowl_inside",
 )
 
 

@@ -358,6 +358,17 @@ class Pull(Primitive):
     def carry(self):
         return self._scene.move(self._scene.hand + 0.05 * self._out, self.grasp()[1], 1)
 
+    def leave(self):
+        action = super().leave()
+        hand, upright = self._scene.hand, pointing(_DOWN, self._scene.rest[:, 0])
+        turn = np.linalg.norm(rotation_vector(upright @ self._scene.rotation.T))
+        if action is not None or turn < 0.5:
+            return action
+        # Near its foot: a hand that turns down far away stretches the arm, and is caught there.
+        back = (self._scene.base - hand) * [1, 1, 0]
+        goal = hand + 0.03 * back / np.linalg.norm(back) + up(0.02)
+        return self._scene.move(goal, upright, -1)
+
 
 class Turn(Primitive):
     """Turns a knob that stands up, anticlockwise."""

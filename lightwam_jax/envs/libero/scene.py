@@ -35,6 +35,7 @@ class Scene:
         for side, names in zip(self._pads, (pads["left_finger"], pads["right_finger"])):
             side[[self._model.geom_name2id(name) for name in names]] = True
         self._arm = self._among(self._model.body_name2id(self._robot.robot_model.root_body))
+        self.rest = self.rotation  # of the hand at the start
 
     @property
     def hand(self):
