@@ -46,16 +46,17 @@ def play(task, states, seeds, noise, assets):
     The last two are {initial state or seed: steps until solved, None where it was not}.
     """
     suite = envs.suite("libero")
-    env = Blind("lightwam", assets, image_size=64, rendering="fast")
     limit = libero.PROTOCOLS["lightwam"].max_steps[files.suite_of(task)]
     found = {"stored": {}, "disturbed": {}}
     listed = [("stored", init, envs_base.EpisodeSpec(task, init, init)) for init in states]
     listed += [("disturbed", s, envs_base.EpisodeSpec(task, libero.DRAWN, s)) for s in seeds]
-    for kind, name, episode in listed:
-        push = noise if kind == "disturbed" else 0.0
-        success, _, arrays = record.demonstrate(suite, env, episode, push, limit)
-        found[kind][name] = len(arrays["action"]) if success else None
-    return {"task": task, "environment": env.describe(), **found}
+    env = Blind("lightwam", assets, image_size=64, rendering="fast")
+    with contextlib.closing(env):
+        for kind, name, episode in listed:
+            push = noise if kind == "disturbed" else 0.0
+            success, _, arrays = record.demonstrate(suite, env, episode, push, limit)
+            found[kind][name] = len(arrays["action"]) if success else None
+        return {"task": task, "environment": env.describe(), **found}
 
 
 def measure(tasks, states, seeds, noise, assets, workers, path):
