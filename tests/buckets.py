@@ -5,12 +5,17 @@ requirements-test-bucket.txt installs them: moto for S3, gcp-storage-emulator fo
 
 import contextlib
 import importlib.util
+import itertools
 import os
 import socket
 import subprocess
 import sys
 import time
 import urllib.request
+
+import pytest
+
+from lightwam_jax import bucket
 
 # scheme: (package to reach it, emulator, its command)
 EMULATORS = {
@@ -22,6 +27,7 @@ EMULATORS = {
     ),
 }
 BUCKET = "bucket"
+_UNUSED = itertools.count()
 
 
 def missing(scheme):
@@ -83,3 +89,10 @@ def _make_bucket(scheme, url, server):
             if server.poll() is not None or time.monotonic() > deadline:
                 raise
             time.sleep(0.2)
+
+
+def in_memory(monkeypatch):
+    """Makes memory:// an address like the others; returns one that is empty."""
+    pytest.importorskip("fsspec")
+    monkeypatch.setitem(bucket.SCHEMES, "memory", "fsspec")
+    return f"memory://{BUCKET}/{next(_UNUSED)}/run"
