@@ -1,5 +1,6 @@
 """A run in a bucket, from start to evaluation: killed, continued, damaged; S3 and Google's."""
 
+import json
 import os
 import subprocess
 import sys
@@ -11,14 +12,18 @@ import pytest
 from configs import demo
 from lightwam_jax import bucket as bucket_lib
 from lightwam_jax import config as config_lib
+from lightwam_jax import sharding
 from lightwam_jax.data import loader
 from tests import buckets, pod
 from tests.test_end_to_end import ROOT, SMALL
 from tests.test_end_to_end import run as command
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(4 * 3600)]
 STEPS = {"train.steps": 12, "train.checkpoint_every": 4, "train.eval_every": 4,
          "train.keep_last": 2}  # fmt: skip
+
+LESS = {"model.num_layers": 1, "model.adapter_layers": (0,), "model.dtype": "float32"}
+SECONDS = 1200  # that a run may take where others are busy too
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +38,7 @@ def config(tmp_path_factory):
     precompute = ["-m", "lightwam_jax.precompute", "--config", "configs/demo.py"]
     command(*precompute, *changes, "--what", "all")
     tree = demo.get_config()
-    layers = {"model.adapter_layers": (0, 1)}
-    tree.update_from_flattened_dict(SMALL | layers | paths | STEPS)
+    tree.update_from_flattened_dict(SMALL | LESS | paths | STEPS)
     return config_lib.from_config_dict(tree)
 
 
@@ -42,7 +46,8 @@ def config(tmp_path_factory):
 def whole(config, tmp_path_factory):
     """metrics.jsonl of a run in a directory that nothing disturbed."""
     workdir = tmp_path_factory.mktemp("whole") / "run"
-    pod.run(config, workdir)
+    started = pod.Pod(config, workdir)
+    assert started.finish(SECONDS) == [0], started.output()
     return pod.rows(workdir)
 
 
@@ -88,6 +93,14 @@ class Reached:
         return made
 
 
+class Split(Reached):
+    """Also splits the leaves of a tiny model over the processes."""
+
+    def __call__(self, index):
+        super().__call__(index)
+        sharding.MIN_SPLIT_BYTES = 0
+
+
 def committed(bucket):
     return {int(n.split("/")[1]) for n in bucket.sizes() if n.endswith("/committed.json")}
 
@@ -107,7 +120,7 @@ def test_train_kill_continue_damage_evaluate(storage, config, whole, tmp_path):
 
     # Killed once a checkpoint counts, before the next does.
     killed = start("first", wait_s=1.0)
-    deadline = time.monotonic() + 600
+    deadline = time.monotonic() + SECONDS
     while not committed(bucket):
         assert killed.alive() and time.monotonic() < deadline, killed.output()
         time.sleep(0.1)
@@ -117,7 +130,7 @@ def test_train_kill_continue_damage_evaluate(storage, config, whole, tmp_path):
 
     # Continued on a machine that has nothing of it.
     again = start("second")
-    assert again.finish(600) == [0], again.output()
+    assert again.finish(SECONDS) == [0], again.output()
     assert f"Continuing from step 4 ({address}/checkpoints)" in again.output()
     assert committed(bucket) == {8, 12}
     assert metrics(bucket, tmp_path) == whole
@@ -128,7 +141,7 @@ def test_train_kill_continue_damage_evaluate(storage, config, whole, tmp_path):
     content[len(content) // 2] ^= 0x10
     bucket.write(name, bytes(content))
     again = start("third")
-    assert again.finish(600) == [0], again.output()
+    assert again.finish(SECONDS) == [0], again.output()
     said = again.output()
     assert f"Checkpoint 12 is damaged: {address}/{name} is not what was committed" in said
     assert "Continuing from step 8" in said
@@ -140,6 +153,29 @@ def test_train_kill_continue_damage_evaluate(storage, config, whole, tmp_path):
     assert f"copied to   {address}" in command(*evaluate, "--mode", "open_loop")
     assert "trained" in command(*evaluate, "--mode", "demo", "--workers", "1")
     assert {"open_loop/open_loop.html", "summary.json", "report.html"} <= set(bucket.sizes())
+
+
+def test_two_processes_share_nothing_but_the_bucket(storage, tmp_path):
+    """... and agree on what is damaged; the steps after it are repeated to the same bits."""
+    address = f"{storage}://{buckets.BUCKET}/runs/two"
+    bucket, config = bucket_lib.Bucket(address), pod.make_config(**{"mesh.data": 1, "mesh.fsdp": 2})
+    start = lambda scratch: pod.Pod(
+        config, address, processes=2, before=Split(), log=tmp_path / "run",
+        flags=[f"--scratch={tmp_path / scratch}"],
+    )  # fmt: skip
+    first = start("first")
+    assert first.finish(SECONDS) == [0, 0], first.output()
+    assert committed(bucket) == {3, 6}
+    saved = bucket.read("checkpoints/6/meta/metadata")
+    rows = metrics(bucket, tmp_path)
+    bucket.write("checkpoints/6/optimizer/_METADATA", b"{}")
+    again = start("second")
+    assert again.finish(SECONDS) == [0, 0], again.output()
+    assert again.output().count("Checkpoint 6 is damaged") == 2
+    assert "Continuing from step 3" in again.output()
+    assert committed(bucket) == {3, 6} and metrics(bucket, tmp_path) == rows
+    arrays = lambda raw: json.loads(raw)["arrays"]
+    assert arrays(bucket.read("checkpoints/6/meta/metadata")) == arrays(saved)
 
 
 def test_no_checkpoint_is_one_line(storage, tmp_path):
