@@ -162,9 +162,10 @@ def _check_flags():
         raise app.UsageError(
             f"--workdir={_WORKDIR.value}: no such directory; give the run directory of train.py"
         )
-    command_line.check_directory(_WORKDIR.value, "--workdir", bucket=True)
-    if _OUT.value:
-        command_line.check_directory(_OUT.value, "--out")
+    if in_bucket := bucket.is_address(_WORKDIR.value):
+        command_line.check_directory(_WORKDIR.value, "--workdir", bucket=True)
+    if _OUT.value or not in_bucket:
+        command_line.check_directory(_OUT.value or _WORKDIR.value, "--out")
 
 
 def closed_loop(policy, workdir, out, began):

@@ -54,6 +54,10 @@ class Directory:
     def __str__(self):
         return str(self.path)
 
+    def started(self):
+        """Whether the run has a checkpoint."""
+        return any(p.name.isdigit() for p in (self.path / "checkpoints").glob("*"))
+
     def checkpoints(self, config, assets):
         """Returns the `Checkpoints` of the run."""
         return run_lib.Checkpoints(self.path, config, assets)
@@ -85,6 +89,9 @@ class InBucket:
 
     def __str__(self):
         return str(self._copy.bucket)
+
+    def started(self):
+        return bool(self._copy.steps())
 
     def checkpoints(self, config, assets):
         return mirrored.Mirrored(self._copy, config, assets)

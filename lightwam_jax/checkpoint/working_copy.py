@@ -219,7 +219,7 @@ class WorkingCopy:
         parent = self.path / "checkpoints"
         for entry in parent.iterdir() if parent.is_dir() else ():
             if entry.name not in map(str, steps):
-                shutil.rmtree(entry)
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
     def mark_damaged(self, step, reason):
         """Takes a checkpoint's commitment back; its files stay, to be looked into."""
@@ -291,6 +291,7 @@ def checkpoint(address):
     if step is None and "meta/metadata" in (here := bucket_lib.Bucket(address)).sizes("meta"):
         copy = WorkingCopy(address)
         with contextlib.closing(copy):
+            shutil.rmtree(copy.path)
             here.get({name: copy.path / name for name in here.sizes()})
             return copy.path
     run = address if step is None else head

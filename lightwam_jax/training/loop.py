@@ -87,9 +87,9 @@ def prepare(config, workdir, profile=None, scratch=""):
     place = places.opened(workdir, scratch)
     with contextlib.ExitStack() as on_error:
         on_error.callback(place.close)
-        run = _prepared(config, place, profile)
+        ready = _prepared(config, place, profile)
         on_error.pop_all()
-    return run
+    return ready
 
 
 def _prepared(config, place, profile):
@@ -102,7 +102,7 @@ def _prepared(config, place, profile):
     _say(f"Devices: {sharding.mesh_summary(mesh)}")
 
     # ---- run directory and data ----------------------------------------------------------------
-    workdir_lib.check_same_run(config, workdir)
+    workdir_lib.check_same_run(config, workdir, place.started())
     validation = loader.val_batches(config, jax.process_index(), jax.process_count())
     encoder = encode_video_lib.make_encoder(config, mesh)
 

@@ -1,5 +1,6 @@
 """Checkpoints of a run in a bucket (in memory), of a few numbers."""
 
+import contextlib
 import dataclasses
 
 import jax
@@ -11,6 +12,7 @@ from lightwam_jax import bucket as bucket_lib
 from lightwam_jax import sharding
 from lightwam_jax.checkpoint import places, storage, working_copy
 from lightwam_jax.checkpoint import run as checkpoint
+from lightwam_jax.training import workdir
 from tests import buckets, synthetic
 
 CONFIG = synthetic.make_config(**{"data.source": "fake", "data.cache": "",
@@ -94,6 +96,28 @@ def test_damaged_newest_is_marked_and_the_one_before_is_used(run, address, caplo
     assert bucket_lib.Bucket(address).read("checkpoints/3/damaged.json")
     save(second, 3)  # the run comes by again
     assert restored(run("third")) == 3
+
+
+def test_another_config_is_refused_before_a_checkpoint_is_fetched(run, address, tmp_path):
+    first = run("first")
+    workdir.write_reports(CONFIG, first.workdir, [])
+    save(first, 1)
+    place = places.opened(address, tmp_path / "second")
+    workdir.check_same_run(CONFIG, place.path, place.started())
+    other = dataclasses.replace(CONFIG, seed=7)
+    with contextlib.closing(place), pytest.raises(ValueError, match=r"config.seed: 42 so far, 7 n"):
+        workdir.check_same_run(other, place.path, place.started())
+    assert not places.opened(address + "2", tmp_path / "second").started()
+
+
+def test_converted_weights_are_read_from_a_bucket(address, tmp_path):
+    params = {"w": np.arange(3, dtype=np.float32)}
+    checkpoint.save_params(tmp_path / "w", params, {"source": "a.pt"})
+    files = [p for p in (tmp_path / "w").rglob("*") if p.is_file()]
+    bucket = bucket_lib.Bucket(address)
+    bucket.put({p.relative_to(tmp_path / "w").as_posix(): p for p in files})
+    stored = checkpoint.load_params(address)
+    assert stored.meta["source"] == "a.pt" and stored.params["w"].tolist() == [0, 1, 2]
 
 
 def test_all_damaged_is_an_error_that_names_the_bucket(run, address):
