@@ -177,7 +177,7 @@ def test_a_directory_that_cannot_be_written_is_refused_and_none_is_made(tmp_path
             command_line.check_directory(place, "--out")
     command_line.check_directory(tmp_path / "new" / "deeper", "--out")
     for check in (command_line.check_directory, command_line.check_new):
-        with pytest.raises(config_read.ConfigError, match=r"gs://.*expected a directory, not an ad"):
+        with pytest.raises(config_read.ConfigError, match=r"gs://.*expected a directory, not an"):
             check("gs://bucket/run", "--out")
     assert not (tmp_path / "new").exists()
     monkeypatch.setattr(os, "access", lambda path, how: False)
