@@ -82,8 +82,12 @@ class Mirrored(run.Checkpoints):
     def _to_write(self, tree):
         if jax.process_count() == 1:
             return storage.on_host(tree)
-        whole = lambda x: multihost_utils.process_allgather(x, tiled=True)
-        return jax.tree.map(lambda x: whole(x) if x.ndim else jax.device_get(x), tree)
+
+        def gathered(x):  # one after the other: devices hold one whole array at a time
+            x = multihost_utils.process_allgather(x, tiled=True) if x.ndim else jax.device_get(x)
+            return x if jax.process_index() == 0 else None
+
+        return jax.tree.map(gathered, tree)
 
     def _start(self, step, args):
         if self._manager:

@@ -74,7 +74,7 @@ class InBucket:
     """A run in a bucket, of which each process has a working copy. Methods as of `Directory`."""
 
     def __init__(self, address, scratch=""):
-        self._copy = working_copy.WorkingCopy(address, scratch, training=True)
+        self._copy = working_copy.WorkingCopy(address, scratch, "train")
         self.path = self._copy.path
         try:
             if jax.process_index() == 0:

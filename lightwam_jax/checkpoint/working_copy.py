@@ -44,14 +44,14 @@ class WorkingCopy:
       bucket: `Bucket` of the run. path: directory of the copy, of this process alone in training.
     """
 
-    def __init__(self, address, scratch="", training=False):
+    def __init__(self, address, scratch="", use="read"):
         """Args:
 
         address: of the run. scratch: directory of all working copies; "": `SCRATCH`.
-        training: train.py and the other commands have a copy each.
+        use: "train", "evaluate" or "read", which have a copy each.
         """
         self.bucket = bucket_lib.Bucket(address)
-        kind = f"train{jax.process_index() or ''}" if training else "read"
+        kind = f"train{jax.process_index() or ''}" if use == "train" else use
         place = pathlib.Path(scratch or SCRATCH).expanduser().absolute() / kind
         key = zlib.crc32(self.bucket.address.encode())  # names may repeat in another folder
         self.path = place / f"{key:08x}" / self.bucket.address.rpartition("/")[2]
@@ -60,10 +60,13 @@ class WorkingCopy:
         self._pushing = threading.Lock()
         self.path.mkdir(parents=True, exist_ok=True)
         self._in_use = open(self.path.parent / "lock", "ab")  # noqa: SIM115 (until `close`)
-        if not atomic.lock(self._in_use, wait=not training):
-            raise ValueError(
-                f"another train.py on this machine continues {self.bucket}; stop one of them"
-            )
+        if not atomic.lock(self._in_use):
+            if use == "train":
+                raise ValueError(
+                    f"another train.py on this machine continues {self.bucket}; stop one of them"
+                )
+            logging.warning("Waiting for another command that uses %s", self.path)
+            atomic.lock(self._in_use, wait=True)
 
     def close(self):
         """Lets others use the copy."""
@@ -266,7 +269,7 @@ def reading(address, step=None, scratch=""):
       FileNotFoundError: it is not in the bucket.
       storage.DamagedCheckpointError: it is not what was committed.
     """
-    copy = WorkingCopy(address, scratch)
+    copy = WorkingCopy(address, scratch, "evaluate")
     with contextlib.closing(copy):
         wanted = _wanted(copy, step)
         copy.keep_local([wanted])

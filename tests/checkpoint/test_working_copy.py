@@ -21,7 +21,7 @@ def address(monkeypatch):
 
 @pytest.fixture
 def copy(address, tmp_path):
-    made = working_copy.WorkingCopy(address, tmp_path / "one", training=True)
+    made = working_copy.WorkingCopy(address, tmp_path / "one", "train")
     yield made
     made.close()
 
@@ -29,7 +29,7 @@ def copy(address, tmp_path):
 @contextlib.contextmanager
 def elsewhere(address, tmp_path):
     """The copy on another machine."""
-    made = working_copy.WorkingCopy(address, tmp_path / "other", training=True)
+    made = working_copy.WorkingCopy(address, tmp_path / "other", "train")
     with contextlib.closing(made):
         yield made
 
@@ -234,5 +234,6 @@ def test_reading_gives_one_checkpoint_and_pushes_results(copy, address, tmp_path
 
 def test_two_runs_of_training_do_not_share_a_copy(copy, address, tmp_path):
     with pytest.raises(ValueError, match=f"another train.py on this machine continues {address}"):
-        working_copy.WorkingCopy(address, tmp_path / "one", training=True)
-    working_copy.WorkingCopy(address, tmp_path / "one").close()  # evaluation has its own
+        working_copy.WorkingCopy(address, tmp_path / "one", "train")
+    for use in ("evaluate", "read"):
+        working_copy.WorkingCopy(address, tmp_path / "one", use).close()
