@@ -30,13 +30,15 @@ def check(address, what="--workdir"):
       what: the flag or key it was given as.
     """
     scheme, _, rest = str(address).partition("://")
-    known = " and ".join(f"{name}://BUCKET/PATH" for name in SCHEMES)
+    known = " or ".join(f"{name}://BUCKET/PATH" for name in SCHEMES)
     if scheme not in SCHEMES:
         raise ValueError(
-            f"{what}={address}: {scheme}:// is not supported; expected a directory, or {known}"
+            f"{what}={address}: {scheme}:// is not supported; expected a directory, {known}"
         )
     if not re.fullmatch(r"[^/]+(/[^/]+)+/?", rest) or {".", ".."} & set(rest.split("/")):
-        raise ValueError(f"{what}={address}: expected {scheme}://BUCKET/PATH, with both of them")
+        raise ValueError(
+            f"{what}={address}: expected {scheme}://BUCKET/PATH, a bucket and a path in it"
+        )
     if importlib.util.find_spec(SCHEMES[scheme]) is None:
         raise ValueError(
             f"{what}={address} needs the package {SCHEMES[scheme]}: pip install -r "

@@ -371,7 +371,7 @@ def test_object_storage_is_refused_rather_than_taken_for_a_directory():
     ):
         with pytest.raises(ValueError, match="gs://bucket/run is object storage"):
             call("gs://bucket/run")
-    with pytest.raises(ValueError, match="hdfs:// is not supported; expected a directory, or gs:"):
+    with pytest.raises(ValueError, match="hdfs:// is not supported; expected a directory, gs:"):
         checkpoint.find_checkpoint("hdfs://bucket/run")
 
 
