@@ -28,11 +28,12 @@ CLIENT_PACKAGES := openpi-client==0.1.2 "numpy<2" typing_extensions
 PRO := .venv-pro
 PRO_PIP := $(PRO)/bin/python -m pip --disable-pip-version-check
 
-.PHONY: setup setup-torch setup-sim setup-client setup-libero-pro demo test test-all slips verify lint docs clean
+.PHONY: setup setup-torch setup-sim setup-bucket setup-client setup-libero-pro demo test test-all slips verify lint docs clean
 
 setup: $(VENV)/.core
 setup-torch: $(VENV)/.torch
 setup-sim: $(VENV)/.sim
+setup-bucket: $(VENV)/.bucket
 setup-client: $(CLIENT)/.client
 setup-libero-pro: $(PRO)/.pro
 
@@ -52,6 +53,10 @@ $(VENV)/.sim: $(VENV)/.core $(SIM:%=requirements-%.txt)
 	$(PIP) uninstall --yes --quiet mujoco mujoco-core mujoco-studio
 	$(PIP) install --no-compile $(SIM:%=-r requirements-%.txt)
 	$(PIP) install --no-compile --no-deps $(SIM_PACKAGES)
+	@touch $@
+
+$(VENV)/.bucket: $(VENV)/.core requirements-bucket.txt requirements-test-bucket.txt
+	$(PIP) install --no-compile -r requirements-bucket.txt -r requirements-test-bucket.txt
 	@touch $@
 
 $(CLIENT)/.client:
@@ -76,7 +81,7 @@ test: setup
 	$(PY) -m pytest -n 2 --dist loadfile
 
 # A leading "-": without an interpreter for openpi's client its tests are skipped, and say so.
-test-all: setup-torch setup-sim
+test-all: setup-torch setup-sim setup-bucket
 	-$(MAKE) setup-client
 	$(PY) -m pytest -n 2 --dist loadfile -m ""
 

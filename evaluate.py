@@ -20,7 +20,7 @@ import time
 
 from absl import app, flags, logging
 
-from lightwam_jax import command_line, next_command
+from lightwam_jax import bucket, command_line, next_command
 
 # Simulator processes import this file again, so jax is imported inside the functions only. The
 # flags are checked before that.
@@ -30,7 +30,15 @@ MODES = (*CLOSED_LOOP, "open_loop", "realtime", "visualize")
 ELSEWHERE = {"robotwin": "RoboTwin runs policies itself: docs/robotwin.md"}
 
 _WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Run directory of train.py, or an exported policy (policies/NAME)."
+    "workdir",
+    None,
+    "Run directory of train.py, its gs:// or s3:// address, or an exported policy (policies/NAME).",
+)
+_SCRATCH = flags.DEFINE_string(
+    "scratch",
+    "",
+    "Of a --workdir that is an address: directory of this machine for its working copy; default: "
+    "~/.cache/lightwam_jax/buckets.",
 )
 _OUT = flags.DEFINE_string(
     "out",
@@ -123,17 +131,20 @@ def main(argv):
         logging.set_verbosity(logging.WARNING)  # Orbax reports every file it reads
     _check_flags()
     from lightwam_jax import sharding
+    from lightwam_jax.checkpoint import places
     from lightwam_jax.inference.policy import Policy
 
     sharding.enable_compilation_cache()
     try:
-        policy = Policy.load(_WORKDIR.value, _STEP.value, embodiment=_EMBODIMENT.value)
-        policy.config = _with_flags(policy.config)
-        others = {"open_loop": open_loop, "visualize": visualize, "realtime": realtime}
-        run = others.get(_MODE.value, closed_loop)
-        workdir = pathlib.Path(_WORKDIR.value)
-        out = pathlib.Path(_OUT.value or _beside(workdir))
-        run(policy, workdir, out, began)
+        with places.reading(_WORKDIR.value, _STEP.value, _SCRATCH.value) as workdir:
+            policy = Policy.load(workdir, _STEP.value, embodiment=_EMBODIMENT.value)
+            policy.config = _with_flags(policy.config)
+            others = {"open_loop": open_loop, "visualize": visualize, "realtime": realtime}
+            run = others.get(_MODE.value, closed_loop)
+            out = pathlib.Path(_OUT.value or _beside(workdir))
+            run(policy, workdir, out, began)
+        if bucket.is_address(_WORKDIR.value) and not _OUT.value:
+            print(f"copied to   {_WORKDIR.value}")
     except (ValueError, ImportError, OSError) as error:  # of a file, or of --server
         logging.debug("Where it was found:", exc_info=True)  # shown by --verbosity=1
         command_line.fail(error)
@@ -147,11 +158,14 @@ def _check_flags():
         envs.parse_arguments(_ENV.value)
     except ValueError as error:
         raise app.UsageError(str(error)) from error
-    if "://" not in _WORKDIR.value and not pathlib.Path(_WORKDIR.value).is_dir():
+    if not bucket.is_address(_WORKDIR.value) and not pathlib.Path(_WORKDIR.value).is_dir():
         raise app.UsageError(
             f"--workdir={_WORKDIR.value}: no such directory; give the run directory of train.py"
         )
-    command_line.check_directory(_OUT.value or _WORKDIR.value, "--out")
+    if in_bucket := bucket.is_address(_WORKDIR.value):
+        command_line.check_directory(_WORKDIR.value, "--workdir", bucket=True)
+    if _OUT.value or not in_bucket:
+        command_line.check_directory(_OUT.value or _WORKDIR.value, "--out")
 
 
 def closed_loop(policy, workdir, out, began):
@@ -160,7 +174,7 @@ def closed_loop(policy, workdir, out, began):
     from lightwam_jax.evaluation import instructions
     from lightwam_jax.inference import latency
 
-    with _remote(policy.config.evaluation.batch) as remote:
+    with _remote(policy.config.evaluation.batch, workdir) as remote:
         rates = closed_loop_lib.evaluate(
             policy, _MODE.value, workdir, out, began, remote, _INSTRUCTION.value
         )
@@ -202,7 +216,7 @@ def realtime(policy, workdir, out, began):
     print(f"numbers     {out / 'realtime.json'}\nreport      {out / 'realtime.html'}")
 
 
-def _remote(batch):
+def _remote(batch, directory):
     """The `RemotePolicy` of --server, or a context of None."""
     if not _SERVER.value:
         return contextlib.nullcontext()
@@ -210,7 +224,6 @@ def _remote(batch):
     from lightwam_jax.evaluation import remote
     from lightwam_jax.inference import access
 
-    directory = pathlib.Path(_WORKDIR.value)
     if _STEP.value is not None:
         directory = directory / "checkpoints" / str(_STEP.value)
     checksum = storage.read_meta(run.find_checkpoint(directory))["checksum"]
@@ -224,6 +237,8 @@ def compare(others):
 
     if len(others) != 1:
         raise app.UsageError("--compare takes two results: --compare runs/x runs/y")
+    for place in filter(bucket.is_address, (_COMPARE.value, *others)):
+        command_line.fail(f"--compare {place}: expected a directory or file; copy it here first")
     try:
         print(compare_lib.compare(_COMPARE.value, others[0], _MAY_DIFFER.value))
     except (ValueError, FileNotFoundError) as error:
@@ -232,14 +247,14 @@ def compare(others):
 
 def open_loop(policy, workdir, out, began):
     """Action errors per dimension and step, and gripper timing, on the validation split."""
-    del began
+    del workdir, began
     from lightwam_jax.data import loader
     from lightwam_jax.evaluation import open_loop as open_loop_lib
 
     errors = open_loop_lib.evaluate(policy, loader.val_batches(policy.config))
     print(open_loop_lib.report(out / "open_loop", errors, policy, _EPISODES.value))
     print(f"report      {out / 'open_loop' / 'open_loop.html'}")
-    print(next_command.after_open_loop(policy.config, workdir))
+    print(next_command.after_open_loop(policy.config, _WORKDIR.value))
 
 
 def visualize(policy, workdir, out, began):

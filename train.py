@@ -10,14 +10,18 @@ import sys
 
 from absl import app, flags, logging
 
-from lightwam_jax import command_line, next_command
+from lightwam_jax import bucket, command_line, next_command
 from lightwam_jax import config as config_lib
 
 # jax and the rest are imported when flags and config are right: they take seconds, and more where
 # PyTorch is installed (tensorboardX imports it).
 
 command_line.define_config()
-_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of checkpoints, metrics and reports.")
+_WORKDIR = flags.DEFINE_string(
+    "workdir",
+    None,
+    "Directory of checkpoints, metrics and reports, or gs:// or s3:// address (docs/pods.md).",
+)
 _COORDINATOR = flags.DEFINE_string(
     "coordinator", "", "HOST:PORT of process 0, where TPU, SLURM or Open MPI do not tell it."
 )
@@ -25,6 +29,12 @@ _NUM_PROCESSES = flags.DEFINE_integer("num_processes", 0, "With --coordinator: o
 _PROCESS_ID = flags.DEFINE_integer("process_id", -1, "With --coordinator: this one's number.")
 _HEARTBEAT = flags.DEFINE_integer(
     "heartbeat_s", None, "Silence after which another process counts as dead.", lower_bound=1
+)
+_SCRATCH = flags.DEFINE_string(
+    "scratch",
+    "",
+    "Of a --workdir that is an address: directory of this machine for its working copy; default: "
+    "~/.cache/lightwam_jax/buckets.",
 )
 _PROFILE = flags.DEFINE_string(
     "profile", "", "FIRST:LAST: records these steps with jax.profiler, in WORKDIR/profile."
@@ -39,7 +49,7 @@ def main(argv):
             f"unexpected arguments {argv[1:]}; config values are set as --config.key=value"
         )
     profile = _profile_steps()
-    command_line.check_directory(_WORKDIR.value, "--workdir")
+    command_line.check_directory(_WORKDIR.value, "--workdir", bucket=True)
     import jax
 
     from lightwam_jax import distributed
@@ -57,7 +67,8 @@ def main(argv):
             _PROCESS_ID.value,
             _HEARTBEAT.value or distributed.HEARTBEAT_S,
         )
-        run = loop.prepare(config_lib.from_config_dict(flags.FLAGS.config), _WORKDIR.value, profile)
+        config = config_lib.from_config_dict(flags.FLAGS.config)
+        run = loop.prepare(config, _WORKDIR.value, profile, _SCRATCH.value)
     except (ValueError, OSError, MemoryError) as error:
         logging.debug("Where it was found:", exc_info=True)  # shown by --verbosity=1
         command_line.fail(error)
@@ -65,6 +76,8 @@ def main(argv):
         outcome = loop.run(run)
     except (FloatingPointError, MemoryError, storage.SaveError, latents.DamagedRecord) as error:
         command_line.fail(error)
+    except bucket.BucketError as error:
+        command_line.fail(f"{error}; the same command continues from the newest checkpoint there")
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise

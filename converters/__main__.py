@@ -53,7 +53,7 @@ def main(argv=None):
 
     try:
         if getattr(args, "out", None):
-            command_line.check_directory(os.path.dirname(os.path.abspath(args.out)), "--out")
+            command_line.check_new(args.out, "--out")
         with command_line.interruptible("what was half written is removed: run the command again"):
             return args.run(args)
     except (ValueError, ModuleNotFoundError, OSError) as error:  # OSError: files, disk, network

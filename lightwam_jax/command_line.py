@@ -17,6 +17,7 @@ import typing
 from absl import app, flags
 from ml_collections import config_flags
 
+from lightwam_jax import bucket as bucket_lib
 from lightwam_jax import config as config_lib
 from lightwam_jax import config_read
 
@@ -159,9 +160,19 @@ def load(place):
     return made
 
 
-def check_directory(place, flag):
-    """Raises ConfigError where a directory cannot be made or written to; nothing is made here."""
-    if "://" in str(place):
+def check_directory(place, flag, bucket=False):
+    """Raises ConfigError where a directory cannot be made or written to; nothing is made here.
+
+    Args:
+      bucket: whether it may be an address of object storage too.
+    """
+    if bucket_lib.is_address(place):
+        if not bucket:
+            raise config_read.ConfigError(f"{flag}={place}: expected a directory, not an address")
+        try:
+            bucket_lib.check(place, flag)
+        except ValueError as error:
+            raise config_read.ConfigError(str(error)) from error
         return
     path = pathlib.Path(place).absolute()
     nearest = next(p for p in (path, *path.parents) if os.path.lexists(p))
@@ -175,6 +186,13 @@ def check_directory(place, flag):
             f"{flag}={place}: no right to write in {nearest}; give another place or change its "
             "permissions"
         )
+
+
+def check_new(place, flag):
+    """Raises ConfigError where nothing can be made at a path: `check_directory` of its parent."""
+    if bucket_lib.is_address(place):
+        check_directory(place, flag)
+    check_directory(os.path.dirname(os.path.abspath(place)), flag)
 
 
 # ---- messages ----------------------------------------------------------------------------------

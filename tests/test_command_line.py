@@ -176,7 +176,9 @@ def test_a_directory_that_cannot_be_written_is_refused_and_none_is_made(tmp_path
         with pytest.raises(config_read.ConfigError, match=r"--out=.*file is no directory"):
             command_line.check_directory(place, "--out")
     command_line.check_directory(tmp_path / "new" / "deeper", "--out")
-    command_line.check_directory("gs://bucket/run", "--out")
+    for check in (command_line.check_directory, command_line.check_new):
+        with pytest.raises(config_read.ConfigError, match=r"gs://.*expected a directory, not an"):
+            check("gs://bucket/run", "--out")
     assert not (tmp_path / "new").exists()
     monkeypatch.setattr(os, "access", lambda path, how: False)
     with pytest.raises(config_read.ConfigError, match="no right to write"):
@@ -218,9 +220,12 @@ _MISTAKES = {
     "train.py --config configs/demo.py --workdir OUT --steps=3": "--config.train.steps",
     "train.py --config configs/demo.py --workdir OUT --config.optimizer.lr=-1": "lr is -1",
     "train.py --config configs/demo.py --workdir FILE": "FILE is no directory",
+    "train.py --config configs/demo.py --workdir hdfs://b/run": "hdfs:// is not supported",
     "train.py --config configs/demo.py --workdir OUT --profile=x": "FIRST:LAST",
     "train.py --config configs/demo.py": "--workdir is needed",
     "evaluate.py --workdir DIR --mode demo --env=3": "--env=3: expected JSON",
+    "evaluate.py --workdir http://b/run --mode demo": "http:// is not supported",
+    "evaluate.py --workdir DIR --mode demo --out gs://b/run": "expected a directory, not an",
     "evaluate.py --workdir OUT --mode demo": "no such directory",
     "evaluate.py --mode demo": "--workdir is needed",
     "evaluate.py --mode demo --workdir DIR --out FILE": "FILE is no directory",

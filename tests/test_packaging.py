@@ -17,7 +17,7 @@ from packaging.version import Version
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "lightwam_jax"
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-EXTRAS = {"cuda", "tpu", "torch", "hdf5", "rerun", "wandb", "sim", "dev"}
+EXTRAS = {"cuda", "tpu", "torch", "hdf5", "rerun", "wandb", "bucket", "sim", "dev"}
 # Modules whose distribution has another name.
 DISTRIBUTIONS = {
     "absl": "absl-py",

@@ -21,15 +21,14 @@ import shutil
 import time
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from jax.experimental import multihost_utils
 
+from lightwam_jax import bucket, sharding
 from lightwam_jax import config as config_lib
 from lightwam_jax import params as params_lib
-from lightwam_jax import sharding
-from lightwam_jax.checkpoint import compact, storage
+from lightwam_jax.checkpoint import compact, storage, working_copy
 
 
 def _dict(config):
@@ -66,43 +65,29 @@ class Checkpoints:
     def __init__(self, workdir, config, assets=None):
         self.workdir = storage.local_path(workdir)
         self.directory = self.workdir / "checkpoints"
+        self.place = self.directory  # as messages name it
         self.config = config
         self.assets = assets
         # Hard links to the files that every checkpoint shares; made by the first save or restore.
         self._frozen_files = self.workdir / "frozen_params"
         self._frozen_manifest = None
         self._failed = False
-        self._check_shared()
+        self._manager = self._open()
+
+    def _open(self):
+        storage.check_shared(self.workdir)
         self._remove_unfinished()
+        config = self.config
         keep = [ocp.checkpoint_managers.LatestN(config.train.keep_last or None)]
         if config.train.keep_every:
             keep.append(ocp.checkpoint_managers.EveryNSteps(config.train.keep_every))
-        self._manager = ocp.CheckpointManager(
+        return ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(keep),
                 single_host_load_and_broadcast=True,  # all processes list the same steps
             ),
         )
-
-    def _check_shared(self):
-        if jax.process_count() == 1:
-            return
-        token = multihost_utils.broadcast_one_to_all(np.uint32(time.time_ns() % 2**32))
-        file = self.workdir / f".seen_by_all_{token}"
-        if jax.process_index() == 0:
-            self.workdir.mkdir(parents=True, exist_ok=True)
-            file.touch()
-        multihost_utils.sync_global_devices("file of process 0 written")
-        seen = any(file.exists() or time.sleep(0.5) for _ in range(10))
-        problem = storage.first_problem(None if seen else f"{self.workdir} lacks {file.name}")
-        if jax.process_index() == 0:
-            file.unlink()
-        if problem:
-            raise ValueError(
-                f"the processes do not share a directory ({problem}, which process 0 wrote); "
-                "--workdir must be on storage that all of them see"
-            )
 
     def _remove_unfinished(self):
         """Removes what killed saves left.
@@ -120,7 +105,15 @@ class Checkpoints:
 
     def latest_step(self):
         """Returns the newest saved step, or None."""
-        return self._manager.latest_step()
+        return max(self.steps(), default=None)
+
+    def steps(self):
+        """Returns the saved steps."""
+        return self._manager.all_steps()
+
+    def _fetched(self, step):
+        """The directory of a checkpoint, in which it can be read now."""
+        return self.directory / str(step)
 
     def save(self, step, items, frozen, extra):
         """Starts saving; returns once the arrays may be overwritten.
@@ -136,7 +129,7 @@ class Checkpoints:
           storage.SaveError: this save, or the one before it, could not be written.
         """
         manifests = {name: storage.manifest(tree) for name, tree in items.items()}
-        args = {name: ocp.args.StandardSave(storage.on_host(tree)) for name, tree in items.items()}
+        args = {name: ocp.args.StandardSave(self._to_write(tree)) for name, tree in items.items()}
         if frozen is not None:
             if self._frozen_manifest is None:
                 self._write_frozen(frozen())
@@ -146,13 +139,23 @@ class Checkpoints:
             args["assets"] = storage.Files(str(self.assets), storage.LARGE)
         args["meta"] = ocp.args.JsonSave(make_meta(step, _dict(self.config), manifests, extra))
         with self._writing():
-            self._manager.save(step, args=ocp.args.Composite(**args))
+            self._start(step, ocp.args.Composite(**args))
+
+    def _to_write(self, tree):
+        return storage.on_host(tree)
+
+    def _start(self, step, args):
+        self._manager.save(step, args=args)
 
     def _write_frozen(self, tree):
         manifest = storage.manifest(tree)
-        with self._writing(), ocp.StandardCheckpointer() as writer:
-            writer.save(self._frozen_files, storage.on_host(tree), force=True)
+        with self._writing():
+            self._write(self._frozen_files, tree)
         self._frozen_manifest = manifest
+
+    def _write(self, directory, tree):
+        with ocp.StandardCheckpointer() as writer:
+            writer.save(directory, storage.on_host(tree), force=True)
 
     def _link_frozen(self, source):
         """Makes later checkpoints link to the frozen files of this one, through links of their own.
@@ -166,17 +169,19 @@ class Checkpoints:
             shutil.rmtree(self._frozen_files, ignore_errors=True)
             scratch.rename(self._frozen_files)
 
+    def _newest(self):
+        return max(_steps(self.directory), default=None)
+
     @contextlib.contextmanager
     def _writing(self):
         try:
             yield
         except Exception as error:  # the storage libraries raise whatever they like
             self._failed = True
-            newest = max(_steps(self.directory), default=None)
             raise storage.SaveError(
-                f"a checkpoint could not be written to {self.directory}: "
-                f"{str(error).splitlines()[0]}\n  the newest whole one is step {newest}; the same "
-                "command continues from there"
+                f"a checkpoint could not be written to {self.place}: "
+                f"{str(error).splitlines()[0]}\n  the newest whole one is step {self._newest()}; "
+                "the same command continues from there"
             ) from error
 
     def restore(self, targets):
@@ -195,12 +200,12 @@ class Checkpoints:
         Raises:
           ValueError: the checkpoint is another model's, or all of them are damaged.
         """
-        steps = sorted(self._manager.all_steps(), reverse=True)
+        steps = sorted(self.steps(), reverse=True)
         damage = []
         for step in steps:
             directory = self.directory / str(step)
             try:
-                meta = storage.together(lambda d=directory: storage.read_meta(d))
+                meta = storage.together(lambda s=step: storage.read_meta(self._fetched(s)))
                 self._check_model(directory, meta, targets)
                 items = storage.read_items(directory, targets, meta)
             except storage.DamagedCheckpointError as error:
@@ -214,7 +219,7 @@ class Checkpoints:
             return items, meta
         if damage:
             raise ValueError(
-                f"none of the checkpoints in {self.directory} is intact:\n  "
+                f"none of the checkpoints in {self.place} is intact:\n  "
                 + "\n  ".join(damage)
                 + "\nrestore the directory from a copy, or start again in another --workdir"
             )
@@ -303,9 +308,13 @@ class LoadedCheckpoint:
 def find_checkpoint(path):
     """Returns the checkpoint directory of `path`: itself, or the newest one of a run.
 
+    That of an address is copied to this machine first.
+
     Raises:
       FileNotFoundError: there is none.
     """
+    if bucket.is_address(path):
+        return working_copy.checkpoint(str(path))
     path = storage.local_path(path)
     if (path / "meta").is_dir():
         return path

@@ -12,6 +12,7 @@ import math
 import os
 import pathlib
 import shutil
+import time
 import zlib
 
 import jax
@@ -86,6 +87,27 @@ def together(read):
     if problem:
         raise DamagedCheckpointError(problem)
     return value
+
+
+def check_shared(workdir):
+    """Raises ValueError where several processes do not see the same directory; all must call it."""
+    if jax.process_count() == 1:
+        return
+    token = multihost_utils.broadcast_one_to_all(np.uint32(time.time_ns() % 2**32))
+    file = workdir / f".seen_by_all_{token}"
+    if jax.process_index() == 0:
+        workdir.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    multihost_utils.sync_global_devices("file of process 0 written")
+    seen = any(file.exists() or time.sleep(0.5) for _ in range(10))
+    problem = first_problem(None if seen else f"{workdir} lacks {file.name}")
+    if jax.process_index() == 0:
+        file.unlink()
+    if problem:
+        raise ValueError(
+            f"the processes do not share a directory ({problem}, which process 0 wrote); "
+            "--workdir must be on storage that all of them see, or in a bucket"
+        )
 
 
 # ---- manifests of arrays ------------------------------------------------------------------------

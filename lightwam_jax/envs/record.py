@@ -332,7 +332,7 @@ def main(argv):
     os.environ.update(_ONE_THREAD)
     names = ("first_seed", "noise", "workers", "starts", "start_steps", "images")
     options = {name: given[name].value for name in names}
-    command_line.check_directory(os.path.dirname(os.path.abspath(given.out)), "--out")
+    command_line.check_new(given.out, "--out")
     try:
         env = envs.parse_arguments(given.env)
         tried = record(given.suite, given.tasks, given.episodes, given.out, **options, **env)

@@ -11,7 +11,7 @@ padding of the batch to a few fixed sizes, so that nothing is compiled in the mi
 import copy
 import dataclasses
 import functools
-import pathlib
+import os
 
 import jax
 import jax.numpy as jnp
@@ -93,7 +93,7 @@ class Policy:
             embodiment that is needed or unknown.
         """
         if step is not None:
-            directory = pathlib.Path(directory, "checkpoints", str(step))
+            directory = os.path.join(directory, "checkpoints", str(step))  # an address stays one
         stored = checkpoint.load_params(directory)
         if stored.config is None or stored.assets is None:
             raise ValueError(

@@ -17,7 +17,7 @@ import sys
 
 from absl import app, flags, logging
 
-from lightwam_jax import command_line
+from lightwam_jax import bucket, command_line
 
 if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "Run directory of train.py, or a checkpoint.")
@@ -60,6 +60,8 @@ def main(argv):
 
     logging.set_verbosity(logging.WARNING)  # Orbax reports every file it reads
     sharding.enable_compilation_cache()
+    if bucket.is_address(given.workdir) and not given.out:
+        command_line.fail(f"--workdir={given.workdir} is an address: give --out DIR for the report")
     try:
         result, table = _run(given)
     except (ValueError, OSError) as error:  # of a file, or of --url

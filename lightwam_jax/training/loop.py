@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import pathlib
 import signal
 import threading
 import time
@@ -15,8 +14,8 @@ import jax.numpy as jnp
 from lightwam_jax import config as config_lib
 from lightwam_jax import distributed, sharding
 from lightwam_jax import params as params_lib
+from lightwam_jax.checkpoint import places
 from lightwam_jax.checkpoint import run as checkpoint
-from lightwam_jax.checkpoint import storage
 from lightwam_jax.data import loader, spec
 from lightwam_jax.training import chips, curves_page, flops, memory, not_finite, stuck, wandb_log
 from lightwam_jax.training import encode_video as encode_video_lib
@@ -34,7 +33,7 @@ class Run:
     """A run ready to go: what `prepare` made and `run` uses up."""
 
     config: config_lib.Config
-    workdir: pathlib.Path
+    place: places.Directory | places.InBucket  # where the run lives
     mesh: jax.sharding.Mesh
     model: typing.Any
     encoder: encode_video_lib.Encoder | None  # where batches hold video
@@ -48,6 +47,11 @@ class Run:
     train_step: typing.Callable | None = None  # compiled; None where no step is left to take
     compile_s: float = 0.0
 
+    @property
+    def workdir(self):
+        """pathlib.Path of the run's directory; of a run in a bucket, of its working copy."""
+        return self.place.path
+
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
@@ -57,10 +61,11 @@ class Outcome:
     signal: int | None
 
 
-def train(config, workdir, profile=None):
+def train(config, workdir, profile=None, scratch=""):
     """Trains `config` in `workdir`, or continues there; returns an `Outcome`.
 
-    With `profile`, (first, last), these steps are recorded with `jax.profiler`.
+    With `profile`, (first, last), these steps are recorded with `jax.profiler`. `workdir` is a
+    directory or an address, `scratch` where the working copy of the latter goes.
 
     Where the parameters come from, first that applies:
       1. the newest intact checkpoint in `workdir` (with optimizer, data position and log window);
@@ -73,13 +78,22 @@ def train(config, workdir, profile=None):
       FloatingPointError: a loss or gradient was not finite; the state before it is saved.
       MemoryError: the step does not fit the devices.
     """
-    return run(prepare(config, workdir, profile))
+    return run(prepare(config, workdir, profile, scratch))
 
 
-def prepare(config, workdir, profile=None):
+def prepare(config, workdir, profile=None, scratch=""):
     """Does everything of `train` before the first step; returns the `Run`."""
-    workdir = storage.local_path(workdir)
     wandb_log.check(config.train.wandb)
+    place = places.opened(workdir, scratch)
+    with contextlib.ExitStack() as on_error:
+        on_error.callback(place.close)
+        ready = _prepared(config, place, profile)
+        on_error.pop_all()
+    return ready
+
+
+def _prepared(config, place, profile):
+    workdir = place.path
 
     # ---- devices -------------------------------------------------------------------------------
     sharding.enable_compilation_cache()
@@ -88,7 +102,7 @@ def prepare(config, workdir, profile=None):
     _say(f"Devices: {sharding.mesh_summary(mesh)}")
 
     # ---- run directory and data ----------------------------------------------------------------
-    workdir_lib.check_same_run(config, workdir)
+    workdir_lib.check_same_run(config, workdir, place.started())
     validation = loader.val_batches(config, jax.process_index(), jax.process_count())
     encoder = encode_video_lib.make_encoder(config, mesh)
 
@@ -107,7 +121,7 @@ def prepare(config, workdir, profile=None):
     workdir_lib.write_reports(config, workdir, table)
     _say(f"Curves: tensorboard --logdir {workdir / 'tensorboard'}  (pip install tensorboard)")
 
-    checkpoints = checkpoint.Checkpoints(workdir, config, assets=workdir / "assets")
+    checkpoints = place.checkpoints(config, workdir / "assets")
     with contextlib.ExitStack() as on_error:
         on_error.callback(checkpoints.close)
 
@@ -117,7 +131,7 @@ def prepare(config, workdir, profile=None):
         profiler = metrics_lib.Profiler(workdir, profile, step, config.train.steps)
         if state is None:
             state = _start(config, mesh, model, optimizer, shardings)
-        r = Run(config, workdir, mesh, model, encoder, validation, checkpoints, profiler, state,
+        r = Run(config, place, mesh, model, encoder, validation, checkpoints, profiler, state,
                 step, meta["window"], _utilisation(config, mesh))  # fmt: skip
 
         # ---- compile ---------------------------------------------------------------------------
@@ -129,10 +143,15 @@ def prepare(config, workdir, profile=None):
 
 def run(r):
     """Runs the steps of a prepared `Run`; returns an `Outcome`."""
+    with contextlib.closing(r.place), r.place.published():
+        return _run(r)
+
+
+def _run(r):
     config, step, total = r.config.train, r.step, r.config.train.steps
     if step >= total:
         r.checkpoints.close()
-        _say(f"{r.workdir} has {step} of {total} steps; raise config.train.steps to train on")
+        _say(f"{r.place} has {step} of {total} steps; raise config.train.steps to train on")
         return Outcome(step, None)
     batches = _loader(r.config, step)
     log = metrics_lib.Log(r.workdir, config, step, r.window, active=jax.process_index() == 0)
@@ -296,7 +315,7 @@ def _restore(checkpoints, config, mesh, shapes, shardings):
         lambda items, step: step_lib.state_from_items(items, step, shapes, config.model),
         out_shardings=shardings,
     )(items, jnp.int32(meta["step"]))
-    _say(f"Continuing from step {meta['step']} ({checkpoints.directory})")
+    _say(f"Continuing from step {meta['step']} ({checkpoints.place})")
     return state, meta
 
 
@@ -309,7 +328,7 @@ def _outcome(r, step, bad, stopped_by):
         raise FloatingPointError(not_finite.report(r.config, r.workdir, saved, step, batch, bad))
     if stopped_by:
         _say(f"Stopped by {signal.Signals(stopped_by).name} after step {step} of "
-             f"{r.config.train.steps}; saved in {r.workdir}. Run the same command again to "
+             f"{r.config.train.steps}; saved in {r.place}. Run the same command again to "
              "continue.")  # fmt: skip
     if jax.process_index() == 0 and (page := curves_page.write(r.workdir, r.config)):
         _say(f"report      {page}")

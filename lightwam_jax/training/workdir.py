@@ -35,14 +35,19 @@ MAY_CHANGE = re.compile(
 )
 
 
-def check_same_run(config, workdir):
+def check_same_run(config, workdir, started=None):
     """Refuses to continue a run under another config, or on caches rebuilt since it started.
+
+    Args:
+      started: whether the run has a checkpoint, wherever it is; None: if `workdir` has one.
 
     Raises:
       ValueError: names the keys (old and new value) or the file.
     """
     path = workdir / "config.json"
-    if not path.exists() or not any(p.name.isdigit() for p in (workdir / "checkpoints").glob("*")):
+    if started is None:
+        started = any(p.name.isdigit() for p in (workdir / "checkpoints").glob("*"))
+    if not path.exists() or not started:
         return
     old, new = json.loads(path.read_text(encoding="utf-8")), json.loads(config_lib.to_json(config))
     config_read.refuse_old(old, workdir)

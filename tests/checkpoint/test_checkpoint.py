@@ -365,9 +365,14 @@ def test_no_checkpoint_is_said(tmp_path):
 
 
 def test_object_storage_is_refused_rather_than_taken_for_a_directory():
-    for call in (checkpoint.find_checkpoint, lambda path: checkpoint.Checkpoints(path, CONFIG)):
+    for call in (
+        lambda path: checkpoint.Checkpoints(path, CONFIG),
+        lambda path: checkpoint.save_params(path, {}),
+    ):
         with pytest.raises(ValueError, match="gs://bucket/run is object storage"):
             call("gs://bucket/run")
+    with pytest.raises(ValueError, match="hdfs:// is not supported; expected a directory, gs:"):
+        checkpoint.find_checkpoint("hdfs://bucket/run")
 
 
 def test_checksum_sees_every_bit_and_no_mesh():

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lightwam_jax.checkpoint import places
 from lightwam_jax.training import loop, validation, workdir
 from lightwam_jax.training import step as step_lib
 from tests import synthetic
@@ -17,14 +18,15 @@ class LoaderAsked(Exception):
     """Raised in place of loading; its argument is the batch that was asked for."""
 
 
-def test_a_continued_run_asks_for_the_batch_after_the_last_one(monkeypatch):
+def test_a_continued_run_asks_for_the_batch_after_the_last_one(monkeypatch, tmp_path):
     def ask(config, step):
         raise LoaderAsked(step)
 
     monkeypatch.setattr(loop, "_loader", ask)
     for step in (0, 5):
         with pytest.raises(LoaderAsked) as asked:
-            loop.run(types.SimpleNamespace(config=CONFIG, step=step))
+            place = places.opened(tmp_path)
+            loop.run(types.SimpleNamespace(config=CONFIG, step=step, place=place))
         assert asked.value.args == (step,)
 
 
