@@ -1,6 +1,7 @@
 """The table of `benchmarks.scale`: what a data set costs on a pod, each figure with its source."""
 
 import dataclasses
+import functools
 import json
 import math
 import pathlib
@@ -15,7 +16,6 @@ from array_record.python import array_record_module
 
 from benchmarks import data as data_benchmark
 from lightwam_jax import config as config_lib
-from lightwam_jax.data import spec
 from lightwam_jax.data.caches import build_latents
 from lightwam_jax.data.formats import video
 from lightwam_jax.encoders import wan
@@ -108,7 +108,7 @@ def _data(config, wanted, windows, measured):
     shard = build_latents.records_per_shard(windows, size)
     on_disk = measured.record_bytes
     return [
-        Row("steps of recordings", _si(windows), f"{wanted.hours:g} h at {wanted.fps:g} per second"),
+        Row("steps of recordings", _si(windows), f"{wanted.hours:g} h, {wanted.fps:g} per second"),
         Row("windows", _si(windows), "one from every step (data/windows.py)"),
         Row("images", _si(windows * cameras), f"{cameras} cameras of the config"),
         Row("latent cache, before compression", _bytes(windows * size),
@@ -239,9 +239,12 @@ def encoding_flops(config):
     data = config.data
     if data.codec not in wan.VAES:
         return 0
-    model = wan.VAES[data.codec](dtype=jnp.bfloat16)
-    shape = (1, spec.latents_shape(config)[0] * 4 - 3, *data.canvas, 3)
-    pixels = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    return _encoding_flops(data.codec, (1, 4 * data.latent_frames - 3, *data.canvas, 3))
+
+
+@functools.lru_cache
+def _encoding_flops(codec, shape):
+    model, pixels = wan.VAES[codec](dtype=jnp.bfloat16), jax.ShapeDtypeStruct(shape, jnp.bfloat16)
     made = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, method="encode"), pixels)
     encode = jax.jit(lambda params, x: model.apply(params, x, method="encode"))
     return flops.count(encode.trace(made, pixels).jaxpr)

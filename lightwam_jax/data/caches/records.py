@@ -1,9 +1,9 @@
 """Random access to the bytes of records in the files of a cache split.
 
 `array_record_data_source.ArrayRecordDataSource` does the same, but asks for a record by a list of
-one index. ArrayRecord then walks over everything that the file holds: 5 microseconds with a
-thousand records in a file, 8 milliseconds with a million. As a range of one record it costs the
-same in any file.
+one index. ArrayRecord then walks over all that the file holds, which takes 13 milliseconds with 1.4
+million records (`python -m benchmarks.scale --try_index`). A range of one record costs the same in
+any file.
 """
 
 import bisect
@@ -21,12 +21,15 @@ class Records:
     """The records of files, in their order: len(), [row] -> bytes. For several threads.
 
     A file is opened when a record of it is first read. A copy for another process opens its own.
+
+    Raises:
+      RuntimeError: a file is missing or damaged, or holds another number of records.
     """
 
     def __init__(self, paths, counts):
         """Args: paths: of ArrayRecord files; counts: the number of records in each."""
         self._paths = [os.fspath(path) for path in paths]
-        self._ends = list(itertools.accumulate(counts))
+        self._counts, self._ends = list(counts), list(itertools.accumulate(counts))
         self.__setstate__({})
 
     def __len__(self):
@@ -50,11 +53,19 @@ class Records:
                     reader = array_record_module.ArrayRecordReader(
                         self._paths[number], options=_OPTIONS, file_reader_buffer_size=_BUFFER
                     )
+                    self._check(number, reader.num_records())
                     self._readers[number] = reader
         return reader
 
+    def _check(self, number, there):
+        """ArrayRecord opens what is no file of its, as one without records."""
+        if there != self._counts[number]:
+            raise RuntimeError(
+                f"{self._paths[number]} holds {there} records, expected {self._counts[number]}"
+            )
+
     def __getstate__(self):
-        return {"_paths": self._paths, "_ends": self._ends}
+        return {"_paths": self._paths, "_counts": self._counts, "_ends": self._ends}
 
     def __setstate__(self, state):
         self.__dict__.update(state)

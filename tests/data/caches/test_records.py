@@ -41,9 +41,11 @@ def test_a_copy_opens_the_files_itself_and_threads_share_one(opened):
         assert list(pool.map(copy.__getitem__, rows)) == [b"record %d" % row for row in rows]
 
 
-def test_a_file_that_is_missing_says_so(tmp_path):
-    with pytest.raises(RuntimeError, match=r"gone\.array_record"):
+def test_a_file_that_is_missing_or_another_says_so(opened, tmp_path):
+    with pytest.raises(RuntimeError, match=r"gone\.array_record holds 0 records, expected 1"):
         records.Records([tmp_path / "gone.array_record"], [1])[0]
+    with pytest.raises(RuntimeError, match=r"2\.array_record holds 4 records, expected 5"):
+        records.Records([opened.file(7)], [5])[0]
 
 
 def test_no_reader_is_asked_for_a_list(opened, monkeypatch):
@@ -53,6 +55,9 @@ def test_no_reader_is_asked_for_a_list(opened, monkeypatch):
     class Reader:
         def __init__(self, *args, **kwargs):
             pass
+
+        def num_records(self):
+            return 4
 
         def read(self, *args):
             asked.append(args)
