@@ -160,8 +160,8 @@ def split(episodes, val_fraction):
     train = int(len(episodes) * (1 - val_fraction))
     if train == 0:
         raise ValueError(
-            f"config.data.val_fraction={val_fraction} of {many(len(episodes), 'episode')} leaves none "
-            "to train on; record more episodes or set config.data.val_fraction=0"
+            f"config.data.val_fraction={val_fraction} of {many(len(episodes), 'episode')} leaves "
+            "none to train on; record more episodes or set config.data.val_fraction=0"
         )
     return [episodes[i] for i in order[:train]], [episodes[i] for i in order[train:]]
 
