@@ -13,6 +13,7 @@ start and as after a restart. The last one writes the table of the first, and wh
 found, into docs/pods.md.
 """
 
+import dataclasses
 import json
 import pathlib
 import tempfile
@@ -37,9 +38,8 @@ def main(argv):
             tried = scale_index.try_index(folder, f.windows, f.instructions, long_shard=LONG_SHARD)
         results.write(f.out, "scale", {"index": tried})
         return
-    wanted = scale_paper.Wanted(
-        f.hours, f.topology, f.fps, f.epochs, f.instructions, f.chips_per_host, f.cores_per_host
-    )
+    asked = {field.name: f[field.name].value for field in dataclasses.fields(scale_paper.Wanted)}
+    wanted = scale_paper.Wanted(**asked)
     rows = scale_paper.rows(config_lib.from_config_dict(f.config), wanted, stored.get("index"))
     print(scale_paper.table(rows))
     if f.docs:
@@ -54,6 +54,7 @@ if __name__ == "__main__":
     )
     flags.DEFINE_float("fps", 20, "Steps per second of the recordings.", lower_bound=0.001)
     flags.DEFINE_float("epochs", 1, "How often every window is seen.", lower_bound=0.001)
+    flags.DEFINE_integer("episode_steps", 200, "Steps of an episode.", lower_bound=1)
     flags.DEFINE_integer("instructions", 50_000, "Distinct ones.", lower_bound=1)
     flags.DEFINE_integer("chips_per_host", 4, "Chips of one host.", lower_bound=1)
     flags.DEFINE_integer("cores_per_host", 112, "Cores of one host; an assumption.", lower_bound=1)

@@ -34,6 +34,7 @@ class Wanted:
     topology: str
     fps: float = 20.0
     epochs: float = 1.0
+    episode_steps: int = 200
     instructions: int = 50_000
     chips_per_host: int = 4
     cores_per_host: int = 112
@@ -121,11 +122,15 @@ def _data(config, wanted, windows, measured):
 
 
 def _index(config, wanted, windows, index):
-    widths = config_lib.state_width(config) + config_lib.action_width(config)
+    state, action = config_lib.state_width(config), config_lib.action_width(config)
+    widths, episodes = state + action, math.ceil(windows / wanted.episode_steps)
+    moments = 2 * 6 * 8 * (state + config.data.action_horizon * action) * episodes
     texts = wanted.instructions * config.data.text_len * config.model.text_dim * 2
     found = [
         Row("states and actions, in the memory of precompute", _bytes(4 * widths * windows),
             f"{widths} float32 a step (data/episodes.py): in every process"),
+        Row(f"statistics of {_si(episodes)} episodes, before they are joined", _bytes(moments),
+            "data/normalize.py: six float64 tables each, copied once: in process 0"),
         Row(f"texts of {wanted.instructions:,} instructions, if held in memory", _bytes(texts),
             "config.data.text_len rows of config.model.text_dim; above 1 GiB they stay in a file"),
     ]  # fmt: skip

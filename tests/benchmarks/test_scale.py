@@ -57,6 +57,8 @@ def test_the_ways_to_read_a_record(tmp_path):
 def test_figures_follow_from_the_hours(config):
     one, ten = paper(config), paper(config, hours=1000.0)
     assert one["windows"].value == "7.2 million" and ten["windows"].value == "72.0 million"
+    tables = one["statistics of 36,000 episodes, before they are joined"]
+    assert tables.value == "801.8 MB"  # 2 x 6 x 8 x (8 + 32 x 7) bytes each
     assert one["images"].value == "14.4 million"  # two cameras
     assert one["latent cache on the disk"].value == "720.0 GB"  # 1e5 bytes a window
     assert one["steps of 1 epochs"].value == "440"  # 7.2e6 / 16,384
