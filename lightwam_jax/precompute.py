@@ -171,8 +171,7 @@ def _examine(source):
     from lightwam_jax.data.doctor import report as doctor_report  # draws figures; only here
 
     directory = doctor_report.directory(source.config)
-    done = os.path.join(directory, "examined.json")
-    asked = None
+    done, asked = os.path.join(directory, "examined.json"), None
     if not any(problem.severity == "error" for problem in source.problems):
         keys = dataclasses.asdict(source.config.data)
         for key in ("cache", "workers", "threads", "prefetch"):
@@ -185,8 +184,9 @@ def _examine(source):
             return
     report = examine.examine(source.config, (source.found, source.problems))
     print(doctor_report.text(report), flush=True)
-    print(f"report: {doctor_report.write(report, directory)[0]}", flush=True)
-    episodes_lib.refuse_errors(report.problems, source.config)
+    page = doctor_report.write(report, directory)[0]
+    print(f"report: {page}", flush=True)
+    doctor_report.refuse_errors(report, page)
     os.makedirs(directory, exist_ok=True)
     atomic.write_json(done, asked)
 

@@ -138,6 +138,11 @@ class ArrayEpisode(Episode):
         return self.images_of(camera)[np.asarray(indices)]
 
 
+def many(count, noun):
+    """Returns e.g. "1 step" or "1,200 steps"."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 def split(episodes, val_fraction):
     """Returns (training episodes, validation episodes), the reference's seeded split.
 
@@ -155,8 +160,8 @@ def split(episodes, val_fraction):
     train = int(len(episodes) * (1 - val_fraction))
     if train == 0:
         raise ValueError(
-            f"config.data.val_fraction={val_fraction} of {len(episodes)} episodes leaves none to "
-            "train on; record more episodes or set config.data.val_fraction=0"
+            f"config.data.val_fraction={val_fraction} of {many(len(episodes), 'episode')} leaves "
+            "none to train on; record more episodes or set config.data.val_fraction=0"
         )
     return [episodes[i] for i in order[:train]], [episodes[i] for i in order[train:]]
 
@@ -180,7 +185,8 @@ def refuse_errors(problems, config):
     if errors:
         shown = errors[:_SHOWN] + [f"... and {len(errors) - _SHOWN} more"] * (len(errors) > _SHOWN)
         raise ValueError(
-            f"{len(errors)} errors in the episodes of config.data.path={config.data.path!r}:\n  "
+            f"{many(len(errors), 'error')} in the episodes of config.data.path="
+            f"{config.data.path!r}:\n  "
             + "\n  ".join(shown)
             + "\nRepair the data, or list the ids of these episodes in "
             "config.data.exclude. python -m lightwam_jax.precompute --config CONFIG --what stats "

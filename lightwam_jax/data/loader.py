@@ -168,8 +168,7 @@ class _Samples:
     """One split of one dataset as finished samples: len(), [row] -> {name: array of one row}."""
 
     records: object  # len(), [row] -> raw record; see `windows.Windows`
-    context: np.ndarray  # per task [n, L, dim]
-    mask: np.ndarray
+    texts: object  # [task] -> (context [L, dim], mask [L])
     state: normalize.Normalizer
     action: normalize.Normalizer
     transform: actions_lib.ActionTransform
@@ -183,10 +182,11 @@ class _Samples:
         record = self.records[row]
         state, is_pad = record["proprio"], record["action_is_pad"]
         actions = self.transform.forward(record["actions"], state, is_pad)
+        context, mask = self.texts[record["task"]]
         return {
             **{name: record[name] for name in _AS_READ if name in record},
-            "context": self.context[record["task"]],
-            "context_mask": self.mask[record["task"]],
+            "context": context,
+            "context_mask": mask,
             "proprio": actions_lib.pad(self.state.normalize(state), self.widths[0]),
             "actions": actions_lib.pad(self.action.normalize(actions), self.widths[1]),
             "index": row,
@@ -218,17 +218,17 @@ def _records(config, split):
 
 def _samples(config, directory, records, tasks, keys):
     prompts = [encoders.text.prompt(task, config.data.prompt_template) for task in tasks]
-    context, mask = assets.load_text(directory, config).table(prompts, config.data.text_len)
+    texts = assets.load_text(directory, config).contexts(prompts, config.data.text_len)
     _, state, action = assets.load_normalizers(directory, config)
     transform, widths = actions_lib.from_config(config), _widths(config)
-    return _Samples(records, context, mask, state, action, transform, widths, keys)
+    return _Samples(records, texts, state, action, transform, widths, keys)
 
 
 def _fake_samples(config, split):
-    context, mask = spec.fake_context(config, config.seed)
+    texts = list(zip(*spec.fake_context(config, config.seed)))
     same = normalize.Normalizer(np.float32(1), np.float32(0))
     records, transform = _FakeRecords(config, split), actions_lib.ActionTransform()
-    return _Samples(records, context, mask, same, same, transform, _widths(config))
+    return _Samples(records, texts, same, same, transform, _widths(config))
 
 
 def _widths(config):
@@ -242,14 +242,13 @@ class _CacheRecords:
     """
 
     def __init__(self, cache, split, config):
-        source, self._cache, self._split = cache.source(split), cache, split
-        self._bytes, features = source.data_source, source.dataset_info.features
+        self._split, self._bytes = split, cache.records(split)
         self._tensors = {
             name: (feature.np_dtype, feature.shape)
             for name, feature in latent_cache.features(config).items()
             if name in latent_cache.TENSORS
         }
-        found = dict(features.items())
+        found = dict(cache.source(split).dataset_info.features.items())
         for name, form in self._tensors.items():
             have = found.get(name)
             if have is None or (have.np_dtype, have.shape) != form:
@@ -270,7 +269,7 @@ class _CacheRecords:
             }
             return {**record, "task": stored["task"].int64_list.value[0]}
         except (RuntimeError, ValueError, LookupError, message.DecodeError) as error:
-            file = self._cache.file(self._split, row)
+            file = self._bytes.file(row)
             raise latent_cache.DamagedRecord(
                 f"{file}: record {row} of {self._split} cannot be read ({error}); "
                 f"{latent_cache.REDO}"

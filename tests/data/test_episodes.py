@@ -58,7 +58,7 @@ def test_split_is_the_references(count, fraction, train, val):
 
 
 def test_split_that_leaves_nothing_to_train_on():
-    with pytest.raises(ValueError, match=r"0.5 of 1 episodes leaves none to train on"):
+    with pytest.raises(ValueError, match=r"0.5 of 1 episode leaves none to train on"):
         episodes.split([types.SimpleNamespace(id=0)], 0.5)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 
 import ml_dtypes
 import numpy as np
@@ -167,3 +168,28 @@ def test_a_new_prompt_is_encoded_alone(tmp_path):
     for change in (dict(text_len=9), dict(template="now {task}"), dict(dim=8)):
         assert write(old, **change) == old
     assert sorted(os.listdir(tmp_path)) == ["text"]
+
+
+def test_many_texts_stay_in_the_file(cache, monkeypatch):
+    stored = text_cache.TextCache(cache)
+    prompts = ["stop", "lift the cup", "stop"]
+    context, mask = stored.table(prompts, 5)
+    held = stored.contexts(prompts, 5)
+    monkeypatch.setattr(text_cache, "_IN_MEMORY", len(prompts) * 5 * 16 * 2 - 1)
+    read = pickle.loads(pickle.dumps(stored.contexts(prompts, 5)))
+    assert isinstance(held, list) and not isinstance(read, list) and len(read) == 3
+    for number in range(3):
+        for got in (held[number], read[number]):
+            np.testing.assert_array_equal(got[0], context[number])
+            np.testing.assert_array_equal(got[1], mask[number])
+    with pytest.raises(ValueError, match="'jump' is not among the 2"):  # at once, not when read
+        stored.contexts(["jump"], 5)
+    with pytest.raises(ValueError, match=r"has 3 rows, config.data.text_len is 2"):
+        stored.contexts(prompts, 2)
+
+
+def test_a_copy_of_a_text_cache_holds_no_texts(cache):
+    stored = text_cache.TextCache(cache)
+    copied = pickle.dumps(stored)
+    assert len(copied) < 300
+    np.testing.assert_array_equal(pickle.loads(copied).rows("stop"), stored.rows("stop"))

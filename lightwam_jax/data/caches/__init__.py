@@ -1,1 +1,1 @@
-"""Caches: latents (read) and build_latents (made), text; resumable and journal survive a kill."""
+"""Caches: latents (read) and build_latents (made), text; records (bytes); resumable, journal."""

@@ -158,6 +158,11 @@ def record_bytes(config):
     return _RECORD_BYTES + int(sum(sizes))
 
 
+def records_per_shard(windows, bytes_each):
+    """Returns how many records a file of a split of so many windows may have."""
+    return max(SHARD_BYTES, -(-windows * bytes_each // _MOST_SHARDS)) // bytes_each
+
+
 # ---- the plan ------------------------------------------------------------------------------------
 
 
@@ -181,8 +186,7 @@ def _plan(config, splits, codec, imported):
 
 def _shards(split, episodes, bytes_each):
     """[{split, file, episodes [first, last), records}] of a split, in order."""
-    total = sum(episode.length for episode in episodes) * bytes_each
-    most = max(SHARD_BYTES, -(-total // _MOST_SHARDS)) // bytes_each
+    most = records_per_shard(sum(episode.length for episode in episodes), bytes_each)
     out = []
     for number, episode in enumerate(episodes):
         if not out or out[-1]["records"] + episode.length > most:

@@ -22,7 +22,7 @@ from array_record.python import array_record_module
 from lightwam_jax import atomic
 from lightwam_jax import config as config_lib
 from lightwam_jax.data import assets, spec, tfds_metadata
-from lightwam_jax.data.caches import contents
+from lightwam_jax.data.caches import contents, records
 
 REBUILD = "python -m lightwam_jax.precompute --config CONFIG --what"
 REDO = f"delete its directory and run {REBUILD} latents"
@@ -170,11 +170,11 @@ class Cache:
             raise ValueError(f"{path} says another size of {split} than its files have; {REDO}")
         return builder.as_data_source(split)
 
-    def file(self, split, row):
-        """Returns the file that holds a record of a split."""
+    def records(self, split):
+        """Returns the `records.Records` of a split; `source` says whether all are there."""
         shards = [shard for shard in self.meta["shards"] if shard["split"] == split]
-        ends = np.cumsum([shard["records"] for shard in shards])
-        return os.path.join(self.directory, shards[np.searchsorted(ends, row, "right")]["file"])
+        files = [os.path.join(self.directory, shard["file"]) for shard in shards]
+        return records.Records(files, [shard["records"] for shard in shards])
 
     def size(self, split):
         """Returns the number of records of a split."""

@@ -15,6 +15,7 @@ from lightwam_jax.data.caches import resumable
 _REDO = encoders.text.ENCODE
 # What index.json has to hold.
 _KINDS = {"kind": str, "template": str, "id": str, "dim": int, "prompts": [str], "lengths": [int]}
+_IN_MEMORY = 1 << 30  # bytes of texts as the model takes them; more stay in the file
 _BATCH = 16  # prompts encoded at once, and lost at most where that is interrupted
 
 
@@ -79,20 +80,55 @@ class TextCache:
         """
         context = np.zeros((len(prompts), text_len, self.dim), ml_dtypes.bfloat16)
         mask = np.zeros((len(prompts), text_len), bool)
+        self._check(prompts, text_len)
         for i, text in enumerate(prompts):
+            rows = self.rows(text)
+            context[i, : len(rows)], mask[i, : len(rows)] = rows, True
+        return context, mask
+
+    def contexts(self, prompts, text_len):
+        """Returns a sequence: [number of a prompt] -> (context bf16 [L, dim], mask bool [L]).
+
+        Many prompts stay in the file, and one is read when it is asked for: 50,000 instructions of
+        128 rows are 52 GB.
+
+        Raises:
+          ValueError: see `table`.
+        """
+        self._check(prompts, text_len)
+        if len(prompts) * text_len * self.dim * 2 > _IN_MEMORY:
+            return _Contexts(self, tuple(prompts), text_len)
+        return list(zip(*self.table(prompts, text_len)))
+
+    def __reduce__(self):
+        # Else a copy for another process would hold the whole of the file.
+        return TextCache, (os.path.dirname(self.place),)
+
+    def _check(self, prompts, text_len):
+        for text in prompts:
             if text not in self._row:
                 raise ValueError(
                     f"prompt {text!r} is not among the {len(self.prompts)} of the text "
                     f"cache; add it with: {encoders.text.ENCODE}"
                 )
-            rows = self.rows(text)
-            if len(rows) > text_len:
+            if (rows := len(self.rows(text))) > text_len:
                 raise ValueError(
-                    f"prompt {text!r} has {len(rows)} rows, config.data.text_len is "
-                    f"{text_len}; raise it"
+                    f"prompt {text!r} has {rows} rows, config.data.text_len is {text_len}; raise it"
                 )
-            context[i, : len(rows)], mask[i, : len(rows)] = rows, True
-        return context, mask
+
+
+class _Contexts:
+    """The texts of a cache, read one by one; see `TextCache.contexts`."""
+
+    def __init__(self, cache, prompts, text_len):
+        self._cache, self._prompts, self._text_len = cache, prompts, text_len
+
+    def __len__(self):
+        return len(self._prompts)
+
+    def __getitem__(self, number):
+        context, mask = self._cache.table([self._prompts[number]], self._text_len)
+        return context[0], mask[0]
 
 
 def write_cache(

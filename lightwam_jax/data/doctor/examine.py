@@ -13,11 +13,12 @@ import numpy as np
 
 from lightwam_jax import config as config_lib
 from lightwam_jax.data import episodes as episodes_lib
-from lightwam_jax.data.doctor import clock, gripper_range
+from lightwam_jax.data.doctor import clock, gripper_range, whole_set
 from lightwam_jax.data.doctor import columns as columns_lib
 from lightwam_jax.data.doctor import images as doctor_images
-from lightwam_jax.data.episodes import Problem
+from lightwam_jax.data.episodes import Problem, many
 
+_ON_PURPOSE = 10  # episodes of the same length, shorter than a window
 ADVICE = {
     "missing video": "Copy the file again, or exclude the episode.",
     "undecodable image": "The file is cut short, damaged, or of other times than the rows: copy "
@@ -39,8 +40,9 @@ ADVICE = {
     "unreadable folder": "Give yourself the right to read it.",
     "wrong number of frames": "Record or convert the episode again: images and actions may be "
     "out of step.",
-    "wrong fps": "Correct the metadata or resample the episode: its windows would span another "
-    "time than the model expects.",
+    "wrong fps": "Correct fps where it is given (LeRobot: meta/info.json, else "
+    "config.data.fields.fps), or resample the episode: its windows would span another time than "
+    "the model expects.",
     "shuffled timestamps": "Sort the rows of the episode by time, or exclude it.",
     "timestamp drift": "Steps were lost or recorded late: resample the episode at an even rate.",
     "not finite": "Repair the numbers at their source, or exclude the episode.",
@@ -69,6 +71,8 @@ ADVICE = {
     "several fps": "Resample to one rate: a window of the same length spans another time.",
     "no such camera": "Correct config.data.cameras.",
     "does not fit the canvas": "Change config.data.canvas, camera_size or layout.",
+    doctor_images.STRETCHED: "The model sees it stretched, in training and when it acts. Give "
+    "config.data.canvas or camera_size the aspect of the images, or crop them, if shapes matter.",
     "other image size": "It is resized like the others; check that it shows the same view.",
     "empty image": "Look at the episode: the camera may have been off or covered.",
     "frozen camera": "Look at the episode: the camera may have stopped.",
@@ -84,6 +88,7 @@ class Report:
       problems: `Problem`s, errors first, sorted by kind; an empty episode means the dataset.
       ids: of all episodes, also those that could not be read at all.
       lengths: int [E], steps of those that could be read.
+      begun: {steps: episodes} of those that are short on purpose; see `_lengths`.
       hours: of recorded time. fps: {fps: episodes}. tasks: {instruction: episodes}.
       columns: `columns.Column`s of state, then action.
       grippers: `columns.Histogram`s of the gripper dimensions.
@@ -97,6 +102,7 @@ class Report:
     problems: tuple
     ids: tuple
     lengths: np.ndarray
+    begun: dict
     hours: float
     fps: dict
     tasks: dict
@@ -134,7 +140,8 @@ def examine(config, read=None):
     filled = [e for e in found if e.length]
     drift, times = clock.examine(filled)
     tasks, texts = _tasks(filled, path)
-    problems = [*problems, *times, *texts, *_lengths(filled, config.data)]
+    begun, short = _lengths(filled, config.data)
+    problems = [*problems, *times, *texts, *short]
     broken = {p.episode for p in problems if p.severity == "error"}
     sound = [e for e in filled if e.id not in broken]
     state, state_problems = columns_lib.examine(sound, "state", path)
@@ -145,12 +152,14 @@ def examine(config, read=None):
     problems += columns_lib.clipped(numbers, config.data)
     problems += gripper_range.examine(sound, config.data, path)
     images, image_problems = doctor_images.examine(filled, broken, config)
-    problems = sorted(problems + image_problems, key=lambda p: (p.severity != "error", p.kind))
+    problems = whole_set.grouped(problems + image_problems, ids, config.data)
+    problems = sorted(problems, key=lambda p: (p.severity != "error", p.kind))
     return Report(
         data=config.data,
         problems=tuple(problems),
         ids=ids,
         lengths=np.array([e.length for e in found], int),
+        begun=begun,
         hours=sum(e.length / e.fps for e in found) / 3600,
         fps=dict(fps),
         tasks=tasks,
@@ -167,12 +176,17 @@ def _rates(fps, path):
     """A warning where episodes were recorded at several rates; `fps` is {rate: episodes}."""
     if len(fps) < 2:
         return []
-    message = "; ".join(f"{count} episodes at {value:g}" for value, count in fps.items())
+    message = "; ".join(f"{many(n, 'episode')} at {value:g}" for value, n in fps.items())
     return [Problem.warning("several fps", "", path, message)]
 
 
 def _lengths(episodes, data):
-    """An error where no episode is as long as a window, else a warning for each that is not."""
+    """Returns ({steps: episodes} that are short on purpose, [`Problem`]).
+
+    An error where no episode is as long as a window, else a warning for each that is not. A
+    recording that broke off is one of its length; where many end at the same step, they were meant
+    to (as those of `envs.record --starts`).
+    """
     need = max(data.num_frames, data.action_horizon)
     short = [e for e in episodes if e.length < need]
     if episodes and len(short) == len(episodes):
@@ -180,10 +194,14 @@ def _lengths(episodes, data):
             f"a window is {need} steps long (the larger of config.data.num_frames and "
             f"action_horizon), the longest episode {max(e.length for e in episodes)}"
         )
-        return [Problem.error("no long episode", "", data.path, message)]
+        return {}, [Problem.error("no long episode", "", data.path, message)]
+    counts = collections.Counter(e.length for e in short)
+    begun = {length: n for length, n in sorted(counts.items()) if n >= _ON_PURPOSE}
     fewer = f"fewer than the {need} of a window"
-    return [
-        Problem.warning("short episode", e.id, e.file, f"{e.length} steps, {fewer}") for e in short
+    return begun, [
+        Problem.warning("short episode", e.id, e.file, f"{many(e.length, 'step')}, {fewer}")
+        for e in short
+        if e.length not in begun
     ]
 
 

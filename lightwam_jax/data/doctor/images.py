@@ -8,7 +8,7 @@ import numpy as np
 import tqdm
 
 from lightwam_jax.data import cameras as cameras_lib
-from lightwam_jax.data.episodes import FrameError, Problem
+from lightwam_jax.data.episodes import FrameError, Problem, many
 from lightwam_jax.encoders import base as encoders_base
 
 _EVEN = 16  # brightest minus darkest value: a lens cap, or black after a codec
@@ -16,6 +16,9 @@ _SAME = 8  # largest difference of two images that a codec can make of one
 _FROZEN_STEPS = 10  # in a shorter episode nothing need have moved
 _BLOCK = 64 << 20  # bytes of decoded images held at once, per thread
 _EXAMPLES = 3
+_PLAYED = 120  # images of the episode that is played, at most
+STRETCHED = "stretched images"
+_STRETCH = 1.1  # the released RoboTwin recipe makes its first camera 1.07 times as tall
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +47,22 @@ class Example:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class Played:
+    """An episode to play: every `stride`-th step of it.
+
+    canvas uint8 [k, H, W, 3]; of all steps state f32 [n, P] and action f32 [n, A].
+    """
+
+    episode: str
+    task: str
+    fps: float
+    stride: int
+    canvas: np.ndarray
+    state: np.ndarray
+    action: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Images:
     """What was seen: `decoded` of `total` images, `which` says in words which ones."""
 
@@ -52,6 +71,7 @@ class Images:
     total: int
     cameras: tuple = ()
     examples: tuple = ()
+    played: Played | None = None
 
 
 _WHICH = {
@@ -85,12 +105,14 @@ def examine(episodes, broken, config):
     named = {p.file for p in problems}  # a file cut short shows in the last episode that lies in it
     problems += [p for p in unreadable if p.file not in named]
     problems += _sizes(looks, cameras) + _canvases(looks, config.data)
+    problems += _stretched(looks, config.data)
     broken = broken | {p.episode for p in problems if p.severity == "error"}
     broken |= {look.episode.id for look in looks if look.unknown}
     examples, wrong = _examples([e for e in episodes if e.id not in broken], config.data)
     decoded = sum(look.decoded for look in looks)
     seen = tuple(_camera(name, looks, videos) for name in cameras)
-    return Images(_WHICH[mode], decoded, total, seen, examples), problems + wrong
+    played = _played([e for e in episodes if examples and e.id == examples[0].episode], config.data)
+    return Images(_WHICH[mode], decoded, total, seen, examples, played), problems + wrong
 
 
 # ---- files ---------------------------------------------------------------------------------------
@@ -133,7 +155,8 @@ def _against_metadata(path, info, members):
         have, steps = max(0, info.frames - first), episode.length
         if have < steps:
             kind = "wrong number of frames"
-            message = f"the video ends after {have} frames of it, the episode has {steps} steps"
+            ends = f"the video ends after {many(have, 'frame')} of it"
+            message = f"{ends}, the episode has {many(steps, 'step')}"
             problems.append(Problem.error(kind, episode.id, path, message, have))
         if abs(info.fps / episode.fps - 1) > 0.01:
             message = f"the video runs at {info.fps:.6g} fps, the data at {episode.fps:.6g}"
@@ -142,7 +165,7 @@ def _against_metadata(path, info, members):
     steps, surplus = episode.length, info.frames - first - episode.length
     # A packed file may go on with episodes that config.data.exclude lists.
     if len(members) == 1 and first == 0 and 0 < surplus < steps:
-        message = f"the video has {info.frames} frames, the episode {steps} steps"
+        message = f"the video has {many(info.frames, 'frame')}, the episode {many(steps, 'step')}"
         problems.append(Problem.warning("wrong number of frames", episode.id, path, message, steps))
     return problems
 
@@ -193,8 +216,9 @@ def _look(episode, camera, mode):
     except KeyError as error:
         look.unknown = str(error.args[0])
     if even:
-        share = f"{len(even)} of {look.decoded} decoded images"
-        look.warn("empty image", f"{share} are black or of one colour", even[0])
+        share = f"{len(even)} of {many(look.decoded, 'decoded image')}"
+        verb = "is" if len(even) == 1 else "are"
+        look.warn("empty image", f"{share} {verb} black or of one colour", even[0])
     if frozen and not even and look.decoded > 1 and episode.length >= _FROZEN_STEPS:
         look.warn("frozen camera", f"all {look.decoded} decoded images are the same")
     return look
@@ -210,7 +234,8 @@ def _unknown_cameras(looks):
     for camera in {look.camera for look in wrong}:
         if all(look.unknown for look in looks if look.camera == camera):
             same = [p for p, look in zip(problems, wrong) if look.camera == camera]
-            problems = [p for p in problems if p not in same[1:]]
+            problems = [p for p in problems if p not in same]
+            problems.append(same[0]._replace(episode=""))  # of the set: no episode to exclude
     return problems
 
 
@@ -223,7 +248,7 @@ def _sizes(looks, cameras):
         usual, count = max(counts.items(), key=lambda item: item[1], default=(None, 0))
         for look in mine:
             if look.size != usual:
-                others = f"{_size(usual)} in {count} other episodes"
+                others = f"{_size(usual)} in {many(count, 'other episode')}"
                 message = f"camera {camera!r} gives {_size(look.size)} here and {others}"
                 where = look.episode.id, look.episode.file
                 problems.append(Problem.warning("other image size", *where, message))
@@ -247,7 +272,32 @@ def _canvases(looks, data):
             cameras_lib.canvas({c: np.zeros((*s, 3), np.uint8) for c, s in combination}, data)
         except ValueError as error:
             kind, file = "does not fit the canvas", files[episode]
-            problems.append(Problem.error(kind, episode, file, str(error)))
+            only = all(other == cameras for other in sizes.values())
+            problems.append(Problem.error(kind, "" if only else episode, file, str(error)))
+    return problems
+
+
+def _stretched(looks, data):
+    """Warnings about cameras whose images the canvas shows much taller or wider than they are."""
+    problems = []
+    for camera in data.cameras:
+        sizes = [look.size for look in looks if look.camera == camera and look.size]
+        # Other sizes than the usual one are a warning already.
+        for size, count in collections.Counter(sizes).most_common(1):
+            try:
+                place = cameras_lib.given_sizes(data)[camera]
+            except ValueError:  # `_canvases` says so
+                return []
+            taller = place[0] / size[0] / (place[1] / size[1])
+            if max(taller, 1 / taller) < _STRETCH:
+                continue
+            how = f"{taller:.2f} times as tall" if taller > 1 else f"{1 / taller:.2f} times as wide"
+            message = (
+                f"camera {camera!r} records {_size(size)} (height x width) in "
+                f"{many(count, 'episode')}; on the canvas it is {_size(place)}: things look {how} "
+                "as they are"
+            )
+            problems.append(Problem.warning(STRETCHED, "", data.path, message))
     return problems
 
 
@@ -281,3 +331,18 @@ def _examples(episodes, data):
         known = episode.id, episode.task, episode.fps, tuple(steps.tolist())
         examples.append(Example(*known, raw, canvas, episode.action))
     return tuple(examples), problems
+
+
+def _played(episodes, data):
+    """The first of the episodes as `Played`; None where there is none, or it does not decode."""
+    for episode in episodes[:1]:
+        stride = -(-episode.length // _PLAYED)
+        steps = np.arange(0, episode.length, stride)
+        try:
+            raw = {camera: episode.frames(camera, steps) for camera in data.cameras}
+        except FrameError:  # not among those looked at with "ends"; training would name it
+            return None
+        canvas = encoders_base.to_uint8(cameras_lib.canvas(raw, data))
+        known = episode.id, episode.task_at(0), episode.fps, stride
+        return Played(*known, canvas, episode.state, episode.action)
+    return None

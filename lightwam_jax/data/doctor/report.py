@@ -11,7 +11,8 @@ import numpy as np
 from PIL import Image
 
 from lightwam_jax import html_report
-from lightwam_jax.data.doctor import examine
+from lightwam_jax.data.doctor import examine, player
+from lightwam_jax.data.episodes import many
 
 _LISTED = 3  # warnings of a kind that the terminal shows; errors are all shown
 _ROWS = 50  # problems of a kind on the page
@@ -27,7 +28,7 @@ def directory(config):
 
 def verdict(report):
     """Returns e.g. "2 errors, 3 warnings in 50 episodes" or "No problem found in 50 episodes"."""
-    return f"{_counts(report)} in {_many(len(report.ids), 'episode')}"
+    return f"{_counts(report)} in {many(len(report.ids), 'episode')}"
 
 
 def text(report):
@@ -46,10 +47,25 @@ def text(report):
 
 
 def exclude_flag(report):
-    """Returns the flag that leaves the episodes with errors out; "" if there is none to leave."""
+    """Returns the flag that leaves the episodes with errors out; "" where that helps nothing.
+
+    It does not where the whole set has an error, or no episode would be left.
+    """
     broken = tuple(dict.fromkeys(p.episode for p in report.errors if p.episode))
+    if len(broken) == len(report.ids) or not all(p.episode for p in report.errors):
+        return ""
     every = (*report.data.exclude, *broken)
     return f'--config.data.exclude="{every}"' if broken else ""
+
+
+def refuse_errors(report, page):
+    """Raises ValueError where there are errors; it does not list them: `text` was printed."""
+    if report.errors:
+        raise ValueError(
+            f"{many(len(report.errors), 'error')} in the episodes of config.data.path="
+            f"{report.data.path!r}, listed above and in {page}: nothing is computed from them; "
+            "repair the data, and run the same command again"
+        )
 
 
 def write(report, directory):
@@ -62,7 +78,7 @@ def write(report, directory):
     )
     tone = "bad" if report.errors else "" if report.warnings else "good"
     title = f"Dataset doctor · {report.data.source} · {report.data.path}"
-    meaning = f"in {_many(len(report.ids), 'episode')}. Images: {_seen(report.images)}."
+    meaning = f"in {many(len(report.ids), 'episode')}. Images: {_seen(report.images)}."
     headline, used = (_counts(report), meaning), {"config.data": dataclasses.asdict(report.data)}
     with tempfile.TemporaryDirectory() as images:
         page = headline, _cards(report), _sections(report, pathlib.Path(images)), used
@@ -91,6 +107,7 @@ def to_json(report):
         "steps": int(report.lengths.sum()),
         "hours": report.hours,
         "lengths": report.lengths.tolist(),
+        "short_on_purpose": [{"steps": s, "episodes": n} for s, n in report.begun.items()],
         "fps": [{"fps": fps, "episodes": n} for fps, n in report.fps.items()],
         "tasks": report.tasks,
         "cameras": [dataclasses.asdict(c) for c in images.cameras],
@@ -108,14 +125,10 @@ def to_json(report):
 
 
 def _counts(report):
-    errors, warnings = len(report.errors), _many(len(report.warnings), "warning")
+    errors, warnings = len(report.errors), many(len(report.warnings), "warning")
     if errors:
-        return f"{_many(errors, 'error')}, {warnings}"
+        return f"{many(errors, 'error')}, {warnings}"
     return f"No error, {warnings}" if report.warnings else "No problem found"
-
-
-def _many(count, noun):
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def _advice(kind):
@@ -158,11 +171,15 @@ def _drift(drift):
     return f"at most {off} off ({drift.episode}, frame {drift.frame})"
 
 
+def _begun(report):
+    return ", ".join(f"{many(n, 'episode')} of {many(s, 'step')}" for s, n in report.begun.items())
+
+
 def _facts(report):
     """[(label, value)] of the terminal."""
     tasks, lengths = list(report.tasks), report.lengths
     named = "; ".join(tasks[:3]) + ("; ..." if len(tasks) > 3 else "")
-    steps, long = _many(int(lengths.sum()), "step"), "none readable"
+    steps, long = many(int(lengths.sum()), "step"), "none readable"
     if len(lengths):
         long = f"{lengths.min()} / {np.median(lengths):g} / {lengths.max()} steps"
     recorded = f"{steps}, {_time(report.hours)} at {_rates(report)} fps; min / median / max {long}"
@@ -170,9 +187,11 @@ def _facts(report):
         " ".join([c.name, ", ".join(c.sizes) or "not seen", *sorted(c.codecs)])
         for c in report.images.cameras
     ]
+    begun = [("short", f"{_begun(report)}, on purpose")] if report.begun else []
     return [
         ("data", f"{report.data.source}, {report.data.path}"),
         ("recorded", recorded),
+        *begun,
         ("cameras", "; ".join(cameras) or ", ".join(report.data.cameras)),
         ("tasks", f"{len(tasks)}: {named}"),
         ("times", _drift(report.drift)),
@@ -189,11 +208,11 @@ def _cards(report):
         long = f"{lengths.min()} to {lengths.max()}"
         median = f"steps long, median {np.median(lengths):g}"
     return [
-        (f"{len(report.ids):,}", "episodes"),
-        (f"{int(lengths.sum()):,}", "steps"),
+        many(len(report.ids), "episode").split(),
+        many(int(lengths.sum()), "step").split(),
         (_time(report.hours), f"at {_rates(report)} fps"),
         (long, median),
-        (f"{len(report.tasks):,}", "instructions"),
+        many(len(report.tasks), "instruction").split(),
         (f"{report.seconds:.1f} s", "to examine"),
     ]
 
@@ -212,10 +231,13 @@ def _sections(report, directory):
             "does the canvas show what matters?",
             tuple(media for e in report.images.examples for media in _example(e, directory)),
         )
+    if report.images.played:
+        yield player.section(report.images.played, directory)
     if len(report.lengths):
         caption = "Steps per episode; the dashed line is a window."
         chart = html_report.Media(_lengths_chart(report, directory), caption, wide=True)
         text = f"Timestamps: {_drift(report.drift)}."
+        text += f" Short on purpose: {_begun(report)}." if report.begun else ""
         yield html_report.Section("Lengths and tasks", text, (chart,), _task_table(report))
     if report.columns:
         yield html_report.Section(

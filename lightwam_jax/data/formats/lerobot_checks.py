@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from lightwam_jax.data.episodes import Problem
+from lightwam_jax.data.episodes import Problem, many
 from lightwam_jax.data.formats import keys as keys_lib
 from lightwam_jax.data.formats import lerobot_listed
 
@@ -15,7 +15,7 @@ def faults(data, entry, file, rows):
     """Yields a `Problem` for everything that is wrong with the rows of an episode."""
     length = len(rows.action)
     if length not in (0, entry.length):
-        message = f"{length} rows, meta/ says {entry.length}"
+        message = f"{many(length, 'row')}, meta/ says {entry.length}"
         yield Problem.error("wrong length", entry.id, file, message)
     if (np.diff(rows.frame_index) != 1).any():
         message = "frame_index does not count up by one"
@@ -127,7 +127,7 @@ def of_the_set(data, listed, tables, unreadable):
     problems = [Problem.warning(kind, "", data.root / "meta", message) for kind, message in said]
     for file, rows in tables.items():
         if lost := int((rows.episode_index < 0).sum()):
-            message = f"{lost} rows have no whole number as episode_index and are not read"
+            message = f"{many(lost, 'row')} without a whole number as episode_index: not read"
             problems.append(Problem.warning("broken rows", "", file, message))
     return problems
 

@@ -330,7 +330,7 @@ def test_a_sound_lerobot_set_gives_no_alarm(tmp_path, version, options):
 
 
 @pytest.mark.parametrize("version", ["2.1", "3.0"])
-def test_every_fault_planted_in_files_is_found(tmp_path, version, monkeypatch):
+def test_every_fault_planted_in_files_is_found(tmp_path, version, monkeypatch, capsys):
     config = lerobot(tmp_path, version, video_mb=0.002)
     root = config.data.path
     sound, _ = episodes.read(config)
@@ -363,20 +363,25 @@ def test_every_fault_planted_in_files_is_found(tmp_path, version, monkeypatch):
     assert {p.episode for p in report.problems} == {f"episode_{i:06d}" for i in touched} | {""}
     if version == "2.1":
         assert len(touched) == 9
-        refused_until_excluded(config, report, monkeypatch)
+        refused_until_excluded(config, report, monkeypatch, capsys)
 
 
-def refused_until_excluded(config, report, monkeypatch):
+def refused_until_excluded(config, report, monkeypatch, capsys):
     """Statistics are not computed from a set with errors; without these episodes they are."""
-    with pytest.raises(ValueError, match="errors in the episodes") as error:
+    capsys.readouterr()
+    with pytest.raises(ValueError, match=r"errors in the episodes .* listed above") as error:
         precompute.precompute(config, ("stats",))
     directory = pathlib.Path(doctor_report.directory(config))
     assert {
         p["episode"]
         for p in json.loads((directory / "report.json").read_text(encoding="utf-8"))["problems"]
     } == {p.episode for p in report.problems}
-    for problem in report.errors:
-        assert problem.line() in str(error.value)
+    printed = capsys.readouterr().out.split("\n")
+    for problem in report.errors:  # each is printed once: the message that ends it has none
+        frame = "" if problem.frame is None else f", frame {problem.frame}"
+        line = f"  {problem.episode} ({problem.file}{frame}): {problem.message}"
+        assert printed.count(line) == 1, line
+        assert problem.message not in str(error.value)
     assert not list(pathlib.Path(config.data.cache).glob("assets/*.json"))
     exclude = tuple(dict.fromkeys(p.episode for p in report.errors))
     assert repr(exclude) in doctor_report.exclude_flag(report)
