@@ -301,7 +301,7 @@ class Policy:
         mask, model, given = self._mask(context), self.config.model, {}
         horizon = self.config.data.action_horizon
         if seeds is not None:
-            given["noise"] = rows_lib.noise(seeds, (horizon, model.action_dim), model.flow_noise)
+            given["noise"] = rows_lib.noise(seeds, latents.shape, self.config)
         if self.is_deployed:
             inputs = latents, (context["keys"], context["values"]), mask, proprio, model, taps
             actions, seen = _form(model).act(params, *inputs, **given)
