@@ -124,7 +124,7 @@ class Policy:
         if self._deployed is None and not self.is_deployed:
             rest = self.config, self.assets, self.step
             self._deployed = Policy(self.model, self._deployed_weights(self.params), *rest, True)
-            self._deployed._stored = self._stored
+            self._deployed._stored, self._deployed.noise_seed = self._stored, self.noise_seed
         return self if self.is_deployed else self._deployed
 
     def untrained(self, seed=0):
