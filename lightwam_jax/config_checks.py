@@ -37,6 +37,12 @@ def check(c, frames_per_latent):
 def _check_head(model, loss):
     """What the action head reads has to be there when it acts."""
     generates, everything = model.generates, model.flow_reads == "all_frames"
+    if not generates and not model.adapter_layers:
+        raise ValueError(
+            "config.model.action_head='state_fusion' reads the states at "
+            "config.model.adapter_layers, and there are none; without adapters: "
+            "adapter_scale=0, or action_head='flow_dit'"
+        )
     if generates and not everything and model.attention_mask == "bidirectional":
         raise ValueError(
             "config.model.action_head='flow_dit' reads frame 0, which must not depend on later "

@@ -191,6 +191,10 @@ def test_mistakes_are_named(section, key, value, words):
         ({"loss.lambda_video": 0.0}, "nothing teaches the model to imagine them"),
         ({"loss.shift": 3.0}, "loss.shift=3.0 and config.model.flow_shift=5.0 must be equal"),
         ({"model.flow_reads": "first_frame"}, "reads frame 0, which must not depend on later"),
+        (
+            {"model.action_head": "state_fusion", "model.adapter_layers": ()},
+            "adapter_layers, and there are none",
+        ),
         ({}, None),
     ],
 )
