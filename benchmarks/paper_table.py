@@ -144,7 +144,20 @@ def compiled(config, job):
         )
         if done.returncode:
             raise RuntimeError(f"{job} did not compile for {TOPOLOGY}:\n{done.stderr[-6000:]}")
-        numbers = json.loads(made.read_text(encoding="utf-8"))
+        return _kept(json.loads(made.read_text(encoding="utf-8")))
+
+
+def of_aot(folder):
+    """Returns {"light_wam": {job: numbers}} of the `benchmarks.aot`, which compiles the same."""
+    path = folder / f"aot_{TOPOLOGY.replace(':', '_')}.json"
+    if not path.exists():
+        return {}
+    found = json.loads(path.read_text(encoding="utf-8"))
+    jobs = {job: _kept(found[name]) for job, name in JOBS.items() if name in found}
+    return {"light_wam": jobs}
+
+
+def _kept(numbers):
     kept = ("memory_gib_per_chip", "tflop_per_chip", "launches", "floor_ms", "estimate_ms")
     return {name: numbers[name] for name in kept} | {"topology": TOPOLOGY}
 
@@ -161,7 +174,8 @@ def fill(found, rows, jobs):
       found: {row: {..., "compiled": {job: numbers}}}, of earlier runs. jobs: some of `JOBS`.
     """
     for row in rows:
-        config, before = _recipe(row), found.get(row, {}).get("compiled", {})
+        config, before = _recipe(row), of_aot(RESULT.parent).get(row, {})
+        before = before | found.get(row, {}).get("compiled", {})
         print(f"{row} ...", file=sys.stderr, flush=True)
         new = {job: compiled(config, JOBS[job]) for job in jobs}
         found = found | {row: measure(config) | {"compiled": before | new}}

@@ -22,21 +22,16 @@ def deployed(params, config, horizon):
     """As `deploy.deployed`; the horizon is that of the noise that `act` is given."""
     del horizon
 
-    @jax.jit
-    def fold(tree):
-        merged = lora.merge_lora(jax.tree.map(_wide, tree), config.lora_alpha)
-        return jax.tree.map(lambda x: x.astype(config.dtype), merged)
+    @jax.jit  # one program: casts and merges of many small arrays
+    def fold(params):
+        wide = jax.tree.map(lambda x: x.astype(jnp.float32), params)
+        return jax.tree.map(
+            lambda x: x.astype(config.dtype), lora.merge_lora(wide, config.lora_alpha)
+        )
 
     with jax.default_matmul_precision("highest"):
-        return {
-            "dit": {name: fold(part) for name, part in params["dit"].items()},
-            "expert": fold(params["expert"]),
-            "proprio": fold(params["proprio_encoder"]),
-        }
-
-
-def _wide(x):
-    return x.astype(jnp.float32)
+        merged = fold(params)
+    return {"proprio": merged.pop("proprio_encoder"), **merged}
 
 
 def _apply(weights, config, method, *inputs):

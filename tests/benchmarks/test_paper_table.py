@@ -82,7 +82,10 @@ def test_measured_times_come_from_results_alone(tmp_path):
 def test_rows_that_are_not_asked_for_stay(monkeypatch):
     monkeypatch.setattr(paper_table, "measure", lambda config: {"name": config.name})
     monkeypatch.setattr(paper_table, "compiled", lambda config, job: job)
-    before = {"light_wam": {"compiled": {"policy": "old"}}, "flow_dit": {"name": "kept"}}
-    found = paper_table.fill(before, ["light_wam"], ["train"])
-    assert found["light_wam"]["compiled"] == {"policy": "old", "train": "train"}
+    before = {"flow_dit_5b": {"compiled": {"policy": "old"}}, "flow_dit": {"name": "kept"}}
+    found = paper_table.fill(before, ["light_wam", "flow_dit_5b"], ["train"])
+    assert found["flow_dit_5b"]["compiled"] == {"policy": "old", "train": "train"}
     assert found["light_wam"]["name"] == "libero_spatial" and found["flow_dit"] == {"name": "kept"}
+    # What `benchmarks.aot` compiled of the same config is known already.
+    assert found["light_wam"]["compiled"]["policy"]["launches"] > 100
+    assert list(found) == ["light_wam", "flow_dit", "flow_dit_5b"]
