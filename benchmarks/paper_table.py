@@ -7,8 +7,8 @@
 
 Parameters, FLOPs and planned memory follow from shapes: nothing is allocated, a row takes about a
 minute. `--compile` adds what a compiler for an H100 reports of the deployed policy at batch 1 and
-of a training step of 16 samples; programs that are not compiled anew stay in the file as they
-were. Nothing here was timed. Published numbers are those of `PUBLISHED`, each with its source.
+of a training step of 16 samples, to rows that the file has; programs that are not compiled anew
+stay in it as they were. Nothing here was timed. Published numbers are those of `PUBLISHED`, each with its source.
 """
 
 import dataclasses
@@ -58,6 +58,7 @@ ROWS = {
     "flow_dit": (libero, _WHOLE),
     "flow_dit_5b": (wan22_5b, _WHOLE),
 }
+SAME_POLICY = {"flow_dit_frozen": "flow_dit"}  # deployed, LoRA is part of the kernels
 
 
 def config_dict(row):
@@ -168,17 +169,21 @@ def _recipe(row):
 
 
 def fill(found, rows, jobs):
-    """Returns {row: numbers} of `found` with those of `rows` measured, and `jobs` compiled, anew.
+    """Returns {row: numbers} of `found` with `rows` measured anew, or `jobs` of them compiled.
 
     Args:
       found: {row: {..., "compiled": {job: numbers}}}, of earlier runs. jobs: some of `JOBS`.
     """
     for row in rows:
-        config, before = _recipe(row), of_aot(RESULT.parent).get(row, {})
-        before = before | found.get(row, {}).get("compiled", {})
         print(f"{row} ...", file=sys.stderr, flush=True)
-        new = {job: compiled(config, JOBS[job]) for job in jobs}
-        found = found | {row: measure(config) | {"compiled": before | new}}
+        config, before = _recipe(row), found.get(row, {})
+        numbers = before if jobs and before else measure(config)
+        programs = of_aot(RESULT.parent).get(row, {}) | before.get("compiled", {})
+        programs |= {job: compiled(config, JOBS[job]) for job in jobs}
+        found = found | {row: numbers | {"compiled": programs}}
+    for row, other in SAME_POLICY.items():
+        if row in found and "policy" in found.get(other, {}).get("compiled", {}):
+            found[row]["compiled"]["policy"] = found[other]["compiled"]["policy"]
     return {row: found[row] for row in ROWS if row in found}
 
 

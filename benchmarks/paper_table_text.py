@@ -28,7 +28,7 @@ PUBLISHED = {
         "libero": "97.6 %",
     },
 }
-_ABSENT = "not published"
+_ABSENT, _COMPILED = "not published", ("acting", "launches", "floor")
 
 
 def table(rows, measured=None):
@@ -44,7 +44,8 @@ def table(rows, measured=None):
     columns = [name for name in COLUMNS if name in cells]
     lines = [("", *(COLUMNS[name] for name in columns)), ("---",) * (1 + len(columns))]
     for key, label in _LINES.items():
-        absent = lambda name: _ABSENT if name in PUBLISHED else "not measured"
+        missing = "not compiled" if key in _COMPILED else "not measured"
+        absent = lambda name: _ABSENT if name in PUBLISHED else missing
         lines.append((label, *(cells[name].get(key, absent(name)) for name in columns)))
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 

@@ -60,6 +60,7 @@ def test_what_is_not_known_is_not_invented():
     assert (ours, theirs, fast_wam) == ("2.00 M", "1,986.82 M", "not published")
     assert "| 2.500 (1.000 with 1 step) |" in rows["TFLOP per plan, VAE apart"]
     assert rows["latency of a plan, GPU"].split(" | ")[1] == "not measured"
+    assert rows["launches of a plan"].split(" | ")[1] == "not compiled"
     assert rows["CPU time beside the PyTorch reference"].split(" | ")[1] == "0.6"
     assert "3.5 GiB planned" in rows["memory of a training step, 16 samples"]
 
@@ -82,10 +83,14 @@ def test_measured_times_come_from_results_alone(tmp_path):
 def test_rows_that_are_not_asked_for_stay(monkeypatch):
     monkeypatch.setattr(paper_table, "measure", lambda config: {"name": config.name})
     monkeypatch.setattr(paper_table, "compiled", lambda config, job: job)
-    before = {"flow_dit_5b": {"compiled": {"policy": "old"}}, "flow_dit": {"name": "kept"}}
+    old = {"name": "kept", "compiled": {"policy": "old"}}
+    before = {"flow_dit_frozen": {"compiled": {}}, "flow_dit": old, "flow_dit_5b": old}
     found = paper_table.fill(before, ["light_wam", "flow_dit_5b"], ["train"])
-    assert found["flow_dit_5b"]["compiled"] == {"policy": "old", "train": "train"}
-    assert found["light_wam"]["name"] == "libero_spatial" and found["flow_dit"] == {"name": "kept"}
+    assert found["flow_dit_5b"] == {"name": "kept", "compiled": {"policy": "old", "train": "train"}}
+    assert found["flow_dit"] == old and found["flow_dit_frozen"]["compiled"] == {"policy": "old"}
+    assert found["light_wam"]["name"] == "libero_spatial", "it was not there"
     # What `benchmarks.aot` compiled of the same config is known already.
     assert found["light_wam"]["compiled"]["policy"]["launches"] > 100
-    assert list(found) == ["light_wam", "flow_dit", "flow_dit_5b"]
+    assert list(found) == list(paper_table.ROWS)
+    again = paper_table.fill(before, ["flow_dit_5b"], [])["flow_dit_5b"]
+    assert again == {"name": "wan22_5b_libero_spatial", "compiled": {"policy": "old"}}
