@@ -8,7 +8,8 @@
 Parameters, FLOPs and planned memory follow from shapes: nothing is allocated, a row takes about a
 minute. `--compile` adds what a compiler for an H100 reports of the deployed policy at batch 1 and
 of a training step of 16 samples, to rows that the file has; programs that are not compiled anew
-stay in it as they were. Nothing here was timed. Published numbers are those of `PUBLISHED`, each with its source.
+stay in it as they were. Nothing here was timed. Published numbers are those of `PUBLISHED`, each
+with its source.
 """
 
 import dataclasses

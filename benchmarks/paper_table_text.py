@@ -45,8 +45,8 @@ def table(rows, measured=None):
     lines = [("", *(COLUMNS[name] for name in columns)), ("---",) * (1 + len(columns))]
     for key, label in _LINES.items():
         missing = "not compiled" if key in _COMPILED else "not measured"
-        absent = lambda name: _ABSENT if name in PUBLISHED else missing
-        lines.append((label, *(cells[name].get(key, absent(name)) for name in columns)))
+        absent = {name: _ABSENT if name in PUBLISHED else missing for name in columns}
+        lines.append((label, *(cells[name].get(key, absent[name]) for name in columns)))
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
