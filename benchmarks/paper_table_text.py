@@ -28,7 +28,7 @@ PUBLISHED = {
         "libero": "97.6 %",
     },
 }
-_ABSENT, _COMPILED = "not published", ("acting", "launches", "floor")
+_ABSENT, _COMPILED = "not published", ("acting", "launches", "floor", "estimate")
 
 
 def table(rows, measured=None):
@@ -62,6 +62,7 @@ _LINES = {
     "training": "memory of a training step, 16 samples",
     "launches": "launches of a plan",
     "floor": "least time of a plan's products, H100",
+    "estimate": "time of a plan estimated from its launches, H100",
     "latency": "latency of a plan, GPU",
     "cpu": "CPU time beside the PyTorch reference",
     "libero": "LIBERO, mean of four suites",
@@ -89,6 +90,7 @@ def _cells(numbers):
         found["acting"] = f"{policy['memory_gib_per_chip']['peak']:.2f} GiB compiled"
         found["launches"] = f"{policy['launches']:,}"
         found["floor"] = f"{policy['floor_ms']:.1f} ms"
+        found["estimate"] = f"{policy['estimate_ms']:.1f} ms"
     if step := numbers.get("compiled", {}).get("train"):
         found["training"] = (
             f"{step['memory_gib_per_chip']['peak']:.1f} GiB compiled, "

@@ -28,6 +28,7 @@ def tiny(**model):
     sizes = dict(action_head="flow_dit", num_layers=2, adapter_layers=(), lora_layers=())
     c = base.get_config("tiny", **sizes | model)
     c.data.update(canvas=(32, 64), num_frames=9, frame_stride=2, action_horizon=8, text_len=6)
+    c.evaluation.replan_steps, c.train.trainable = 8, (".*",)
     return config_lib.from_config_dict(c)
 
 
@@ -66,11 +67,18 @@ def test_what_is_not_known_is_not_invented():
 
 
 def test_what_was_compiled_says_so():
-    policy = {"memory_gib_per_chip": {"peak": 2.854}, "launches": 1234, "floor_ms": 1.42}
+    policy = {"memory_gib_per_chip": {"peak": 2.854}, "launches": 1234}
+    policy |= {"floor_ms": 1.42, "estimate_ms": 4.44}
     step = {"memory_gib_per_chip": {"peak": 23.2}}
     made = numbers(compiled={"policy": policy, "train": step})
     text = paper_table_text.table({"flow_dit": made})
-    for words in ("2.85 GiB compiled", "1,234", "1.4 ms", "23.2 GiB compiled, 3.5 planned"):
+    for words in (
+        "2.85 GiB compiled",
+        "1,234",
+        "1.4 ms",
+        "4.4 ms",
+        "23.2 GiB compiled, 3.5 planned",
+    ):
         assert f"| {words} |" in text
 
 
