@@ -21,6 +21,7 @@ from lightwam_jax.inference import folded
 from lightwam_jax.inference.deployment import form
 from lightwam_jax.models import vae as vae_lib
 from lightwam_jax.models.vae22 import Wan22VAE
+from lightwam_jax.training import losses
 from lightwam_jax.training import step as step_lib
 
 _VAES = {"wan21": vae_lib.WanVAE, "wan22": Wan22VAE}  # by config.data.codec
@@ -35,7 +36,7 @@ def config_of(config, **changes):
     """
     config.data.source = "fake"
     if changes.pop("tiny", False):
-        kept = ("action_dim", "proprio_dim", "action_head", "flow_steps")
+        kept = ("action_dim", "proprio_dim", "action_head", "flow_steps", "flow_reads")
         kept = {name: config.model[name] for name in kept}
         config.model.update(config_lib.defaults("tiny", **kept)["model"])
         config.data.update(_TINY_DATA)
@@ -69,14 +70,14 @@ def of_config(config):
     def encode(arrays, video):
         return codec.apply({"params": arrays}, (video - 0.5) / 0.5, method="encode")
 
-    return stages(config.model, encode, config.data.action_horizon)
+    return stages(config, encode)
 
 
-def stages(model_config, encode_with, horizon):
+def stages(config, encode_with):
     """Returns the parts of a deployed policy as pure functions of its weights (see `shapes`).
 
     Args:
-      model_config: `ModelConfig`. encode_with: of its codec. horizon: T.
+      config: `Config`. encode_with: of its codec.
 
     Returns:
       a namespace of functions
@@ -87,7 +88,7 @@ def stages(model_config, encode_with, horizon):
         act(weights, canvas, kept, state) -> actions: all but `remember`.
     """
 
-    deployed_as = form(model_config)
+    model_config, deployed_as = config.model, form(config.model)
 
     def encode(weights, canvas):
         return encode_with(weights["codec"], canvas[:, None])
@@ -102,8 +103,8 @@ def stages(model_config, encode_with, horizon):
     def read(weights, latents, kept, state):
         inputs = [weights["policy"], latents, kept, None, state, model_config]
         if model_config.generates:
-            shape = (len(latents), horizon, model_config.action_dim)
-            inputs += [False, jax.random.normal(jax.random.key(0), shape)]
+            rows = (len(latents),)
+            inputs += [False, losses.plan_noise(jax.random.key(0), latents.shape, config, rows)]
         return deployed_as.act(*inputs)[0]
 
     def act(weights, canvas, kept, state):

@@ -9,19 +9,24 @@ BEGIN, END = "<!-- benchmarks.aot: begin -->", "<!-- benchmarks.aot: end -->"
 
 
 def write(path):
-    """Writes the tables of all results between the two marks of a Markdown file.
+    """Writes the tables of all results between the two marks of a Markdown file."""
+    files = [file for file in sorted(RESULTS.glob("aot_*.json")) if not file.stem.endswith(BEFORE)]
+    found = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    insert(path, BEGIN, tables(found), END)
+
+
+def insert(path, begin, text, end):
+    """Writes `text` between two marks of a Markdown file.
 
     Raises:
       ValueError: the file lacks the marks.
     """
     path = pathlib.Path(path)
-    before, begin, rest = path.read_text(encoding="utf-8").partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"{path} lacks the lines {BEGIN} and {END}, between which the tables go")
-    files = [file for file in sorted(RESULTS.glob("aot_*.json")) if not file.stem.endswith(BEFORE)]
-    found = [json.loads(file.read_text(encoding="utf-8")) for file in files]
-    path.write_text(f"{before}{BEGIN}\n{tables(found)}{END}{after}", encoding="utf-8")
+    before, opens, rest = path.read_text(encoding="utf-8").partition(begin)
+    _, closes, after = rest.partition(end)
+    if not opens or not closes:
+        raise ValueError(f"{path} lacks the lines {begin} and {end}, between which the tables go")
+    path.write_text(f"{before}{begin}\n{text}{end}{after}", encoding="utf-8")
 
 
 def tables(found):

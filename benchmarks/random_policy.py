@@ -60,7 +60,7 @@ def parts(policy, observed):
     on_device = jax.device_put(images)
     config = policy.config
     encode = policy.assets.codec.encode_with
-    do = action_pass.stages(config.model, encode, config.data.action_horizon)
+    do = action_pass.stages(config, encode)
     encode, to_context, read = (jax.jit(f) for f in (do.encode, do.context, do.read))
     proprio = actions_lib.pad(jax.device_put(state), policy.config.model.proprio_dim)
     latents, kept = encode(weights, canvas), (kept["keys"], kept["values"])

@@ -27,7 +27,7 @@ def assemble(weights, config, vae, text, out, stats=None, prompts=None, say=prin
     Args:
       weights: directory that `converters lightwam` wrote.
       config: config file, such as configs/libero.py:all; its model section is replaced by the
-        sizes of the weights.
+        sizes of the weights; `_CHOSEN` stays.
       vae, text: directories that `converters vae` and `converters t5` wrote.
       out: directory; must not exist.
       stats: dataset_stats.json of the release; None: the one kept with the weights.
@@ -70,11 +70,15 @@ def _statistics(given, assets, weights):
     return kept
 
 
+# Keys of config.model that no weight tells: the config file's hold.
+_CHOSEN = ("dtype", "flow_steps", "flow_shift", "flow_reads", "flow_noise")
+
+
 def _config(place, fields, vae, text):
     """The `Config` of a file, with the weights' model and where the others come from."""
     tree = command_line.load(place).to_dict()
-    dtype = tree["model"]["dtype"]
-    tree["model"] = {**json.loads(json.dumps(fields)), "dtype": dtype}
+    chosen = {key: tree["model"][key] for key in _CHOSEN}
+    tree["model"] = {**json.loads(json.dumps(fields)), **chosen}
     tree["data"].update(codec_weights=vae, text_weights=text)
     return config_lib.from_config_dict(tree)
 

@@ -19,7 +19,8 @@ def build_model(config):
     backbone = make(dit.WanDiT, attention=attention)
     if config.action_head == "flow_dit":
         flow = {
-            name: getattr(config, f"flow_{name}") for name in ("dim", "ffn_dim", "steps", "shift")
+            name: getattr(config, f"flow_{name}")
+            for name in ("dim", "ffn_dim", "steps", "shift", "reads")
         }
         expert = make(action_dit.ActionDiT, attention=attention, **flow)
     else:

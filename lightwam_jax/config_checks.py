@@ -15,11 +15,7 @@ def check(c, frames_per_latent):
             f"config.model.attention='cudnn' computes in bfloat16 only, "
             f"config.model.dtype is {c.model.dtype!r}; use 'auto' or 'xla'"
         )
-    if c.model.generates and c.model.attention_mask == "bidirectional":
-        raise ValueError(
-            "config.model.action_head='flow_dit' reads frame 0, which must not depend on later "
-            "frames: use config.model.attention_mask='first_frame_causal'"
-        )
+    _check_head(c.model, c.loss)
     if c.train.batch_size % c.optimizer.accum_steps:
         raise ValueError(
             f"config.train.batch_size={c.train.batch_size} must be a multiple of "
@@ -35,6 +31,39 @@ def check(c, frames_per_latent):
         raise ValueError(
             f"config.evaluation.replan_steps={c.evaluation.replan_steps} executes more steps than "
             f"the chunk of config.data.action_horizon={c.data.action_horizon} has"
+        )
+
+
+def _check_head(model, loss):
+    """What the action head reads has to be there when it acts."""
+    generates, everything = model.generates, model.flow_reads == "all_frames"
+    if not generates and not model.adapter_layers:
+        raise ValueError(
+            "config.model.action_head='state_fusion' reads the states at "
+            "config.model.adapter_layers, and there are none; without adapters: "
+            "adapter_scale=0, or action_head='flow_dit'"
+        )
+    if generates and not everything and model.attention_mask == "bidirectional":
+        raise ValueError(
+            "config.model.action_head='flow_dit' reads frame 0, which must not depend on later "
+            "frames: use config.model.attention_mask='first_frame_causal'"
+        )
+    if everything and not generates:
+        raise ValueError(
+            "config.model.flow_reads='all_frames' is of config.model.action_head='flow_dit'; "
+            f"this one is {model.action_head!r}, which reads the current frame"
+        )
+    if everything and not loss.lambda_video:
+        raise ValueError(
+            "config.model.flow_reads='all_frames' reads imagined frames, and with "
+            "config.loss.lambda_video=0 nothing teaches the model to imagine them: use "
+            "flow_reads='first_frame'"
+        )
+    if everything and loss.shift != model.flow_shift:
+        raise ValueError(
+            "config.model.flow_reads='all_frames' denoises video and actions by one schedule: "
+            f"config.loss.shift={loss.shift} and config.model.flow_shift={model.flow_shift} must "
+            "be equal"
         )
 
 

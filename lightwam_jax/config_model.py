@@ -57,6 +57,9 @@ class ModelConfig:
     flow_shift: float = 5.0  # ... of its schedule, in training and in use
     # ... how it starts: "from_video" makes its blocks of the video transformer's, as Fast-WAM does.
     flow_init: Literal["random", "from_video"] = "random"
+    # ... which frames its actions read: the current one, or all of the clip ("joint"), which then
+    # is imagined beside the actions, step by step.
+    flow_reads: Literal["first_frame", "all_frames"] = "first_frame"
     # ... the noise of a plan: each its own, or Fast-WAM's one for all plans.
     flow_noise: Literal["fresh", "constant"] = "fresh"
     action_dim: int = 7  # width of an action
@@ -76,6 +79,11 @@ class ModelConfig:
     def generates(self):
         """Whether actions are denoised, rather than regressed in one pass."""
         return self.action_head == "flow_dit"
+
+    @property
+    def imagines(self):
+        """Whether a plan needs the future frames, denoised together with the actions."""
+        return self.generates and self.flow_reads == "all_frames"
 
     @property
     def attends(self):

@@ -26,6 +26,7 @@ ADDED = {
     "model.flow_steps": 10,
     "model.flow_shift": 5.0,
     "model.flow_init": "random",
+    "model.flow_reads": "first_frame",
     "model.flow_noise": "fresh",
     "train.wandb": "",
 }

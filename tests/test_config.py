@@ -181,6 +181,34 @@ def test_mistakes_are_named(section, key, value, words):
         config_lib.from_config_dict(_broken(section, key, value))
 
 
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (
+            {"model.action_head": "state_fusion"},
+            "flow_reads='all_frames' is of config.model.action",
+        ),
+        ({"loss.lambda_video": 0.0}, "nothing teaches the model to imagine them"),
+        ({"loss.shift": 3.0}, "loss.shift=3.0 and config.model.flow_shift=5.0 must be equal"),
+        ({"model.flow_reads": "first_frame"}, "reads frame 0, which must not depend on later"),
+        (
+            {"model.action_head": "state_fusion", "model.adapter_layers": ()},
+            "adapter_layers, and there are none",
+        ),
+        ({}, None),
+    ],
+)
+def test_what_actions_read_has_to_be_there(changes, words):
+    c = base.get_config("tiny", action_head="flow_dit", flow_reads="all_frames")
+    c.model.attention_mask = "bidirectional"
+    c.update_from_flattened_dict(changes)
+    if words is None:
+        assert config_lib.from_config_dict(c).model.imagines
+        return
+    with pytest.raises(ValueError, match=words):
+        config_lib.from_config_dict(c)
+
+
 def test_missing_keys_are_named():
     tree = _broken("mesh", "data", 1)
     del tree["mesh"]["fsdp"]

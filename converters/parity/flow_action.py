@@ -12,7 +12,6 @@ from converters.parity.fixtures import (
     Compare,
     NotCovered,
     channels_first,
-    channels_last,
     matching,
 )
 from converters.parity.flow_case import (
@@ -197,22 +196,13 @@ def _gradients(case, name, data, grads):
 def _all_frames(case, data, recorded):
     """Fast-WAM's joint variant: actions read all frames of the noised clip."""
     config, (batch, noise) = config_lib.LossConfig(**RELEASE), inputs_of(data)
-    noised = jnp.asarray(data["out_action_in"])
-    inputs = channels_last(data["out_video_in"]), noise.t, noised, noise.action_t
-    context = batch["context"], batch["proprio"], jnp.asarray(batch["context_mask"])
-    velocity, (_, actions) = case.joint(*inputs, *context)
-    out = {
-        "velocity": velocity,
-        "actions": actions,
-        "target": flow.target(batch["latents"], noise.noise),
-        "action_target": flow.target(batch["actions"], noise.action_noise),
-        "action_weight": flow.weight(noise.action_t, case.model.expert.shift),
-    }
+    model = case.reading_all_frames()
+    out = jax.jit(lambda tree: losses.forward(model, tree, batch, noise, config))(case.tree)
     got = {
         "out_loss_total": losses.loss_of(out, batch, noise, config)[0],
         "out_attention_mask": attention_mask(case, data, all_frames=True),
-        "out_pred_video": channels_first(velocity),
-        "out_pred_action": actions,
+        "out_pred_video": channels_first(out["velocity"]),
+        "out_pred_action": out["actions"],
     }
     for tensor, value in got.items():
         yield case.compare("train_joint")(tensor, value, recorded[tensor])

@@ -47,10 +47,9 @@ class Case:
 
         return check
 
-    @functools.cached_property
-    def joint(self):
-        """`joint_velocities` of the model, jitted: compiled once for batches of one size."""
-        return self.run(joint_velocities)
+    def reading_all_frames(self, **expert):
+        """The model as the joint variant; `expert`: fields of its action stream."""
+        return self.model.clone(expert=self.model.expert.clone(reads="all_frames", **expert))
 
     def run(self, method):
         """A jitted function (*inputs) of the model's submodules, by a function of the model."""
@@ -105,10 +104,9 @@ def contexts(model, text, proprio, mask):
 
 
 def joint_velocities(model, latents, t, actions, action_t, text, proprio, mask):
-    """Velocities of a noised clip, and of actions that read its first frame, and all frames."""
+    """Velocities of a noised clip, and of actions that read its first frame."""
     context, own = contexts(model, text, proprio, mask)
     tokens, e, seen = model.dit.observe(latents, t, *context)
     first = jax.tree.map(lambda x: x[:, :, : x.shape[2] // latents.shape[1]], seen)
     velocity = model.dit.read_velocity(tokens, e, latents.shape).astype(jnp.float32)
-    read = lambda seen: model.expert.velocity(actions, action_t, seen, own, context.mask)
-    return velocity, (read(first), read(seen))
+    return velocity, model.expert.velocity(actions, action_t, first, own, context.mask)

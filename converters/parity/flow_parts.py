@@ -9,9 +9,9 @@ import numpy as np
 
 from converters import lightwam
 from converters.parity.fixtures import Compare, channels_first, channels_last
-from converters.parity.flow_case import GROUP, back, contexts
+from converters.parity.flow_case import GROUP, back, contexts, joint_velocities
 from lightwam_jax import flow, params
-from lightwam_jax.inference import deploy_flow
+from lightwam_jax.inference import deploy_flow, deploy_joint
 from lightwam_jax.models import action_dit, layers
 from lightwam_jax.models import blocks as blocks_lib
 
@@ -199,26 +199,59 @@ def _deployed(case, data, steps):
 
 def infer_joint(case, data, recorded):
     """Video and actions denoised together: actions read frame 0, or all frames of the clip."""
-    first, rows = channels_last(data["in_first_latent"]), case.told["config"]["B"]
-    several = lambda x: jnp.repeat(jnp.asarray(x), rows, axis=0)  # as many as in training
-    context = map(several, (data["in_context"], data["in_proprio"], data["in_context_mask"]))
-    run, context = lambda *inputs: case.joint(*map(several, inputs), *context), tuple(context)
-    steps = len(data["out_timesteps"])
-    for place, prefix in enumerate(("out_", "out_all_video_")):
-        x = jnp.asarray(channels_last(recorded["in_noise_video"])).at[:, :1].set(first)
-        a, went = jnp.asarray(data["in_noise_action"]), []
-        for t, delta in zip(*flow.sampling_schedule(steps, case.model.expert.shift)):
-            v, actions = jax.tree.map(lambda x: x[:1], run(x, t[None], a, t[None]))
-            x = flow.euler_step(x, v, delta).at[:, :1].set(first)
-            a = flow.euler_step(a, actions[place], delta)
-            went.append((actions[place], a, channels_first(v), channels_first(x)))
-        names = ("velocity_action", "latents_action", "velocity_video", "latents_video")
-        got = dict(zip(names, map(np.stack, zip(*went))))
-        got |= {"action": a[0], "last_latents_video": channels_first(x)}
-        for tensor, value in got.items():
-            if prefix + tensor in recorded:
-                name = prefix + tensor
-                yield case.compare("infer_joint")(name, value, recorded[name])
+    noise = channels_last(recorded["in_noise_video"]), data["in_noise_action"]
+    first, steps = channels_last(data["in_first_latent"]), len(data["out_timesteps"])
+    context = data["in_context"], data["in_proprio"], jnp.asarray(data["in_context_mask"])
+    model = case.reading_all_frames(steps=steps)
+
+    @jax.jit
+    def act(tree, text, proprio, mask):
+        inputs = first, text, proprio, noise[1].shape[1], mask, noise
+        return model.apply({"params": tree}, *inputs, method="act")
+
+    actions, went = act(case.tree, *context)
+    rollouts = {
+        "out_": _first_frame(case, steps, first, noise, context),
+        "out_all_video_": {**went, "action": actions[0]},
+    }
+    names = {"velocity": "velocity_action", "latents": "latents_action"}
+    for prefix, got in rollouts.items():
+        for kind in ("velocity", "latents"):
+            video = got.pop(f"video_{kind}")
+            got[f"{kind}_video"] = np.stack([channels_first(x) for x in video])
+        got = {names.get(tensor, tensor): x for tensor, x in got.items()}
+        got["last_latents_video"] = got["latents_video"][-1]
+        for tensor in sorted({prefix + tensor for tensor in got} & set(recorded)):
+            value = got[tensor.removeprefix(prefix)]
+            yield case.compare("infer_joint")(tensor, value, recorded[tensor])
+    yield from _deployed_joint(case, steps, first, noise, context, recorded)
+
+
+def _first_frame(case, steps, first, noise, context):
+    """The rollout whose actions read frame 0, beside the video's: {tap: [steps,...], "action"}."""
+    (x, a), run, went = map(jnp.asarray, noise), case.run(joint_velocities), []
+    x = x.at[:, :1].set(first)
+    for t, delta in zip(*flow.sampling_schedule(steps, case.model.expert.shift)):
+        v, u = run(x, t[None], a, t[None], *context)
+        x = flow.euler_step(x, v, delta).at[:, :1].set(first)
+        a = flow.euler_step(a, u, delta)
+        went.append({"velocity": u, "latents": a, "video_velocity": v, "video_latents": x})
+    return {tap: np.stack([each[tap] for each in went]) for tap in went[0]} | {"action": a[0]}
+
+
+def _deployed_joint(case, steps, first, noise, context, recorded):
+    """The deployed form (inference/deploy_joint.py): the same actions."""
+    config = dataclasses.replace(case.config, flow_reads="all_frames", flow_steps=steps)
+    weights = deploy_joint.deployed(case.tree, config, noise[1].shape[1])
+
+    @jax.jit
+    def act(weights, text, proprio, mask):
+        text = deploy_joint.keys_values(weights, text, config)
+        return deploy_joint.act(weights, first, text, mask, proprio, config, noise=noise)[0]
+
+    tensor = "out_all_video_action"
+    got = act(weights, *context)[0]
+    yield Compare(GROUP, "deployed")(tensor.removeprefix("out_"), got, recorded[tensor])
 
 
 # ---- first values ------------------------------------------------------------------------------

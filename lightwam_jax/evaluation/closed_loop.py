@@ -335,8 +335,10 @@ def draw_future(policy, directory, episodes):
     later[0] = False  # ... of which frame 0 is given
     offsets = result["offsets"][later]
     numbers = {
+        "lambda_video": policy.config.loss.lambda_video,
         "windows": result["valid"][:, later].sum(axis=0).tolist(),
         "offsets": offsets.tolist(),
+        "nearer": {},
     }
     for kind, unit in (("psnr", "PSNR, dB"), ("ssim", "SSIM")):
         means = {
@@ -344,6 +346,8 @@ def draw_future(policy, directory, episodes):
             for name, each in result[kind].items()
         }
         numbers[kind] = {name: mean.tolist() for name, mean in means.items()}
+        nearer = result[kind]["predicted"] > result[kind]["still"]
+        numbers["nearer"][kind] = (nearer & result["valid"])[:, later].sum(axis=0).tolist()
         series = {labels[name]: (offsets, means[name]) for name in labels}
         title = f"{unit} (mean of {len(windows)} windows)"
         path = directory / f"{kind}.png"

@@ -15,9 +15,13 @@ def verdict(numbers):
     """Returns sentences: at which offsets imagined video is nearer than the first frame repeated.
 
     Args:
-      numbers: {"offsets": [n], "psnr", "ssim": {"predicted", "still": [n]}}, as in future.json.
+      numbers: {"offsets", "windows": [n], "psnr", "ssim": {"predicted", "still": [n]}, "nearer":
+        {"psnr", "ssim": [n], in how many windows}, "lambda_video"}, as in future.json.
     """
     said = [_compared(numbers, *each) for each in _KINDS.items()]
+    said += [f"At +{numbers['offsets'][0]}: {', '.join(_first(numbers, k) for k in _KINDS)}."]
+    if not numbers["lambda_video"]:
+        said += ["It was trained without the video loss (config.loss.lambda_video=0)."]
     wins = np.array([_gains(numbers, kind) > 0 for kind in _KINDS])
     if not wins.any():
         first = "The imagined video never beats repeating the first frame."
@@ -52,6 +56,14 @@ def _compared(numbers, kind, shown):
             *itertools.chain(*zip(where, (by(won), by(lost))))
         )
     return f"{name}: {said}."
+
+
+def _first(numbers, kind):
+    """At the first offset: "PSNR 17.3 dB, repeating 18.0 dB (nearer in 5 of 32 windows)"."""
+    name, unit, digits = _KINDS[kind]
+    made, still = (f"{numbers[kind][who][0]:.{digits}f}{unit}" for who in ("predicted", "still"))
+    nearer, windows = numbers["nearer"][kind][0], numbers["windows"][0]
+    return f"{name} {made}, repeating {still} (nearer in {nearer} of {windows} windows)"
 
 
 def _places(offsets, which):

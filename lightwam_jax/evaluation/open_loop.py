@@ -1,5 +1,6 @@
 """Action errors of a policy on recorded observations it was not trained on."""
 
+import functools
 import json
 import pathlib
 
@@ -31,11 +32,10 @@ def evaluate(policy, batches):
     """
     assets = policy.assets
     grippers = gripper_timing_lib.of_data(policy.config, assets.statistics, assets.action)
-    # As the validation of the run has it.
-    key = jax.random.key(policy.config.seed) if policy.config.model.generates else None
+    noise = functools.partial(validation.noise, policy.config)  # that of the run's own validation
     errors = jax.jit(
         lambda params, batch: validation.open_loop_errors(
-            policy.model, params, batch, policy.config.loss, grippers, key
+            policy.model, params, batch, policy.config.loss, grippers, noise(batch)
         )
     )
     sums, samples = [], 0

@@ -30,7 +30,10 @@ def write(policy, directory):
     if config.model.attends:
         sections.append(_attention(policy, chosen[:_SEEN], directory))
     else:
-        lines.append("no attention.png: only learned queries (config.model.pooling) attend")
+        lines.append(
+            "no attention.png: only learned queries attend (config.model.action_head="
+            "'state_fusion' with pooling='learned_query')"
+        )
     numbers = closed_loop.draw_future(policy, directory, chosen)
     lines.append(imagined.verdict(numbers))
     sections.append(

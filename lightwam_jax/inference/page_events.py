@@ -47,6 +47,7 @@ def about(service):
         "fps": told["fps"],
         "batching": told["batching"],
         "taps": service.options.taps,
+        "attends": service.policy.config.model.attends,
     }  # fmt: skip
 
 

@@ -124,7 +124,7 @@ class Policy:
         if self._deployed is None and not self.is_deployed:
             rest = self.config, self.assets, self.step
             self._deployed = Policy(self.model, self._deployed_weights(self.params), *rest, True)
-            self._deployed._stored = self._stored
+            self._deployed._stored, self._deployed.noise_seed = self._stored, self.noise_seed
         return self if self.is_deployed else self._deployed
 
     def untrained(self, seed=0):
@@ -301,7 +301,7 @@ class Policy:
         mask, model, given = self._mask(context), self.config.model, {}
         horizon = self.config.data.action_horizon
         if seeds is not None:
-            given["noise"] = rows_lib.noise(seeds, (horizon, model.action_dim), model.flow_noise)
+            given["noise"] = rows_lib.noise(seeds, latents.shape, self.config)
         if self.is_deployed:
             inputs = latents, (context["keys"], context["values"]), mask, proprio, model, taps
             actions, seen = _form(model).act(params, *inputs, **given)

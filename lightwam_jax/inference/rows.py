@@ -6,6 +6,7 @@ import jax
 import numpy as np
 
 from lightwam_jax.inference.batching import PADDED_SIZES
+from lightwam_jax.training import losses
 
 _CONSTANT = 42  # the seed that Fast-WAM's scripts give every call
 
@@ -43,8 +44,12 @@ def noise_seeds(images, state, seed=0):
     return seeds
 
 
-def noise(seeds, shape, kind):
-    """Returns unit normal [B,*shape], a row per seed; kind: config.model.flow_noise."""
-    if kind == "constant":
+def noise(seeds, latents_shape, config):
+    """Returns `losses.plan_noise` of a `Config` with a row per seed.
+
+    latents_shape: [B,1,H,W,C] of the observations.
+    """
+    if config.model.flow_noise == "constant":
         seeds = jax.numpy.full_like(seeds, _CONSTANT)
-    return jax.vmap(lambda seed: jax.random.normal(jax.random.key(seed), shape))(seeds)
+    draw = lambda seed: losses.plan_noise(jax.random.key(seed), latents_shape, config)
+    return jax.vmap(draw)(seeds)

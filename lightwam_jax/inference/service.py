@@ -7,6 +7,7 @@ reply = await service.answer(frame, session)
 
 import asyncio
 import collections
+import dataclasses
 import heapq
 import math
 import time
@@ -87,6 +88,8 @@ class Service:
         options, config = self.options, policy.config
         if options.taps and not hasattr(policy, "canvas"):
             raise ValueError("taps need a policy with a canvas")
+        if options.taps and not config.model.attends:  # nothing to show: compile nothing for it
+            options = self.options = dataclasses.replace(options, taps=False)
         width = config_lib.state_width(config)
         tables = keys_lib.choose(
             options.keys, config.data.cameras, width, tuple(config.data.orientation)

@@ -204,8 +204,7 @@ def _planner(policy):
     def plan(params, latents, context, mask, proprio, seeds=None):
         inputs = [latents.astype(jnp.float32), context, proprio, horizon, mask if hides else None]
         if seeds is not None:
-            model = policy.config.model
-            inputs.append(rows_lib.noise(seeds, (horizon, model.action_dim), model.flow_noise))
+            inputs.append(rows_lib.noise(seeds, latents.shape, policy.config))
         return policy.model.apply({"params": params}, *inputs, method="act")[0]
 
     return plan

@@ -4,6 +4,7 @@ It has as many blocks as the video transformer, of the same kind and with the sa
 are the steps of a noised action chunk. In every block they attend to each other and to the keys and
 values that the video block of the same depth made of the clean current frame; nothing of the video
 depends on them. So the frame is read once, and a step of the solver runs the action stream alone.
+Where actions read all frames (`reads`), video and actions are denoised together.
 
 Arithmetic: docs/spec.md section 16.
 """
@@ -36,6 +37,7 @@ class ActionDiT(Stream):
     action_dim: int
     steps: int  # of the solver, where a caller gives none
     shift: float  # of the schedule
+    reads: str  # "first_frame" or "all_frames" of the video
     attention: str
     remat: str
     scan_unroll: int

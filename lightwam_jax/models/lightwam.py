@@ -5,7 +5,8 @@ runs the clean current frame up to the last adapter and regresses the action chu
 learned queries read there. A training step runs both over shared context (`__call__`).
 
 With `ActionDiT` as its expert it is what the paper compares with: the clean frame runs through all
-blocks, and actions are denoised over the keys and values that it leaves there.
+blocks, and actions are denoised over the keys and values that it leaves there. Or over those of all
+frames of the clip, which is imagined meanwhile.
 """
 
 from typing import Any, NamedTuple
@@ -50,6 +51,11 @@ class LightWAM(nn.Module):
         """Whether actions are denoised (`ActionDiT`) or regressed in one pass."""
         return isinstance(self.expert, ActionDiT)
 
+    @property
+    def imagines(self):
+        """Whether actions read all frames, so that a plan denoises the video too."""
+        return self.generates and self.expert.reads == "all_frames"
+
     def __call__(self, noisy, t, observation, text, proprio, horizon, text_mask=None, noised=None):
         """Both passes of a training step over one context.
 
@@ -57,12 +63,16 @@ class LightWAM(nn.Module):
           noisy: pooled latents [B,F,h,w,C], frame 0 clean; t: [B] in 0..1000.
           observation: the current frame at full resolution [B,1,H,W,C].
           noised: actions [B,horizon,A] and their own timesteps [B], for a model that `generates`.
+            One that `imagines` reads the noisy clip for them, in one pass.
 
         Returns:
           velocity [B,F,h,w,C] and actions [B,horizon,A], float32; of a model that `generates`, the
           velocity of `noised` in place of actions.
         """
         context = self.encode_context(text, proprio, text_mask)
+        if self.imagines:
+            own = self.encode_action_context(text, proprio)
+            return self._velocities(noisy, t, *noised, context, own)
         velocity = self.dit.velocity(noisy, t, *context)
         if not self.generates:
             return velocity, self._read_actions(observation, context, horizon)[0]
@@ -94,7 +104,8 @@ class LightWAM(nn.Module):
         expert's, where the names carry the adapter's layer: `attention_{layer}_{source}`.
 
         A model that `generates` runs all blocks, and starts from `noise` [B,horizon,A], unit
-        normal; its taps are those of `ActionDiT.solve`.
+        normal; its taps are those of `ActionDiT.solve`. One that `imagines` takes a pair of noises,
+        as `imagine_and_act` does.
         """
         chex.assert_rank([latents, text], [5, 3])
         chex.assert_axis_dimension(latents, 1, 1)
@@ -102,10 +113,44 @@ class LightWAM(nn.Module):
             stop_after = self.dit.adapter_layers[-1]
             context = self.encode_context(text, proprio, text_mask, stop_after)
             return self._read_actions(latents, context, horizon)
-        chex.assert_shape(noise, (latents.shape[0], horizon, self.expert.action_dim))
+        of_actions = noise[1] if self.imagines else noise
+        chex.assert_shape(of_actions, (latents.shape[0], horizon, self.expert.action_dim))
         context = self.encode_context(text, proprio, text_mask)
         own = self.encode_action_context(text, proprio)
+        if self.imagines:
+            return self.imagine_and_act(latents, noise, context, own)
         return self.expert.solve(noise, self._observe(latents, context), own, context.mask)
+
+    def imagine_and_act(self, latents, noise, context, own):
+        """Denoises video and actions together: at each step, actions read the video so far.
+
+        Args:
+          latents: the current frame's [B,1,H,W,C].
+          noise: unit normal, of the video on the grid of training [B,F,h,w,C], and of the actions
+            [B,T,A]. The frame is pooled to that grid.
+          context, own: of `encode_context` and `encode_action_context`.
+
+        Returns:
+          actions [B,T,A] float32, and of every step {"velocity", "latents"} [steps,B,T,A] of the
+          actions, {"video_velocity", "video_latents"} [steps,B,F,h,w,C] of the video.
+        """
+        video, actions = (jnp.asarray(x, jnp.float32) for x in noise)
+        first = pool_latents(latents, latents.shape[2] // video.shape[2])
+        times, deltas = flow.sampling_schedule(self.expert.steps, self.expert.shift)
+
+        def body(model, state, step):
+            (video, actions), (t, delta) = state, step
+            t = jnp.full((video.shape[0],), t)
+            v, u = model._velocities(video, t, actions, t, context, own)
+            video = flow.euler_step(video, v, delta).at[:, :1].set(first)
+            actions = flow.euler_step(actions, u, delta)
+            went = {"velocity": u, "latents": actions, "video_velocity": v, "video_latents": video}
+            return (video, actions), went
+
+        solve = nn.scan(body, variable_broadcast="params", split_rngs={"params": False})
+        start = video.at[:, :1].set(first), actions
+        (_, actions), taps = solve(self, start, (jnp.asarray(times), jnp.asarray(deltas)))
+        return actions, taps
 
     def velocity(self, latents, t, text, proprio=None, text_mask=None):
         """Flow velocity [B,F,h,w,C] of noised latents (frame 0 clean) at timesteps t [B]."""
@@ -152,6 +197,12 @@ class LightWAM(nn.Module):
 
         solve = nn.scan(body, variable_broadcast="params", split_rngs={"params": False})
         return solve(self.dit, jnp.asarray(noise).at[:, :1].set(first), (times, deltas))
+
+    def _velocities(self, noisy, t, actions, action_t, context, own):
+        """Of the video, and of actions that read all its frames; both float32."""
+        tokens, e, seen = self.dit.observe(noisy, t, *context)
+        velocity = self.dit.read_velocity(tokens, e, noisy.shape).astype(jnp.float32)
+        return velocity, self.expert.velocity(actions, action_t, seen, own, context.mask)
 
     def _observe(self, observation, context):
         """Keys and values (k, v) [n,B,S,N,K] of the clean frame, of every block."""

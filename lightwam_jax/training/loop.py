@@ -266,10 +266,9 @@ def _validator(r):
     def errors(state, batch, *arrays):
         if r.encoder:
             batch = r.encoder.first(*arrays, batch)
-        # The same noise every time, so that what differs is the parameters.
-        key = jax.random.key(r.config.seed) if r.config.model.generates else None
+        noise, params = validation_lib.noise(r.config, batch), step_lib.eval_params(state)
         return validation_lib.open_loop_errors(
-            r.model, step_lib.eval_params(state), batch, r.config.loss, grippers, key
+            r.model, params, batch, r.config.loss, grippers, noise
         )
 
     def validate(state):

@@ -42,6 +42,25 @@ def draw(rng, batch, config):
     return FlowNoise(*noise, t, jax.random.normal(noise_key, shape))
 
 
+def plan_noise(rng, latents_shape, config, rows=()):
+    """Draws what `LightWAM.act` starts from under a `Config` whose head generates.
+
+    Args:
+      latents_shape: [B,F,H,W,C] of the observation; its B and F do not matter.
+      rows: leading axes of the noise.
+
+    Returns:
+      [*rows,T,A], float32; for a model that imagines, [*rows,F,h,w,C] of the video and that.
+    """
+    data, factor = config.data, config.loss.downsample
+    actions = jax.random.normal(rng, (*rows, data.action_horizon, config.model.action_dim))
+    if not config.model.imagines:
+        return actions
+    *_, h, w, c = latents_shape
+    shape = (*rows, data.latent_frames, h // factor, w // factor, c)
+    return jax.random.normal(jax.random.fold_in(rng, 1), shape), actions
+
+
 def draw_noise(rng, latents_shape, config):
     """Draws `Noise` for latents of shape [B,F,H,W,C] under a `LossConfig`, float32."""
     b, f, h, w, c = latents_shape

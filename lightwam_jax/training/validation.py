@@ -8,14 +8,14 @@ from lightwam_jax.training import gripper_timing as gripper_timing_lib
 from lightwam_jax.training import losses
 
 
-def open_loop_errors(model, params, batch, config, grippers=(), key=None):
+def open_loop_errors(model, params, batch, config, grippers=(), noise=None):
     """Action errors of the policy on recorded observations, as sums to add up over batches.
 
     Args:
       model: `LightWAM`. params: its parameters, in-memory layout.
       batch: see `data/spec.py`. config: `LossConfig`.
       grippers: `gripper_timing.Gripper`s whose timing is measured.
-      key: of the noise, for a model that `generates`.
+      noise: of `losses.plan_noise` for all rows, for a model that `generates`.
 
     Returns {"l1": [A], "mse": [A], "l1_step": [T], "l1_step_dim": [T,A], "count": [],
     "count_step": [T]} in normalised units over the steps that are not padded, and with grippers
@@ -25,8 +25,8 @@ def open_loop_errors(model, params, batch, config, grippers=(), key=None):
     text, mask = batch["context"], losses.text_mask(batch, config)
     horizon = batch["actions"].shape[1]
     inputs = [latents, text, batch["proprio"], horizon, mask]
-    if key is not None:
-        inputs.append(jax.random.normal(key, batch["actions"].shape))
+    if noise is not None:
+        inputs.append(noise)
     actions, _ = model.apply({"params": params}, *inputs, method="act")
     valid = ~batch["action_is_pad"] & batch.get("valid", jnp.ones(len(latents), bool))[:, None]
     weight = valid.astype(jnp.float32)
@@ -41,6 +41,17 @@ def open_loop_errors(model, params, batch, config, grippers=(), key=None):
         "count_step": weight.sum(axis=0),
         **gripper_timing_lib.timing(actions, recorded, valid, grippers, batch.get("dataset")),
     }
+
+
+def noise(config, batch):
+    """Returns the noise of a validation batch: the same every time. None where no head generates.
+
+    What differs between two validations is then the parameters.
+    """
+    if not config.model.generates:
+        return None
+    key, rows = jax.random.key(config.seed), len(batch["actions"])
+    return losses.plan_noise(key, batch["latents"].shape, config, (rows,))
 
 
 def mean_errors(sums):

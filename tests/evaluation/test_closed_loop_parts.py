@@ -132,9 +132,8 @@ def test_a_replay_becomes_an_episode_step_by_step():
 
 def test_means_of_imagined_futures_leave_out_what_is_past_the_end(monkeypatch, tmp_path):
     found = [types.SimpleNamespace(length=n) for n in (29, 5)]
-    policy = types.SimpleNamespace(
-        config=types.SimpleNamespace(data=types.SimpleNamespace(num_frames=9))
-    )
+    of = types.SimpleNamespace
+    policy = of(config=of(data=of(num_frames=9), loss=of(lambda_video=0.5)))
     asked, drawn = [], []
 
     def future(policy, windows):
@@ -167,7 +166,8 @@ def test_means_of_imagined_futures_leave_out_what_is_past_the_end(monkeypatch, t
     numbers = json.loads((tmp_path / "future.json").read_text(encoding="utf-8"))
     assert numbers["offsets"] == [2, 4] and numbers["windows"] == [14, 1]
     assert numbers["psnr"] == {"codec": [66, 2], "predicted": [67, 3], "still": [68, 4]}
-    assert numbers["ssim"]["predicted"] == [-67, -3]
+    assert numbers["ssim"]["predicted"] == [-67, -3] and numbers["lambda_video"] == 0.5
+    assert numbers["nearer"] == {"psnr": [0, 0], "ssim": [14, 1]}, "than the first frame repeated"
 
 
 def test_learning_curves_are_of_training_and_of_validation(monkeypatch, tmp_path):

@@ -33,7 +33,7 @@ def recorded(monkeypatch):
         assert len(chosen) == 6
         for name in ("future.png", "future.mp4"):
             (directory / name).write_bytes(b"x")
-        return {"windows": [32], **numbers([1.0], [-0.1])}
+        return numbers([1.0], [-0.1])
 
     monkeypatch.setattr(draw, "attention_grid", attention)
     monkeypatch.setattr(closed_loop, "draw_future", future)

@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import dataclasses
 import io
 import json
 import socket
@@ -82,13 +83,26 @@ def test_the_page_needs_no_other_host(served, path):
     assert "http://" not in addresses and "https://" not in addresses
 
 
+def test_a_policy_without_queries_has_no_attention_to_ask_for():
+    own = config()
+    flow = dataclasses.replace(own.model, action_head="flow_dit")
+    policy = StandIn(dataclasses.replace(own, model=flow))
+    with shown(policy, taps=True) as running, look(running) as viewer:
+        about = until(viewer, "policy")
+        assert not about["attends"] and not about["taps"] and not policy.warmed[2]
+        with running.connect() as robot:
+            running.ask(robot, observe(0))
+        assert until(viewer, "plan")["attention"] == {}
+
+
 def test_a_viewer_is_told_what_is_served_then_every_plan(served):
     with look(served) as viewer, served.connect() as robot:
         about = until(viewer, "policy")
         assert (about["config"], about["step"], about["canvas"]) == ("stand-in", 7, [16, 32])
         assert [camera["name"] for camera in about["cameras"]] == ["scene", "wrist"]
         assert about["cameras"][1]["left"] == about["cameras"][1]["width"] == 0.5
-        assert len(about["dims"]) == 4 and about["horizon"] == 8 and about["taps"]
+        assert len(about["dims"]) == 4 and about["horizon"] == 8
+        assert about["taps"] and about["attends"]
         for seed in range(2):
             request = observe(seed, step=4 * seed)
             served.ask(robot, request)

@@ -37,10 +37,18 @@ def test_rows_and_calls_have_noise_of_their_own_in_any_batch():
     assert np.abs(policy.act(*take(observation, [2]))[0] - alone).max() > 0.1
 
 
+def test_the_deployed_form_draws_the_same_noise(monkeypatch):
+    policy = make()
+    policy.noise_seed = 3
+    monkeypatch.setattr(policy, "_deployed_weights", lambda params: {})
+    assert policy.deployed().noise_seed == 3
+
+
 def test_constant_noise_is_for_those_who_ask():
     seeds = jnp.arange(3, dtype=jnp.uint32)
     fresh, constant = (
-        np.asarray(rows.noise(seeds, (4, 2), kind)) for kind in ("fresh", "constant")
+        np.asarray(rows.noise(seeds, (3, 1, 4, 8, 8), make(flow_noise=kind).config))
+        for kind in ("fresh", "constant")
     )
     assert np.abs(fresh[0] - fresh[1]).max() > 0.1
     np.testing.assert_array_equal(constant[0], constant[1])

@@ -112,3 +112,20 @@ def test_parameters_are_split_over_devices_but_never_over_blocks():
     stacked = [spec for path, spec in split.items() if path.startswith("blocks/")]
     assert all(spec[:1] in ((), (None,)) for spec in map(tuple, stacked))
     assert sum(len(spec) > 0 for spec in stacked) == 10  # the kernels
+
+
+def test_without_video_co_training_the_actions_alone_count():
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
+    out = {"velocity": draw(2, 3, 2, 2, 1), "target": draw(2, 3, 2, 2, 1), "actions": draw(2, 4, 3)}
+    out |= {"action_target": draw(2, 4, 3), "action_weight": np.float32([0.5, 2.0])}
+    pad = np.array([[False, False, False, True], [False, True, True, True]])
+    batch = {"action_is_pad": pad, "image_is_pad": np.zeros((2, 9), bool), "actions": draw(2, 4, 3)}
+    noise = losses.FlowNoise(jnp.array([200.0, 700.0]), None, None, None)
+    config = config_lib.LossConfig(lambda_video=0.0, lambda_action=3.0, temporal_weighting=False)
+    total, parts = losses.loss_of(out, batch, noise, config)
+    squared = ((out["actions"] - out["action_target"]) ** 2).mean(axis=-1)
+    by_hand = (0.5 * squared[0, :3].mean() + 2.0 * squared[1, 0]) / 2
+    np.testing.assert_allclose(total, 3 * by_hand, rtol=1e-6)
+    np.testing.assert_allclose(parts["loss_action"], by_hand, rtol=1e-6)
+    assert parts["loss_video"] > 0, "it is told, and counts for nothing"

@@ -158,8 +158,8 @@ def test_validation_is_of_the_average_and_over_all_batches(monkeypatch):
     run = types.SimpleNamespace(config=CONFIG, mesh=sharding.make_mesh(CONFIG.mesh),
                                 encoder=None, model=None, validation=batches)  # fmt: skip
 
-    def errors(model, params, batch, config, grippers, key):
-        assert key is None, "this head draws no noise"
+    def errors(model, params, batch, config, grippers, noise):
+        assert noise is None, "this head draws no noise"
         assert set(batch) == {"x"}, "the sample ids stay on the host"
         return {"value": params["w"] + params["f"] + batch["x"][0]}
 

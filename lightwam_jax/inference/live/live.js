@@ -51,7 +51,9 @@ function showPolicy() {
   }
   for (const id of ["sees", "looks"]) $(id).style.aspectRatio = `${policy.canvas[1]} / ${policy.canvas[0]}`;
   $("untapped").hidden = policy.taps;
-  $("untapped").firstElementChild.replaceChildren("Start the server with ", make("code", "--taps"), " to see it.");
+  $("untapped").firstElementChild.replaceChildren(...(policy.attends
+    ? ["Start the server with ", make("code", "--taps"), " to see it."]
+    : ["This policy has no learned queries whose attention could be shown."]));
   $("charts").replaceChildren(...policy.dims.map(chart));
 }
 
