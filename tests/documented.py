@@ -83,9 +83,11 @@ def pages():
     """Returns {name: text} of all pages, and of the docstrings of configs."""
     paths = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "benchmarks/README.md"]
     paths += sorted((ROOT / "docs").rglob("*.md"))
-    texts = {str(path.relative_to(ROOT)): path.read_text("utf-8") for path in paths}
+    texts = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in paths}
     for path in sorted((ROOT / "configs").glob("*.py")):
-        texts[f"configs/{path.name}"] = ast.get_docstring(ast.parse(path.read_text("utf-8"))) or ""
+        texts[f"configs/{path.name}"] = (
+            ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+        )
     return texts
 
 
@@ -126,7 +128,7 @@ def made(command):
 
 
 def _check_targets(arguments):
-    text = (ROOT / "Makefile").read_text("utf-8")
+    text = (ROOT / "Makefile").read_text(encoding="utf-8")
     targets = set(re.findall(r"^([a-z][\w-]*):", text, re.MULTILINE))
     for target in arguments:
         if "=" not in target and target not in targets:
@@ -134,7 +136,7 @@ def _check_targets(arguments):
 
 
 def _check_requirements(arguments):
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     extras = project["tool"]["setuptools"]["dynamic"]["optional-dependencies"]
     for before, argument in zip(["", *arguments], arguments):
         if before == "-r":
@@ -194,7 +196,7 @@ def module_file(name):
 
 @functools.cache
 def _modes():
-    for node in ast.parse((ROOT / "evaluate.py").read_text("utf-8")).body:
+    for node in ast.parse((ROOT / "evaluate.py").read_text(encoding="utf-8")).body:
         if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "CLOSED_LOOP":
             closed = ast.literal_eval(node.value)
         if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "MODES":
@@ -245,7 +247,7 @@ def _calls(path):
     names = ("define_config", "define_flags", "add_argument")
     return [
         (node.func.attr, node)
-        for node in ast.walk(ast.parse((ROOT / path).read_text("utf-8")))
+        for node in ast.walk(ast.parse((ROOT / path).read_text(encoding="utf-8")))
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
         if node.func.attr.startswith("DEFINE_") or node.func.attr in names
     ]

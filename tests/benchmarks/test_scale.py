@@ -78,21 +78,23 @@ def test_a_topology_that_was_not_compiled_is_named(config):
 
 def test_tables_go_between_the_marks(config, tmp_path):
     page, wanted = tmp_path / "pods.md", scale_paper.Wanted(100.0, "v5e:256")
-    page.write_text(f"before\n{scale_paper.BEGIN}\nold\n{scale_paper.END}\nafter\n", "utf-8")
+    page.write_text(
+        f"before\n{scale_paper.BEGIN}\nold\n{scale_paper.END}\nafter\n", encoding="utf-8"
+    )
     rows = list(paper(config).values())
     scale_paper.write(page, wanted, rows, INDEX)
-    text = page.read_text("utf-8")
+    text = page.read_text(encoding="utf-8")
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
     assert "| windows | 7.2 million | one from every step (data/windows.py) |" in text
     with pytest.raises(ValueError, match="has no index: run it with --try_index"):
         scale_paper.write(page, wanted, rows, None)
-    page.write_text("no marks", "utf-8")
+    page.write_text("no marks", encoding="utf-8")
     with pytest.raises(ValueError, match="lacks the lines"):
         scale_paper.write(page, wanted, rows, INDEX)
 
 
 def test_the_committed_trial_met_its_target():
-    found = json.loads((scale_paper.RESULTS / "scale.json").read_text("utf-8"))["index"]
+    found = json.loads((scale_paper.RESULTS / "scale.json").read_text(encoding="utf-8"))["index"]
     assert found["windows"] == 10_000_000 and found["resumed_exactly"]
     assert found["open_s"] + found["first_batch_s"] + found["all_shards_s"] < 60
     assert found["peak_gib"] < 4

@@ -24,7 +24,9 @@ def cut(episode, steps, **changes):
 def test_a_wrong_rate_of_the_set_is_one_error_that_names_info_json(tmp_path):
     config = doctor.lerobot(tmp_path, "2.1")
     info = tmp_path / "set/meta/info.json"
-    info.write_text(json.dumps(json.loads(info.read_text("utf-8")) | {"fps": 20}), "utf-8")
+    info.write_text(
+        json.dumps(json.loads(info.read_text(encoding="utf-8")) | {"fps": 20}), encoding="utf-8"
+    )
     report = examine.examine(config)
     (one,) = report.errors
     assert (one.kind, one.episode, one.file) == ("wrong fps", "", str(info))
@@ -117,12 +119,14 @@ def test_an_episode_is_played(tmp_path):
         1,
         (24, 32, 64, 3),
     )
-    page = doctor_report.write(report, tmp_path)[0].read_text("utf-8")
+    page = doctor_report.write(report, tmp_path)[0].read_text(encoding="utf-8")
     assert page.count("data:video/mp4") == 1 and 'data-places="10"' in page
     assert page.count('class="chart"') >= 8 + 7 and "An episode, played" in page
     none = doctor.examined(doctor.healthy(), **{"data.check_frames": "none"})
     assert none.images.played is None
-    assert "data:video/mp4" not in doctor_report.write(none, tmp_path)[0].read_text("utf-8")
+    assert "data:video/mp4" not in doctor_report.write(none, tmp_path)[0].read_text(
+        encoding="utf-8"
+    )
 
 
 def test_a_long_episode_is_played_in_part_and_a_damaged_one_not(monkeypatch):
@@ -142,5 +146,5 @@ def test_one_is_singular(tmp_path):
     report = doctor.examined(found)
     assert "1 episode at 10; 1 episode at 10.01" in report.problems[0].message
     alone = doctor.examined(doctor.healthy(1))
-    page = doctor_report.write(alone, tmp_path)[0].read_text("utf-8")
+    page = doctor_report.write(alone, tmp_path)[0].read_text(encoding="utf-8")
     assert "<b>1</b><span>episode</span>" in page and "<b>1</b><span>instruction</span>" in page
