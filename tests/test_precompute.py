@@ -301,10 +301,13 @@ def test_steps_and_sources(config, capsys):
     assert capsys.readouterr().out.count("up to date") == 4
 
 
-def test_wrong_action_width_says_both_numbers(tmp_path, members):
+def test_wrong_action_width_says_both_numbers(tmp_path, members, capsys):
     config = synthetic.make_config(tmp_path, **{"model.action_dim": 14})
-    with pytest.raises(ValueError, match="action has 7 dimensions, the config says 14"):
+    with pytest.raises(ValueError, match="1 error in the episodes"):
         precompute.precompute(config, ("stats",))
+    printed = capsys.readouterr().out  # of the whole set: once
+    assert printed.count("action has 7 dimensions, the config says 14") == 1
+    assert f"in all {len(members)} episodes" in printed
 
 
 def test_command_line():

@@ -130,7 +130,7 @@ def test_warnings_stop_nothing_and_a_long_list_of_errors_is_cut():
 
     episodes.refuse_errors(problems(3, "warning"), config)
     for count, shown, more in ((1, 1, False), (20, 20, False), (21, 20, True)):
-        with pytest.raises(ValueError, match=f"^{count} errors in") as error:
+        with pytest.raises(ValueError, match=f"^{count} error{'s' * (count > 1)} in") as error:
             episodes.refuse_errors(problems(count) + problems(5, "warning"), config)
         assert str(error.value).count("number") == shown
         assert ("\n  ... and 1 more\n" in str(error.value)) == more

@@ -5,11 +5,13 @@ import re
 
 from lightwam_jax.data.episodes import many
 
+# Kinds with one cause for all: the metadata or the config. Damaged files are each to be replaced.
+_KINDS = ("wrong fps", "wrong width")
 _NUMBER = re.compile(r"[-+]?\d[\d.,]*(?:e[-+]?\d+)?")
 
 
 def grouped(problems, ids, data):
-    """Returns the `Problem`s with those that all episodes share as one, of the dataset.
+    """Returns the `Problem`s with those of `_KINDS` that all episodes share as one, of the dataset.
 
     Shared are problems of one kind whose messages differ in numbers only. Such a set is repaired in
     one place; to exclude its episodes would leave none.
@@ -21,7 +23,7 @@ def grouped(problems, ids, data):
     """
     episodes = {}  # {what they share: {id: its first problem}}
     for problem in problems:
-        if problem.episode:
+        if problem.episode and problem.kind in _KINDS:
             episodes.setdefault(_shared(problem), {}).setdefault(problem.episode, problem)
     of_set = {key for key, found in episodes.items() if len(found) == len(ids) > 1}
     kept = [p for p in problems if not p.episode or _shared(p) not in of_set]

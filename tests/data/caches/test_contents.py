@@ -140,16 +140,17 @@ def undrawn(monkeypatch):
 
 
 def report_of(config, capsys):
-    """Runs the step "stats"; returns (report.json, the error)."""
+    """Runs the step "stats"; returns (report.json, what was printed and the error)."""
+    capsys.readouterr()
     with pytest.raises(ValueError) as error:
         precompute.precompute(config, ("stats",))
-    capsys.readouterr()
+    said = f"{capsys.readouterr().out}{error.value}"
     directory = f"{config.data.cache}/doctor"
     with (
         open(f"{directory}/report.json", encoding="utf-8") as file,
         open(f"{directory}/report.html", encoding="utf-8"),
     ):
-        return json.load(file), str(error.value)
+        return json.load(file), said
 
 
 def short(directory, **overrides):
@@ -212,7 +213,7 @@ def test_the_report_comes_out_where_the_split_leaves_nothing(sets, tmp_path, cap
     assert not report["errors"] and "leaves none to train on" in error
 
 
-def test_each_dataset_of_a_mixture_has_its_report(sets, tmp_path, undrawn):
+def test_each_dataset_of_a_mixture_has_its_report(sets, tmp_path, undrawn, capsys):
     mixture, roots = {}, []
     for name in ("one", "two"):
         root = shutil.copytree(sets / "2.1", tmp_path / name)
@@ -221,9 +222,12 @@ def test_each_dataset_of_a_mixture_has_its_report(sets, tmp_path, undrawn):
         mixture[name] = {"weight": 0.5, "path": str(root)}
         roots.append(str(file))
     config = short(tmp_path, **{"data.mixture": mixture})
+    capsys.readouterr()
     with pytest.raises(ValueError) as error:
         precompute.precompute(config, ("stats",))
-    assert all(file in str(error.value) for file in roots)
+    printed = capsys.readouterr().out
+    for name, file in zip(("one", "two"), roots):
+        assert printed.count(file) == 1 and f"doctor_{name}" in str(error.value)
     assert {p.parent.name for p in (tmp_path / "cache").rglob("report.html")} == {
         "doctor_one",
         "doctor_two",

@@ -64,11 +64,13 @@ def test_to_exclude_everything_is_not_offered():
 
 def test_only_what_differs_in_numbers_is_one():
     data = config_lib.from_config_dict(libero.get_config("spatial")).data
-    file = lambda i, said: Problem.error("missing video", f"{i}", f"{i}.mp4", said)
-    alike = whole_set.grouped([file(0, "0 of 5"), file(1, "1.5e+3 of 7")], ("0", "1"), data)
+    error = lambda i, said, kind="wrong width": Problem.error(kind, f"{i}", f"{i}.h5", said)
+    alike = whole_set.grouped([error(0, "0 of 5"), error(1, "1.5e+3 of 7")], ("0", "1"), data)
     assert [(p.episode, p.message) for p in alike] == [("", "in all 2 episodes; 0: 0 of 5")]
-    unlike = [file(0, "cut short"), file(1, "not there")]
-    assert whole_set.grouped(unlike, ("0", "1"), data) == unlike
+    unlike = [error(0, "state"), error(1, "action")]
+    damaged = [error(i, "cut short", "undecodable image") for i in (0, 1)]
+    for each in (unlike, damaged):  # each file is to be replaced
+        assert whole_set.grouped(each, ("0", "1"), data) == each
 
 
 def test_short_on_purpose_is_no_warning():
