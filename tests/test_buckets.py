@@ -1,6 +1,5 @@
 """A run in a bucket, from start to evaluation: killed, continued, damaged; S3 and Google's."""
 
-import json
 import os
 import subprocess
 import sys
@@ -12,7 +11,6 @@ import pytest
 from configs import demo
 from lightwam_jax import bucket as bucket_lib
 from lightwam_jax import config as config_lib
-from lightwam_jax import sharding
 from lightwam_jax.data import loader
 from tests import buckets, pod
 from tests.test_end_to_end import ROOT, SMALL
@@ -93,14 +91,6 @@ class Reached:
         return made
 
 
-class Split(Reached):
-    """Also splits the leaves of a tiny model over the processes."""
-
-    def __call__(self, index):
-        super().__call__(index)
-        sharding.MIN_SPLIT_BYTES = 0
-
-
 def committed(bucket):
     return {int(n.split("/")[1]) for n in bucket.sizes() if n.endswith("/committed.json")}
 
@@ -153,29 +143,6 @@ def test_train_kill_continue_damage_evaluate(storage, config, whole, tmp_path):
     assert f"copied to   {address}" in command(*evaluate, "--mode", "open_loop")
     assert "trained" in command(*evaluate, "--mode", "demo", "--workers", "1")
     assert {"open_loop/open_loop.html", "summary.json", "report.html"} <= set(bucket.sizes())
-
-
-def test_two_processes_share_nothing_but_the_bucket(storage, tmp_path):
-    """... and agree on what is damaged; the steps after it are repeated to the same bits."""
-    address = f"{storage}://{buckets.BUCKET}/runs/two"
-    bucket, config = bucket_lib.Bucket(address), pod.make_config(**{"mesh.data": 1, "mesh.fsdp": 2})
-    start = lambda scratch: pod.Pod(
-        config, address, processes=2, before=Split(), log=tmp_path / "run",
-        flags=[f"--scratch={tmp_path / scratch}"],
-    )  # fmt: skip
-    first = start("first")
-    assert first.finish(SECONDS) == [0, 0], first.output()
-    assert committed(bucket) == {3, 6}
-    saved = bucket.read("checkpoints/6/meta/metadata")
-    rows = metrics(bucket, tmp_path)
-    bucket.write("checkpoints/6/optimizer/_METADATA", b"{}")
-    again = start("second")
-    assert again.finish(SECONDS) == [0, 0], again.output()
-    assert again.output().count("Checkpoint 6 is damaged") == 2
-    assert "Continuing from step 3" in again.output()
-    assert committed(bucket) == {3, 6} and metrics(bucket, tmp_path) == rows
-    arrays = lambda raw: json.loads(raw)["arrays"]
-    assert arrays(bucket.read("checkpoints/6/meta/metadata")) == arrays(saved)
 
 
 def test_no_checkpoint_is_one_line(storage, tmp_path):
