@@ -73,7 +73,7 @@ def figure(chart, colours):
         drawn.append(_curve(across(x), up(y), colour))
         key = f'<i style="background:{colour}"></i>{html.escape(name)} <output></output>'
         legend.append(f"<span>{key}</span>")
-    drawn.append(f'<line class="cursor" y1="{_TOP}" y2="{bottom}" x1="-9" x2="-9"/>')
+    drawn.append(f'<line class="cursor" y1="{_TOP}" y2="{bottom}" visibility="hidden"/>')
     data = {"x": [float(x0), float(x1)], "at": [_LEFT, right, WIDTH]}
     data["series"] = [[_numbers(x), _numbers(y)] for x, y in series.values()]
     data = html.escape(json.dumps(data, separators=(",", ":")))
@@ -176,8 +176,9 @@ const charts = [...document.querySelectorAll("figure.chart")].map(figure => {
   const svg = figure.querySelector("svg"), cursor = svg.querySelector(".cursor");
   const outputs = figure.querySelectorAll("span output"), place = figure.querySelector(".place");
   const show = x => {
-    const at = x === null ? -9 : left + (x - x0) / (x1 - x0) * (right - left);
+    const at = left + (x - x0) / (x1 - x0) * (right - left);
     cursor.setAttribute("x1", at); cursor.setAttribute("x2", at);
+    cursor.setAttribute("visibility", x === null ? "hidden" : "visible");
     place.textContent = x === null ? "" : "at " + x;
     data.series.forEach(([xs, ys], k) => {
       let i = 0;
