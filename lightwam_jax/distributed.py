@@ -1,5 +1,7 @@
 """Joining the processes of a run, before anything else asks JAX for a device.
 
+`share` is for work that is cut into parts in advance: nobody joins.
+
 TPU pods, SLURM, Open MPI and indexed jobs of Kubernetes are recognised; elsewhere (a shell on each
 host) the coordinator's address, the number of processes and this one's number are given.
 """
@@ -100,6 +102,31 @@ def detect(environ, tpu_host, kubernetes=False):
             )
         return "Kubernetes"
     return ""
+
+
+def share(environ, index=None, count=None):
+    """Returns (index, count) of this process among those that share work without talking.
+
+    Args:
+      environ: the environment variables; SLURM, Open MPI and GKE's TPU slices tell them there.
+      index, count: what flags say, None: nothing. They win.
+
+    Raises:
+      ValueError: only one of the two is given.
+    """
+    if (index is None) != (count is None):
+        raise ValueError(
+            f"--process_index={index} --process_count={count}: give both, or none where srun, "
+            "mpirun or GKE tell them"
+        )
+    if index is not None:
+        return index, count
+    if "SLURM_STEP_NODELIST" in environ and (count := _number(environ, "SLURM_NTASKS")) > 1:
+        return _number(environ, "SLURM_PROCID"), count
+    if (count := _number(environ, "OMPI_COMM_WORLD_SIZE")) > 1:
+        return _number(environ, "OMPI_COMM_WORLD_RANK"), count
+    hosts = environ.get("TPU_WORKER_HOSTNAMES", "").split(",")
+    return (_number(environ, "TPU_WORKER_ID"), len(hosts)) if len(hosts) > 1 else (0, 1)
 
 
 def local_gpus(environ):

@@ -11,9 +11,8 @@
 CACHE is config.data.cache. What is there already and still right is kept: running it twice costs
 seconds. Killed at any moment, or stopped by a full disk, the same command continues.
 
-On several machines or accelerators, give each process its --process_index of --process_count, and
-the same files: they share the texts and the latents; process 0 does the rest, the others wait for
-it. The last one to be done completes the caches.
+Started several times on the same files (docs/pods.md), the processes share texts and latents;
+process 0 does the rest, and the last one to be done completes the caches.
 """
 
 import contextlib
@@ -33,14 +32,14 @@ if __name__ == "__main__":  # flags are global: importing this module must not d
     # They are checked before the imports that take seconds.
     command_line.define_config()
     flags.DEFINE_list("what", ["all"], "Steps, comma separated: stats, text, latents, all.")
-    flags.DEFINE_integer("process_index", 0, "Which of --process_count processes this one is.")
-    flags.DEFINE_integer("process_count", 1, "How many processes share the work.")
+    flags.DEFINE_integer("process_index", None, "Which of --process_count processes this one is.")
+    flags.DEFINE_integer("process_count", None, "How many share the work; srun, mpirun, GKE tell.")
     flags.mark_flag_as_required("config")
     command_line.check()
 
 import numpy as np
 
-from lightwam_jax import atomic, encoders
+from lightwam_jax import atomic, distributed, encoders
 from lightwam_jax import config as config_lib
 from lightwam_jax.data import actions, assets, normalize, windows
 from lightwam_jax.data import episodes as episodes_lib
@@ -383,16 +382,17 @@ def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}; steps go into --what")
     given = flags.FLAGS
-    if given.config.data.cache:
-        command_line.check_directory(given.config.data.cache, "--config.data.cache")
+    if cache := given.config.data.cache:
+        command_line.check_directory(cache, "--config.data.cache")
     try:
         config = config_lib.from_config_dict(given.config)
-        data = precompute(config, given.what, given.process_index, given.process_count)
+        index, count = distributed.share(os.environ, given.process_index, given.process_count)
+        data = precompute(config, given.what, index, count)
     # A missing file, a full disk and a timeout are OSErrors.
     except (ValueError, OSError, atomic.InUse) as error:
         logging.debug("Where it was found:", exc_info=True)  # shown by --verbosity=1
         command_line.fail(error)
-    if data and given.process_count == 1:
+    if data and count == 1:
         print(next_command.after_precompute(data.config, given.what, [s.splits for s in data.sets]))
 
 

@@ -30,6 +30,32 @@ def test_who_starts_several_processes(environ, tpu, expected):
     assert distributed.detect(environ, tpu, kubernetes=True) == expected
 
 
+STEP = {"SLURM_NTASKS": "4", "SLURM_STEP_NODELIST": "node[01-04]", "SLURM_PROCID": "3"}
+
+
+@pytest.mark.parametrize(
+    "environ, flags, expected",
+    [
+        ({}, (), (0, 1)),
+        (STEP, (), (3, 4)),
+        (STEP, (0, 2), (0, 2)),  # flags win
+        ({"SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, (), (0, 1)),  # a shell of salloc
+        (STEP | {"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, (), (0, 1)),
+        ({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1"}, (), (1, 2)),
+        ({"TPU_WORKER_ID": "1", "TPU_WORKER_HOSTNAMES": "a,b,c"}, (), (1, 3)),
+        ({"TPU_WORKER_ID": "0", "TPU_WORKER_HOSTNAMES": "localhost"}, (), (0, 1)),
+    ],
+)
+def test_which_share_of_the_work_is_this_process_s(environ, flags, expected):
+    assert distributed.share(environ, *flags) == expected
+
+
+@pytest.mark.parametrize("flags", [(0, None), (None, 2)])
+def test_half_a_share_is_refused(flags):
+    with pytest.raises(ValueError, match="give both, or none where srun"):
+        distributed.share(STEP, *flags)
+
+
 @pytest.mark.parametrize(
     "given, message",
     [

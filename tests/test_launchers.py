@@ -14,7 +14,7 @@ from absl import flags
 
 import train
 from lightwam_jax import config as config_lib
-from tests import pod
+from tests import interrupted, pod
 
 ROOT = pathlib.Path(__file__).parent.parent
 LAUNCH = ROOT / "docs" / "launch"
@@ -128,3 +128,29 @@ def test_the_slurm_script_trains_with_two_tasks_and_is_queued_again_when_told_to
     done = subprocess.run(["bash", "-c", stopped], cwd=here, env=environ, check=False)
     assert done.returncode == 143
     assert (tmp_path / "said").read_text(encoding="utf-8") == "requeue 4711\n"
+
+
+@pytest.mark.slow
+def test_precompute_under_srun_shares_the_work_and_makes_the_same_cache(tmp_path):
+    """Two tasks with nothing but SLURM's variables, beside one process."""
+    (tmp_path / "srun").write_text(SRUN, encoding="utf-8")
+    (tmp_path / "srun").chmod(0o755)
+    python, env = (sys.executable, "-m"), os.environ | {"JAX_NUM_CPU_DEVICES": "1"}
+    made = f"--suite demo --episodes 12 --noise 0.5 --images png --out {tmp_path}/episodes".split()
+    subprocess.run((*python, "lightwam_jax.envs.record", *made), cwd=ROOT, env=env, check=True)
+    said = {}
+    for name, start in (("one", ()), ("two", (tmp_path / "srun",))):
+        config = ("--config", "configs/demo.py", f"--config.data.path={tmp_path}/episodes")
+        command = (
+            *python,
+            "lightwam_jax.precompute",
+            *config,
+            f"--config.data.cache={tmp_path}/{name}",
+        )
+        ran = subprocess.run((*start, *command), cwd=ROOT, env=env, capture_output=True, text=True)
+        assert ran.returncode == 0, ran.stderr[-4000:]
+        said[name] = ran.stdout
+    assert "stats: left to process 0" in said["two"] and "left to" not in said["one"]
+    one, two = (interrupted.contents(tmp_path / name) for name in ("one", "two"))
+    assert len(one) > 5 and sorted(one) == sorted(two)
+    assert [name for name in one if one[name] != two[name]] == []
