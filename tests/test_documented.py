@@ -99,7 +99,11 @@ def test_what_is_listed_here_is_needed():
             "python train.py --config CONFIG --config.train.steps=many",
             "many",
         ),
-        ("python train.py --config configs/demo.py", "python train.py --config configs/dmo.py", ""),
+        (
+            "python train.py --config configs/demo.py",
+            "python train.py --config configs/dmo.py",
+            "no such file",
+        ),
         (
             "python train.py --config configs/libero.py:spatial",
             "python train.py --config configs/libero.py:spatiel",
@@ -108,7 +112,7 @@ def test_what_is_listed_here_is_needed():
         (
             """python evaluate.py --env '{"rendering": "fast"}'""",
             """python evaluate.py --env '{"rendering": fast}'""",
-            "",
+            "Expecting value",
         ),
         ("python evaluate.py --mode demo", "python evaluate.py --mode dmo", "dmo"),
         ("python evaluate.py --workdir runs/x", "python evaluate.py --workdir runs/z", "runs/z"),
