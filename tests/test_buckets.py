@@ -100,6 +100,16 @@ def metrics(bucket, tmp_path):
     return pod.rows(tmp_path / "copied")
 
 
+@pytest.mark.parametrize("end", [b"\r", b"\n", b"\r\n", b"\0", b" "])
+def test_objects_keep_their_last_byte(storage, tmp_path, end):
+    bucket = bucket_lib.Bucket(f"{storage}://{buckets.BUCKET}/ends")
+    (tmp_path / "sent").write_bytes(b"sent" + end)
+    bucket.put({"put": tmp_path / "sent"})
+    bucket.write("written", b"written" + end)
+    assert bucket.read("put") == b"sent" + end and bucket.read("written") == b"written" + end
+    assert bucket.sizes() == {"put": 4 + len(end), "written": 7 + len(end)}
+
+
 def test_train_kill_continue_damage_evaluate(storage, config, whole, tmp_path):
     address = f"{storage}://{buckets.BUCKET}/runs/demo"
     bucket = bucket_lib.Bucket(address)

@@ -180,11 +180,21 @@ class WorkingCopy:
             if status.st_size >= storage.LARGE and status.st_nlink > 1:
                 self._known[same] = files[name][1], f"{folder}/{name}"
         self.bucket.put(new)
+        self._check_sent(folder, files)
         self.push()  # metrics up to this step have to be there when it counts
         self.bucket.write(f"{folder}/{COMMITTED}", _sealed({"step": step, "files": files}))
         steps = self.steps()
         for old in sorted(set(steps) - set(keep(steps))):
             self._delete_checkpoint(old)
+
+    def _check_sent(self, folder, files):
+        """Raises BucketError where an object has another size than was sent: nothing counts."""
+        there = self.bucket.sizes(folder)
+        for name, (size, _) in files.items():
+            if (found := there.get(f"{folder}/{name}")) != size:
+                raise bucket_lib.BucketError(
+                    f"{self.bucket}/{folder}/{name} has {found} bytes after {size} were written"
+                )
 
     def fetch(self, step):
         """Copies a committed checkpoint to this machine and returns its directory.

@@ -70,6 +70,15 @@ def test_metrics_are_there_before_the_checkpoint_counts(copy, monkeypatch):
     assert before == {"checkpoints/3/params/a", "checkpoints/3/params/empty", "metrics.jsonl"}
 
 
+def test_what_arrives_short_does_not_count(copy, monkeypatch):
+    save(copy, 3)
+    put = copy.bucket.put
+    monkeypatch.setattr(copy.bucket, "put", lambda files: put(files) or _cut(copy.bucket))
+    with pytest.raises(bucket_lib.BucketError, match=r"3/params/a has \d+ bytes after \d+ were"):
+        copy.upload(3, everything)
+    assert copy.steps() == []
+
+
 def test_an_upload_that_was_killed_does_not_count_and_is_removed(copy, address, tmp_path):
     save(copy, 1)
     copy.upload(1, everything)
