@@ -70,7 +70,7 @@ def found(page, text):
     blocks += re.findall(r"(?:^ {4,}\S[^\n]*\n?)+", rest, re.MULTILINE)
     lines = [line.strip() for block in blocks for line in _joined(block).split("\n")]
     inline = [" ".join(code.split()) for code in re.findall(r"(?<!`)`([^`]+)`(?!`)", rest)]
-    lines = [line.removeprefix("$ ") for line in lines + inline]
+    lines = [re.sub(r"^(\$|next:|srun( --\S+)*) ", "", line) for line in lines + inline]
     return [Command(page, line) for line in lines if _BEGINS.match(line)]
 
 
