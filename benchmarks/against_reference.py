@@ -163,7 +163,7 @@ def apart(side, case, dtype):
         "JAX_COMPILATION_CACHE_DIR": f.cache,  # the second turn compiles nothing
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1",
     }
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, encoding="utf-8")
     if done.returncode:  # killed for its memory, say
         return {"failed": f"the process ended with code {done.returncode}"}
     return json.loads(done.stdout.splitlines()[-1])

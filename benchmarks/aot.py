@@ -237,7 +237,7 @@ def compile_apart(config, topology, job):
                    f"--job={job}", f"--job_config={given}", f"--out={made}",
                    f"--text={flags.FLAGS.text}"]  # fmt: skip
         done = subprocess.run(
-            command, env=environment, stderr=subprocess.PIPE, text=True, errors="replace"
+            command, env=environment, stderr=subprocess.PIPE, encoding="utf-8", errors="replace"
         )
         if done.returncode:
             raise RuntimeError(f"{job} for {topology} did not compile:\n{done.stderr[-6000:]}")

@@ -3,30 +3,21 @@
 import json
 import pathlib
 
+from benchmarks import results
+
 RESULTS = pathlib.Path(__file__).parent / "results"
 BEFORE = "_before"  # ends the names of results that a later version is compared with
-BEGIN, END = "<!-- benchmarks.aot: begin -->", "<!-- benchmarks.aot: end -->"
 
 
 def write(path):
     """Writes the tables of all results between the two marks of a Markdown file."""
+    results.insert(path, "aot", tables(list(committed().values())))
+
+
+def committed():
+    """Returns {file name: result} of the repository, without those of earlier versions."""
     files = [file for file in sorted(RESULTS.glob("aot_*.json")) if not file.stem.endswith(BEFORE)]
-    found = [json.loads(file.read_text(encoding="utf-8")) for file in files]
-    insert(path, BEGIN, tables(found), END)
-
-
-def insert(path, begin, text, end):
-    """Writes `text` between two marks of a Markdown file.
-
-    Raises:
-      ValueError: the file lacks the marks.
-    """
-    path = pathlib.Path(path)
-    before, opens, rest = path.read_text(encoding="utf-8").partition(begin)
-    _, closes, after = rest.partition(end)
-    if not opens or not closes:
-        raise ValueError(f"{path} lacks the lines {begin} and {end}, between which the tables go")
-    path.write_text(f"{before}{begin}\n{text}{end}{after}", encoding="utf-8")
+    return {file.name: json.loads(file.read_text(encoding="utf-8")) for file in files}
 
 
 def tables(found):

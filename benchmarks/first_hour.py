@@ -101,7 +101,7 @@ def run(command, log):
     """Runs `python COMMAND`; returns (its output, {"seconds", "processor_seconds"})."""
     before, start = _processor_seconds(), time.monotonic()
     done = subprocess.run(
-        [sys.executable, *shlex.split(command)], cwd=ROOT, stdout=subprocess.PIPE, text=True
+        [sys.executable, *shlex.split(command)], cwd=ROOT, stdout=subprocess.PIPE, encoding="utf-8"
     )
     seconds = time.monotonic() - start
     print(f"$ python {command}\n{done.stdout}", file=log, flush=True)
@@ -164,7 +164,7 @@ def transcript(numbers, directory):
         ):
             said = said.replace(made, named)
         edits = [f"-{old}\n+{new.replace('{data}', 'data/mine')}" for old, new in EDITS[layout]]
-        kept = [line for line in said.splitlines() if line.startswith(_SHOWN)]
+        kept = [line for line in said.split("\n") if line.startswith(_SHOWN)]
         lines = ["```diff", *edits, "```", "", "```", *kept, "```", ""]
         parts += [f"{layout}, the edits and what the commands end with:", "", *lines]
     parts += [f"| seconds (processor seconds) | {' | '.join(layouts)} |"]
@@ -199,11 +199,7 @@ def main():
         print(json.dumps({layout: numbers[layout]}, indent=2), flush=True)
     results.write(given.out, "first_hour", numbers)
     if given.docs:
-        page = given.docs.read_text(encoding="utf-8")
-        begin, end = (page.index(f"<!-- benchmarks.first_hour: {x} -->") for x in ("begin", "end"))
-        begin = page.index("\n", begin) + 1
-        page = page[:begin] + transcript(numbers, directory) + page[end:]
-        given.docs.write_text(page, encoding="utf-8")
+        results.insert(given.docs, "first_hour", transcript(numbers, directory))
 
 
 if __name__ == "__main__":

@@ -132,7 +132,7 @@ def server(arguments, log):
       arguments: of the server. log: open file for its messages.
     """
     command = [sys.executable, "-m", "lightwam_jax.inference.server", "--port=0", *arguments]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, encoding="utf-8")
     try:
         line = process.stdout.readline()
         if not line.startswith("warming up at "):

@@ -36,6 +36,21 @@ def write(path, name, numbers):
         path.write_text(text + "\n", encoding="utf-8")
 
 
+def insert(path, name, text):
+    """Writes `text` between the marks that benchmark `name` has in a Markdown file.
+
+    Raises:
+      ValueError: the file lacks them.
+    """
+    path = pathlib.Path(path)
+    begin, end = (f"<!-- benchmarks.{name}: {place} -->\n" for place in ("begin", "end"))
+    before, opens, rest = path.read_text(encoding="utf-8").partition(begin)
+    _, closes, after = rest.partition(end)
+    if not opens or not closes:
+        raise ValueError(f"{path} lacks the lines {begin}{end}between which the text goes")
+    path.write_text(f"{before}{begin}{text}{end}{after}", encoding="utf-8")
+
+
 def device():
     """Returns {"kind", ...} of this process's devices and host."""
     first = jax.devices()[0]

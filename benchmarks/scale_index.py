@@ -14,7 +14,6 @@ import time
 import zlib
 from unittest import mock
 
-import grain
 import numpy as np
 from array_record.python import array_record_module
 
@@ -188,9 +187,9 @@ def read(config, batches):
     first = next(iterator)
     found = {"open_s": opened - begun, "first_batch_s": time.perf_counter() - opened}
     found["before_gib"], resident = before, _resident()
-    found["all_shards_s"] = _touch_all(config)
-    samples = latent_cache.open_cache(config).size("train")
-    found["index_bytes_per_window"] = round((_resident() - resident) / samples, 1)
+    begun, opened_files = time.perf_counter(), _opened(config)
+    found["all_shards_s"] = time.perf_counter() - begun
+    found["index_bytes_per_window"] = round((_resident() - resident) / len(opened_files), 1)
     seen = [
         _short(batch) for batch in itertools.chain([first], itertools.islice(iterator, batches - 1))
     ]
@@ -215,21 +214,14 @@ def _short(batch):
     return batch["index"], batch["proprio"][:, 0], sums
 
 
-def whole_epoch(length, seed):
-    """Returns every row of an epoch in the order of training."""
-    order = grain.MapDataset.range(length).seed(seed).shuffle()
-    return np.fromiter((order[i] for i in range(length)), np.int64, length)
-
-
-def _touch_all(config):
-    """Seconds to read a record of every file, which opens it."""
-    begun, cache = time.perf_counter(), latent_cache.open_cache(config)
-    _touch_all.kept = found = cache.records("train")  # open until the process ends
-    row = 0
+def _opened(config):
+    """Returns the records of a cache, with all of their files open, each for one that was read."""
+    cache, row = latent_cache.open_cache(config), 0
+    found = cache.records("train")
     for shard in cache.meta["shards"]:
         assert found[row]
         row += shard["records"]
-    return time.perf_counter() - begun
+    return found
 
 
 def _resident():

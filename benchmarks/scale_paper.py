@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from array_record.python import array_record_module
 
+from benchmarks import aot_tables, results
 from benchmarks import data as data_benchmark
 from lightwam_jax import config as config_lib
 from lightwam_jax.data.caches import build_latents
@@ -21,9 +22,6 @@ from lightwam_jax.data.formats import video
 from lightwam_jax.encoders import wan
 from lightwam_jax.training import flops
 from lightwam_jax.training.chips import CHIPS
-
-RESULTS = pathlib.Path(__file__).parent / "results"
-BEGIN, END = "<!-- benchmarks.scale: begin -->", "<!-- benchmarks.scale: end -->"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,13 +84,12 @@ def compiled(topology):
       ValueError: names the topologies there are.
     """
     found = {}
-    for path in sorted(RESULTS.glob("aot_*.json")):
-        result = json.loads(path.read_text(encoding="utf-8"))
+    for name, result in aot_tables.committed().items():
         chip = result["topology"].partition(":")[0]
         step = result.get("train", {})
         plan = {"plan": step.get("memory_plan_gib"), "fsdp": step.get("mesh", {}).get("fsdp")}
         for row in step.get("scaling", ()):
-            found[f"{chip}:{row['chips']}"] = path.name, {**row, **plan}
+            found[f"{chip}:{row['chips']}"] = name, {**row, **plan}
     if topology not in found:
         raise ValueError(
             f"--topology={topology}: no compiled step of it in benchmarks/results; there are "
@@ -256,7 +253,7 @@ def _encoding_flops(codec, shape):
 
 
 def _result(name):
-    return json.loads((RESULTS / name).read_text(encoding="utf-8"))
+    return json.loads((aot_tables.RESULTS / name).read_text(encoding="utf-8"))
 
 
 # ---- the table -----------------------------------------------------------------------------------
@@ -286,23 +283,16 @@ def tried(index):
 
 
 def write(path, wanted, found, index):
-    """Writes both tables between the two marks of a Markdown file.
+    """Writes both tables into a Markdown file.
 
     Raises:
-      ValueError: the file lacks the marks, or nothing was tried.
+      ValueError: the file lacks the marks for them, or nothing was tried.
     """
-    path = pathlib.Path(path)
-    before, begin, rest = path.read_text(encoding="utf-8").partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"{path} lacks the lines {BEGIN} and {END}, between which the table goes")
     if not index:
         raise ValueError("benchmarks/results/scale.json has no index: run it with --try_index")
     title = f"**{wanted.hours:,.0f} hours on {wanted.topology}, computed**"
     parts = [title, table(found), "**The index, tried**", tried(index)]
-    path.write_text(
-        f"{before}{BEGIN}\n\n" + "\n\n".join(parts) + f"\n{END}{after}", encoding="utf-8"
-    )
+    results.insert(path, "scale", "\n" + "\n\n".join(parts) + "\n")
 
 
 def _si(number):

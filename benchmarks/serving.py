@@ -101,7 +101,7 @@ class Clients:
         """Args: sizes: {camera: (height, width)} of the images that are sent by default."""
         command = [sys.executable, "-m", "benchmarks.serving_clients"]
         pipe = subprocess.PIPE
-        self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
+        self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, encoding="utf-8")
         self._job = {
             "sizes": [sizes],
             "prompts": [next(iter(policy.known_prompts), latency.PROMPT)],

@@ -11,13 +11,13 @@ spatial and goal likewise; `all` is one policy for the 30 tasks, trained on the 
 three. The demonstrations are ours, of a scripted expert, and nothing is pretrained: what it gives
 is not comparable with the numbers that were published for LIBERO's own demonstrations.
 
-object: 86 of 100 stored states, in about two hours of processor time (docs/libero.md). The others
-have not been measured yet.
+object: 86 of 100 stored states, in about two hours of processor time, of demonstrations that were
+recorded before they had fumbles (docs/libero.md). The others have not been measured yet.
 
 Every value that is not the demo's:
   episodes     30 a task. Drawn scenes, so that no stored initial state is seen in training; noise
                of 0.3 shows how to come back from where the expert never goes.
-  camera_size  64 of the 256 recorded pixels: a step at 96 takes about three times as long.
+  camera_size  64 of the 256 recorded pixels, as the demo's. More has not been tried.
   num_layers   2, as the demo's: 1.8 M parameters.
   num_frames   17, every second one: 0.8 s of imagined video at 20 steps a second.
   horizon      16 steps, of which the protocol executes 10 and the loss weighs 10 fully.

@@ -15,6 +15,11 @@ import orbax.checkpoint as ocp
 
 # A peer that died is noticed after this long: the others then end instead of waiting for it.
 HEARTBEAT_S = 100
+# Of `detect`: variables with the number of this process, and of all of them.
+_SHARES = {
+    "SLURM": ("SLURM_PROCID", "SLURM_NTASKS"),
+    "Open MPI": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+}
 
 
 def initialize(coordinator="", num_processes=0, process_id=-1, heartbeat_s=HEARTBEAT_S):
@@ -121,10 +126,8 @@ def share(environ, index=None, count=None):
         )
     if index is not None:
         return index, count
-    if "SLURM_STEP_NODELIST" in environ and (count := _number(environ, "SLURM_NTASKS")) > 1:
-        return _number(environ, "SLURM_PROCID"), count
-    if (count := _number(environ, "OMPI_COMM_WORLD_SIZE")) > 1:
-        return _number(environ, "OMPI_COMM_WORLD_RANK"), count
+    if names := _SHARES.get(detect(environ, tpu_host=False, kubernetes=True)):
+        return tuple(_number(environ, name) for name in names)
     hosts = environ.get("TPU_WORKER_HOSTNAMES", "").split(",")
     return (_number(environ, "TPU_WORKER_ID"), len(hosts)) if len(hosts) > 1 else (0, 1)
 

@@ -108,10 +108,7 @@ def act(weights, latents, text, mask, proprio, config, taps=False):
       actions [B,T,A] float32 (normalised units), and {"attention_{layer}_{source}": [B,Q,S],
       "query_importance_{layer}_{source}": [Q]}, empty without `taps`.
     """
-    row = folded.keys_values(weights, folded.linear(weights["proprio"], proprio)[:, None], config)
-    keys, values = (jnp.concatenate(pair, axis=2) for pair in zip(text, row))
-    if mask is not None:
-        mask = jnp.pad(mask, ((0, 0), (0, 1)), constant_values=True)
+    keys, values, mask = folded.with_state(keys_values, weights, text, mask, proprio, config)
     rope = layers.rope_table(1, latents.shape[2] // 2, latents.shape[3] // 2, config.head_dim)
     patches = einops.rearrange(latents, "b 1 (h p) (w q) c -> b (h w) (p q c)", p=2, q=2)
     x, states = folded.linear(weights["patch"], patches), []

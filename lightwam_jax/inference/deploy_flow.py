@@ -116,10 +116,7 @@ def keys_values(weights, rows, config):
 def act(weights, latents, text, mask, proprio, config, taps=False, noise=None):
     """As `deploy.act`, from noise [B,T,A]; there is no attention to return."""
     del taps
-    row = keys_values(weights, folded.linear(weights["proprio"], proprio)[:, None], config)
-    keys, values = (jnp.concatenate(pair, axis=2) for pair in zip(text, row))
-    if mask is not None:
-        mask = jnp.pad(mask, ((0, 0), (0, 1)), constant_values=True)
+    keys, values, mask = folded.with_state(keys_values, weights, text, mask, proprio, config)
     frame = config.num_layers - 1
     seen = _observe(weights, latents, keys[:frame], values[:frame], mask, config)
     context = list(zip(keys[frame:], values[frame:]))

@@ -57,10 +57,7 @@ def keys_values(weights, rows, config):
 def act(weights, latents, text, mask, proprio, config, taps=False, noise=None):
     """As `deploy.act`, from noise of video and actions; there is no attention to return."""
     del taps
-    row = keys_values(weights, folded.linear(weights["proprio"], proprio)[:, None], config)
-    keys, values = (jnp.concatenate(pair, axis=2) for pair in zip(text, row))
-    if mask is not None:
-        mask = jnp.pad(mask, ((0, 0), (0, 1)), constant_values=True)
+    keys, values, mask = folded.with_state(keys_values, weights, text, mask, proprio, config)
     runs = dit.segments(config.num_layers, config.adapter_layers, config.lora_layers)
     of_run = lambda run: (keys[run.start : run.stop], values[run.start : run.stop])
     context = lightwam.Context({run.name: of_run(run) for run in runs}, mask)

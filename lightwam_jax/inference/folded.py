@@ -65,6 +65,18 @@ def keys_values(weights, rows, config):
     return _rms(k, scale, config.eps, axes=(-2, -1)).astype(v.dtype), v
 
 
+def with_state(keys_values, weights, text, mask, proprio, config):
+    """Returns (keys, values [n,B,L+1,N,K], mask [B,L+1] or None): the text's, then the state's row.
+
+    keys_values: that of the deployed form. The rest: as `deploy.act` has it.
+    """
+    row = keys_values(weights, linear(weights["proprio"], proprio)[:, None], config)
+    keys, values = (jnp.concatenate(pair, axis=2) for pair in zip(text, row))
+    if mask is not None:
+        mask = jnp.pad(mask, ((0, 0), (0, 1)), constant_values=True)
+    return keys, values, mask
+
+
 def after_attention(w, x, own, keys, values, mask, config):
     """The rest of a block of the frame, of its queries, keys and values `own`."""
     out = attend(*own, None, config)

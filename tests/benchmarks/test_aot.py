@@ -334,7 +334,8 @@ def test_complaints_and_tables(tmp_path):
     page.write_text("nothing", encoding="utf-8")
     with pytest.raises(ValueError, match="lacks the lines"):
         aot_tables.write(page)
-    page.write_text(f"before\n{aot_tables.BEGIN}\nold\n{aot_tables.END}\nafter\n", encoding="utf-8")
+    begin, end = (f"<!-- benchmarks.aot: {place} -->\n" for place in ("begin", "end"))
+    page.write_text(f"before\n{begin}old\n{end}after\n", encoding="utf-8")
     aot_tables.write(page)
     text = page.read_text(encoding="utf-8")
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
