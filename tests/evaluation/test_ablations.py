@@ -8,7 +8,7 @@ import pytest
 
 from configs import ablations as ablations_lib
 from configs import libero
-from lightwam_jax.evaluation import ablations
+from lightwam_jax.evaluation import ablations, ablations_table
 from lightwam_jax.models import action
 from tests.test_end_to_end import SMALL, run
 
@@ -55,18 +55,24 @@ def test_concatenation_averages_runs_of_neighbours():
         action.concatenate_groups(tokens, 4)
 
 
-def test_interval_is_students():
-    mean = ablations.Mean((0.4, 0.5, 0.6))
+def test_interval_is_students_and_ends_where_values_end():
+    mean = ablations_table.Mean((0.4, 0.5, 0.6))
+    half = 4.302653 * 0.1 / 3**0.5  # t of 2 degrees
     assert mean.value == pytest.approx(0.5)
-    assert mean.half == pytest.approx(4.302653 * 0.1 / 3**0.5, rel=1e-6)  # t of 2 degrees
-    assert ablations.Mean((0.4,)).half == float("inf")
+    assert mean.ends == pytest.approx((0.5 - half, 0.5 + half), rel=1e-6)
+    assert mean.percent("+") == "+50 (+25 to +75) %"
+    shares = ablations_table.Mean((0.1, 0.9, 1.0), 0.0, 1.0)
+    assert shares.ends == (0.0, 1.0) and shares.percent() == "67 (0 to 100) %"
+    assert ablations_table.Mean((0.4,), 0.0, 1.0).ends == (0.0, 1.0)  # one seed says nothing
 
 
-def result(successes, flops=10, seed=0):
+def result(successes, flops=10, seed=0, curve=(), latency=2.0):
     return {
         "success": {"successes": successes, "episodes": 10},
+        "curve": [{"step": s, "successes": n, "episodes": 10} for s, n in curve],
         "action_l1": 0.25,
         "flops": flops,
+        "latency_ms": latency,
         "seed": seed,
     }
 
@@ -74,27 +80,44 @@ def result(successes, flops=10, seed=0):
 def test_difference_is_taken_seed_by_seed():
     base = [result(4, seed=0), result(6, seed=1), result(9, seed=7)]
     cell = [result(8, seed=1), result(7, seed=0)]
-    less = ablations.difference(cell, base)
+    less = ablations_table.difference(cell, base)
     assert sorted(less.values) == pytest.approx([0.2, 0.3])
-    assert ablations.difference([result(1, seed=3)], base) is None
-    assert ablations.difference([result(1) | {"success": None}], base) is None
+    assert ablations_table.difference([result(1, seed=3)], base) is None
+    assert ablations_table.difference([result(1) | {"success": None}], base) is None
+    apart = ablations_table.difference([result(0, seed=0), result(10, seed=1)], base)
+    assert apart.ends == (-1.0, 1.0)
+
+
+def test_solved_at_is_the_first_checkpoint_with_nine_of_ten():
+    curve = [(500, 2), (1000, 9), (1500, 8), (2000, 10)]
+    assert ablations_table.solved_at(result(10, curve=curve)) == 1000
+    assert ablations_table.solved_at(result(10, curve=curve), 0.95) == 2000
+    assert ablations_table.solved_at(result(8, curve=curve[:1])) == float("inf")
 
 
 def test_table_has_every_cell_with_a_result(tmp_path):
-    for name, seed, successes in (("base", 0, 4), ("base", 10, 6), ("base", 2, 5), ("mean", 0, 1)):
+    early, late, never = ([(500, n), (1000, m)] for n, m in ((9, 10), (3, 9), (1, 2)))
+    runs = [("base", 0, 4, early), ("base", 10, 6, late), ("base", 2, 5, never)]
+    for name, seed, successes, curve in (*runs, ("mean", 0, 1, never)):
         path = tmp_path / name / str(seed) / "result.json"
         path.parent.mkdir(parents=True)
-        path.write_text(
-            json.dumps(result(successes, 10 if name == "base" else 5, seed)), encoding="utf-8"
-        )
+        flops, latency = (10, 2.0) if name == "base" else (5, 3.0)
+        found = result(successes, flops, seed, curve, latency)
+        path.write_text(json.dumps(found), encoding="utf-8")
         rows = [{"group": "adapters", "total": 1000}, {"group": "total", "total": 1_230_000}]
         (path.parent / "params.json").write_text(json.dumps(rows), encoding="utf-8")
-    table = ablations.write_table(tmp_path, ablations_lib.CELLS).splitlines()
+    table = ablations_table.write(tmp_path, ablations_lib.CELLS).splitlines()
+    l1 = "0.2500 (0.2500 to 0.2500)"
     assert table[2] == (
-        "| base | as configured | 50 ± 25 % | 40, 50, 60 |  | 0.2500 ± 0.0000 | 1.00 | 1.23 M |"
+        "| base | as configured | 50 (25 to 75) % | 40, 50, 60 |  | 1000 (500 to > 1000) | "
+        f"{l1} | 1.00 | 1.00 | 1.23 M |"
     )
-    assert table[3].endswith("| 10 ± inf % | 10 | -30 ± inf % | 0.2500 ± inf | 0.50 | 1.23 M |")
-    assert (tmp_path / "ablations.png").read_bytes()[:4] == b"\x89PNG"
+    assert table[3].endswith(
+        f"| 10 (0 to 100) % | 10 | -30 (-100 to +100) % | > 1000 (> 1000 to > 1000) | {l1} | "
+        "0.50 | 1.50 | 1.23 M |"
+    )
+    for chart in ("ablations.png", "ablations_curves.png"):
+        assert (tmp_path / chart).read_bytes()[:4] == b"\x89PNG"
 
 
 @pytest.mark.slow
@@ -126,6 +149,7 @@ def test_two_cells_from_the_command_line_and_again(tmp_path):
     assert list(results) == ["video_off", "concat"]
     assert [r["seed"] for r in results["concat"]] == [42, 45]
     assert all(r["success"]["episodes"] == 2 for cell in results.values() for r in cell)
+    assert all(r["curve"][-1]["successes"] == r["success"]["successes"] for r in results["concat"])
     digests = {r["manifest"]["weights"] for cell in results.values() for r in cell}
     assert len(digests) == 4, "four different policies"
     again = run(*command)
