@@ -26,6 +26,7 @@ from lightwam_jax.evaluation import suites as suites_lib
 from lightwam_jax.training import metrics
 
 VIDEO_SIZE = 192  # edge of a camera, pixels
+CONTROL_VIDEOS = 4  # at most, of a language control: its failures take minutes to draw
 VIDEO_FPS = 20  # at most; videos are in real time
 _WHOLE = 60  # tasks; a longer table scrolls
 
@@ -155,7 +156,8 @@ def _sections(policy, workdir, directory, suite_run, results, rates):
     """Draws everything and returns the report's sections."""
     e, fps = policy.config.evaluation, suite_run.fps
     every = max(1, round(fps / VIDEO_FPS))
-    shown = tables.choose(results["trained"], e.videos)
+    most = e.videos if suite_run.instruction == "right" else min(e.videos, CONTROL_VIDEOS)
+    shown = tables.choose(results["trained"], most)
     videos = rollout.replay(suite_run.played, shown, every, VIDEO_SIZE, e.replan_steps)
     size = next(iter(videos[0]["observations"][0]["images"].values())).shape[0]
     return [
