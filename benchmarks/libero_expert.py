@@ -125,4 +125,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    interrupts.guard(main, "tasks that are finished are kept: run the same command again")

@@ -88,4 +88,4 @@ def _mib(text):
 
 
 if __name__ == "__main__":
-    main()
+    interrupts.guard(main)

@@ -52,6 +52,13 @@ def interruptible(again):
         _running, _rest = False, ""
 
 
+def guard(main, again="run the same command again"):
+    """Calls main() so that Ctrl-C is one line; for programs without `command_line.run`."""
+    listen()
+    with interruptible(again):
+        return main()
+
+
 def _handle(number, frame):
     del number
     if _running and not _is_importing(frame):
