@@ -7,6 +7,7 @@ one) it is printed and lost, and in a process that is just being started it is a
 
 import _thread
 import contextlib
+import multiprocessing
 import multiprocessing.context
 import os
 import signal
@@ -61,6 +62,8 @@ def guard(main, again="run the same command again"):
 
 def _handle(number, frame):
     del number
+    for child in multiprocessing.active_children():
+        child.kill()  # a pool would wait for what they do: minutes, in a simulator
     if _running and not _is_importing(frame):
         raise KeyboardInterrupt
     with contextlib.suppress(Exception):  # it may be in the middle of a write

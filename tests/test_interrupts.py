@@ -68,6 +68,20 @@ def test_one_line_and_its_exit_code(case, tmp_path):
     assert done.stderr.startswith(f"\n{line}") and done.stderr.count("\n") == 2, done.stderr
 
 
+def test_what_processes_are_doing_is_not_waited_for(tmp_path):
+    script = """
+import concurrent.futures, threading
+interrupts.listen()
+with interrupts.interruptible("it continues"):
+    with concurrent.futures.ProcessPoolExecutor(1, interrupts.SPAWN) as pool:
+        pool.submit(abs, 1).result()
+        pool.submit(time.sleep, 60)
+        strike()
+"""
+    done = run(script, tmp_path)
+    assert (done.returncode, done.stderr) == (130, "\ninterrupted; it continues\n")
+
+
 def test_a_job_that_ignores_interrupts_goes_on(tmp_path):
     script = "signal.signal(signal.SIGINT, signal.SIG_IGN)\ninterrupts.listen()\nstrike()\nprint(1)"
     assert run(script, tmp_path).stdout == "1\n"
