@@ -19,7 +19,7 @@ from multiprocessing import resource_tracker
 EXIT_CODE = 130  # 128 + SIGINT
 _RETRY_S = 0.05
 _running = False  # whether `interruptible` would catch a KeyboardInterrupt
-_rest = " before it began; run the same command again"  # of the line
+_rest = "; run the same command again"  # of the line
 
 
 def listen():

@@ -21,7 +21,7 @@ with interrupts.interruptible("it continues"):
 """,
         "interrupted; it continues",
     ),
-    "before": ("interrupts.listen(); strike()", "interrupted before it began; run the same"),
+    "before": ("interrupts.listen(); strike()", "interrupted; run the same command again"),
     # jax calls into Python whenever garbage is collected: what is raised there is lost.
     "collecting garbage": (
         """
@@ -94,3 +94,15 @@ with interrupts.SPAWN.Pool(1) as pool:
 print(signal.pthread_sigmask(signal.SIG_BLOCK, []))
 """
     assert run(script, tmp_path).stdout == "True\nset()\n"
+
+
+@pytest.mark.parametrize("package", ["lightwam_jax", "benchmarks"])
+def test_a_module_that_is_run_listens_before_its_imports(package, tmp_path):
+    script = f"""
+import importlib, {package}
+sys.argv = ["-m"]  # as python -m has it while it imports the package
+before = signal.getsignal(signal.SIGINT)
+importlib.reload({package})
+print(before is interrupts._handle, signal.getsignal(signal.SIGINT) is interrupts._handle)
+"""
+    assert run(script, tmp_path).stdout == "False True\n"
