@@ -8,7 +8,7 @@ asks it of the embedded demo at two thirds of its training. Any other config can
 cells are made of its own values:
 
     python -m lightwam_jax.evaluation.ablations --config configs/libero.py:object \\
-        --out runs/ablations_object
+        --config.train.init=weights/wan21 --out runs/ablations_object
 """
 
 from configs import demo

@@ -297,6 +297,8 @@ def _start(config, mesh, model, optimizer, shardings):
     options = quick if jax.default_backend() == "cpu" else None
     state = jax.jit(start, out_shardings=shardings, compiler_options=options)(base)
     _say(f"Parameters from {config.train.init or f'random values, seed {config.seed}'}")
+    if state.frozen and not config.train.init and config.data.source != "fake":
+        _say("WARNING: what is frozen stays random; --config.train.init=DIR has converted weights")
     return state
 
 
