@@ -305,9 +305,7 @@ def _origin(config, frozen):
     said = f"Parameters from {config.train.init or f'random values, seed {config.seed}'}"
     if not frozen or config.train.init or config.data.source == "fake":
         return said
-    return (
-        f"{said}\nWARNING: the frozen ones stay random; --config.train.init=DIR has their weights"
-    )
+    return f"{said}\nWARNING: the frozen ones stay random; --config.train.init=DIR gives them"
 
 
 def _restore(checkpoints, config, mesh, shapes, shardings):
