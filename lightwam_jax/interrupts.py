@@ -47,8 +47,10 @@ def interruptible(again):
     try:
         yield
     except KeyboardInterrupt:
-        print(f"\ninterrupted{_rest}", file=sys.stderr)
-        sys.exit(EXIT_CODE)
+        if signal.getsignal(signal.SIGINT) is not _handle:
+            print(f"\ninterrupted{_rest}", file=sys.stderr)
+            sys.exit(EXIT_CODE)
+        _leave()  # a thread that compiles would crash the interpreter's end
     finally:
         _running, _rest = False, ""
 
@@ -66,8 +68,14 @@ def _handle(number, frame):
         child.kill()  # a pool would wait for what they do: minutes, in a simulator
     if _running and not _is_importing(frame):
         raise KeyboardInterrupt
-    with contextlib.suppress(Exception):  # it may be in the middle of a write
-        sys.stdout.flush()
+    _leave()
+
+
+def _leave():
+    """Says it and ends the process at once."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):  # it may be in the middle of a write
+            stream.flush()
     os.write(2, f"\ninterrupted{_rest}\n".encode())
     os._exit(EXIT_CODE)
 
