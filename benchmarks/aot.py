@@ -280,6 +280,7 @@ def main(argv):
         options = {name: f[name].value for name in Recipe.__dataclass_fields__}
         try:
             config = configure(f.config, f.topology, options)
+            aot_devices.check_compiler(f.topology)
         except ValueError as error:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(2)
