@@ -107,8 +107,9 @@ def _hush_failing_writes():
 
     def hook(unraisable):
         if str(unraisable.exc_value) != "Event loop is closed":  # TensorStore, as Orbax gave up
-            sys.__unraisablehook__(unraisable)
+            before(unraisable)
 
+    before = sys.unraisablehook
     sys.unraisablehook = hook
 
 

@@ -26,6 +26,8 @@ import time
 
 from absl import app, flags
 
+from lightwam_jax import command_line
+
 OURS, REFERENCE = SIDES = ("ours", "reference")
 CASES = ("inference_1", "inference_8", "training_1")  # what, and at which batch
 
@@ -205,4 +207,4 @@ if __name__ == "__main__":  # flags are global: importing this module must not d
     flags.DEFINE_string("cache", "", "Compilation cache; default: a new one.")
     flags.DEFINE_string("out", None, "JSON file to write; the numbers are printed in any case.")
     flags.DEFINE_string("turn", None, "One turn, in this process (used by the command itself).")
-    app.run(main)
+    command_line.run(main, again="run the same command again")

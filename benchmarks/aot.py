@@ -31,8 +31,8 @@ from jax.sharding import AbstractMesh
 from ml_collections import config_flags
 
 from benchmarks import action_pass, aot_devices, aot_tables, collectives, launches, results
+from lightwam_jax import command_line, sharding
 from lightwam_jax import config as config_lib
-from lightwam_jax import sharding
 from lightwam_jax.training import flops, memory
 from lightwam_jax.training import step as step_lib
 from lightwam_jax.training.chips import CHIPS
@@ -280,6 +280,7 @@ def main(argv):
         options = {name: f[name].value for name in Recipe.__dataclass_fields__}
         try:
             config = configure(f.config, f.topology, options)
+            aot_devices.check_compiler(f.topology)
         except ValueError as error:
             print(f"error: {error}", file=sys.stderr)
             sys.exit(2)
@@ -308,4 +309,4 @@ if __name__ == "__main__":  # flags are global: importing this module must not d
     flags.DEFINE_string("text", "", "Existing directory for the texts of the programs.")
     flags.DEFINE_string("job", None, "One program, in this process (used by the command itself).")
     flags.DEFINE_string("job_config", None, "Its config, JSON.")
-    app.run(main)
+    command_line.run(main, again="run the same command again")

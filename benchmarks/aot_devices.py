@@ -1,6 +1,7 @@
 """The accelerators that `benchmarks.aot` compiles for: they are described, not there."""
 
 import contextlib
+import importlib.util
 from unittest import mock
 
 from jax.experimental import topologies
@@ -62,6 +63,15 @@ def cudnn_attention(topology):
         check_compute_capability=lambda at_least: True,
         is_cuda_compute_capability_equal=lambda capability: capability == "9.0",
     )
+
+
+def check_compiler(topology):
+    """Raises ValueError where the compiler of a topology is not installed."""
+    names = ("jax_cuda12_plugin", "jax_cuda13_plugin") if on_gpu(topology) else ("libtpu",)
+    if not any(map(importlib.util.find_spec, names)):
+        raise ValueError(
+            f"--topology={topology} needs {names[0]}: pip install -r requirements-aot.txt"
+        )
 
 
 def devices(topology):

@@ -28,6 +28,7 @@ import numpy as np
 from benchmarks import results
 from configs import libero
 from lightwam_jax import config as config_lib
+from lightwam_jax import interrupts
 from lightwam_jax.data import cameras as cameras_lib
 from lightwam_jax.data import device_canvas
 from lightwam_jax.encoders import base as encoders_base
@@ -87,4 +88,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    interrupts.guard(main)

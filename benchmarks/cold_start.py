@@ -19,6 +19,7 @@ import time
 from absl import app, flags
 
 from benchmarks import results
+from lightwam_jax import interrupts
 
 ROOT = pathlib.Path(__file__).parent.parent
 TIMEOUT_S = 3600
@@ -91,4 +92,5 @@ def main(argv):
 if __name__ == "__main__":  # flags are global: importing this module must not define any
     flags.DEFINE_integer("warm", 2, "Runs with a warm cache.", lower_bound=1)
     flags.DEFINE_string("out", None, "JSON file to write; the numbers are printed in any case.")
-    app.run(main, flags_parser=lambda argv: flags.FLAGS(argv, known_only=True))
+    read = lambda argv: flags.FLAGS(argv, known_only=True)  # the others are train.py's
+    interrupts.guard(lambda: app.run(main, flags_parser=read))

@@ -25,6 +25,7 @@ import tqdm
 
 from benchmarks import results
 from converters import layouts
+from lightwam_jax import interrupts
 from lightwam_jax.models import t5, variants
 
 LIMITS_GB = {"dit": 2.0, "t5": 4.0}
@@ -156,4 +157,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    interrupts.guard(main)

@@ -25,7 +25,7 @@ import numpy as np
 from benchmarks import results
 from configs import base
 from lightwam_jax import config as config_lib
-from lightwam_jax import precompute
+from lightwam_jax import interrupts, precompute
 from lightwam_jax.data import episodes as episodes_lib
 from lightwam_jax.data import loader, spec
 from lightwam_jax.data.caches import build_latents
@@ -208,4 +208,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    interrupts.guard(main)

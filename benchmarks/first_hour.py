@@ -30,6 +30,7 @@ import numpy as np
 from benchmarks import results
 from configs import demo
 from lightwam_jax import config as config_lib
+from lightwam_jax import interrupts
 from lightwam_jax.data import episodes as episodes_lib
 from lightwam_jax.data.formats import lerobot_write
 
@@ -203,4 +204,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    interrupts.guard(main)

@@ -14,11 +14,11 @@ Then the bytes of the frozen parameters of the full-size model. Runs on a CPU in
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import flags
 
 from benchmarks import results
 from configs import base, libero
-from lightwam_jax import build, params
+from lightwam_jax import build, command_line, params
 from lightwam_jax import config as config_lib
 from lightwam_jax.models import quantized
 from lightwam_jax.training import step as step_lib
@@ -124,4 +124,4 @@ def main(argv):
 if __name__ == "__main__":
     flags.DEFINE_string("out", None, "JSON file to write.")
     flags.DEFINE_integer("seeds", 3, "Random models that are averaged.", lower_bound=1)
-    app.run(main)
+    command_line.run(main, again="run the same command again")

@@ -291,16 +291,16 @@ def collect(path, out=RESULTS):
 
 def main(argv):
     """The command line; see the top of this file."""
-    what, *rest = argv
+    what, *rest = argv or ["nothing"]
     if what == "list":
         print(*(f"{stage.name} {stage.seconds}" for stage in STAGES), sep="\n")
     elif what == "run":
         (stage,) = [stage for stage in STAGES if stage.name == rest[0]]
         print(json.dumps(run(stage)))
-    elif what == "collect":
+    elif what == "collect" and os.path.isfile(rest[0] if rest else ""):
         collect(*rest)
     else:
-        raise SystemExit(f"{what!r}: expected list, run NAME or collect FILE")
+        raise SystemExit(f"error: {' '.join(argv)!r}: expected list, run NAME or collect FILE")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from benchmarks import action_pass, random_policy, results
+from lightwam_jax import command_line
 from lightwam_jax.inference import latency
 from lightwam_jax.inference.policy import Policy
 
@@ -119,4 +120,4 @@ if __name__ == "__main__":  # flags are global: importing this module must not d
     flags.DEFINE_integer("calls", 20, "Timed calls per row, at most.", lower_bound=1)
     flags.DEFINE_float("seconds", 20.0, "Seconds per row, about: fewer calls of a slow policy.")
     flags.DEFINE_string("out", None, "JSON file to write; the numbers are printed in any case.")
-    app.run(main)
+    command_line.run(main, again="run the same command again")

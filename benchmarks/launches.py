@@ -13,6 +13,7 @@ and nothing in it was fitted to one.
 """
 
 import math
+import os
 import re
 import sys
 from typing import NamedTuple
@@ -243,4 +244,6 @@ def main(path):
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2 or not os.path.isfile(sys.argv[1]):
+        sys.exit("error: expected one file, which python -m benchmarks.aot --text DIR writes")
     main(sys.argv[1])

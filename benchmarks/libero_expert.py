@@ -12,14 +12,13 @@ import collections
 import concurrent.futures
 import contextlib
 import json
-import multiprocessing
 import os
 import pathlib
 
 import numpy as np
 
 from benchmarks import results
-from lightwam_jax import envs
+from lightwam_jax import envs, interrupts
 from lightwam_jax.data.caches import journal
 from lightwam_jax.envs import base as envs_base
 from lightwam_jax.envs import record
@@ -64,10 +63,11 @@ def measure(tasks, states, seeds, noise, assets, workers, path):
     os.environ.update(_ONE_THREAD)
     settings = dict(states=list(states), seeds=list(seeds), noise=noise, assets=assets)
     log = journal.Journal(path, settings, "give another --out")
-    spawn = multiprocessing.get_context("spawn")
     with contextlib.closing(log):
         done = {entry["task"]: entry for entry in log.entries}
-        with concurrent.futures.ProcessPoolExecutor(workers, spawn, max_tasks_per_child=1) as pool:
+        with concurrent.futures.ProcessPoolExecutor(
+            workers, interrupts.SPAWN, max_tasks_per_child=1
+        ) as pool:
             waiting = [
                 pool.submit(play, task, states, seeds, noise, assets)
                 for task in tasks
@@ -125,4 +125,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    interrupts.guard(main, "tasks that are finished are kept: run the same command again")

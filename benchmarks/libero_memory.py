@@ -11,11 +11,11 @@ column of a task is the most memory that the process has held until then.
 
 import argparse
 import concurrent.futures
-import multiprocessing
 import pathlib
 import statistics
 import time
 
+from lightwam_jax import interrupts
 from lightwam_jax.envs import base as envs_base
 from lightwam_jax.envs.libero import env as libero
 from lightwam_jax.envs.libero import files as libero_files
@@ -35,9 +35,11 @@ def main():
     from benchmarks import results  # imports jax, which no simulator process does
 
     tasks = [t for suite in args.suites.split(",") for t in libero_files.tasks(suite)[: args.most]]
-    spawn, rows = multiprocessing.get_context("spawn"), []
+    rows = []
     settings = {"rendering": args.rendering, "image_size": args.image_size}
-    with concurrent.futures.ProcessPoolExecutor(1, spawn, _begin, (settings,)) as process:
+    with concurrent.futures.ProcessPoolExecutor(
+        1, interrupts.SPAWN, _begin, (settings,)
+    ) as process:
         for task in tasks:
             rows.append(process.submit(play, task).result())
             numbers = {**settings, "tasks": len(rows), "of": len(tasks), **summary(rows)}
@@ -86,4 +88,4 @@ def _mib(text):
 
 
 if __name__ == "__main__":
-    main()
+    interrupts.guard(main)

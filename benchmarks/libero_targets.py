@@ -18,6 +18,7 @@ import re
 import numpy as np
 
 from benchmarks import results
+from lightwam_jax import interrupts
 from lightwam_jax.envs import base as envs_base
 from lightwam_jax.envs.libero import env as libero
 from lightwam_jax.envs.libero import files as libero_files
@@ -128,4 +129,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    interrupts.guard(main)

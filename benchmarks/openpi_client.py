@@ -24,6 +24,7 @@ import urllib.parse
 
 from benchmarks import results
 from lightwam_jax import config as config_lib
+from lightwam_jax import interrupts
 from lightwam_jax.checkpoint import run as run_lib
 from lightwam_jax.checkpoint import storage
 from lightwam_jax.evaluation import suites
@@ -181,4 +182,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    interrupts.guard(main)

@@ -27,9 +27,9 @@ from absl import app, flags
 from benchmarks import action_pass, aot, aot_devices, aot_tables, results
 from benchmarks import paper_table_text as text
 from configs import libero, wan22_5b
+from lightwam_jax import command_line, sharding
 from lightwam_jax import config as config_lib
 from lightwam_jax import params as params_lib
-from lightwam_jax import sharding
 from lightwam_jax.training import flops, memory
 from lightwam_jax.training import step as step_lib
 
@@ -213,4 +213,4 @@ if __name__ == "__main__":  # flags are global: importing this module must not d
     flags.DEFINE_list("compile", [], f"Programs to compile: {', '.join(JOBS)}.")
     flags.DEFINE_string("out", None, "JSON file; the numbers are printed in any case.")
     flags.DEFINE_string("docs", None, "Markdown file: the table of --out is written there.")
-    app.run(main)
+    command_line.run(main, again="run the same command again")

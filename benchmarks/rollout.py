@@ -32,7 +32,7 @@ import numpy as np
 
 from benchmarks import results
 from configs import demo, metaworld
-from lightwam_jax import build, envs
+from lightwam_jax import build, envs, interrupts
 from lightwam_jax import config as config_lib
 from lightwam_jax.data import assets, normalize
 from lightwam_jax.encoders import pca
@@ -237,4 +237,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    interrupts.guard(main)

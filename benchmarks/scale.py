@@ -63,4 +63,4 @@ if __name__ == "__main__":
     flags.DEFINE_string("directory", None, "Where that cache goes for a while; default: temporary.")
     flags.DEFINE_string("out", None, "JSON file of --try_index: benchmarks/results/scale.json.")
     flags.DEFINE_string("docs", None, "Markdown file whose table is written.")
-    command_line.run(main)
+    command_line.run(main, again="run the same command again")

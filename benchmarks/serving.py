@@ -35,6 +35,7 @@ import numpy as np
 from benchmarks import results, rollout
 from configs import demo
 from lightwam_jax import config as config_lib
+from lightwam_jax import interrupts
 from lightwam_jax.inference import latency
 from lightwam_jax.inference import server as server_lib
 from lightwam_jax.inference import service as service_lib
@@ -359,4 +360,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    interrupts.guard(main)

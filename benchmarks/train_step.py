@@ -108,4 +108,4 @@ if __name__ == "__main__":  # flags are global: importing this module must not d
     flags.DEFINE_integer("steps", 20, "Timed steps.", lower_bound=1)
     flags.DEFINE_string("out", None, "JSON file to write; the numbers are printed in any case.")
     flags.mark_flag_as_required("config")
-    command_line.run(main)
+    command_line.run(main, again="run the same command again")

@@ -9,7 +9,7 @@ reaches in the end says less than when it gets there. Any other config can be as
 are made of its own values:
 
     python -m lightwam_jax.evaluation.ablations --config configs/libero.py:object \\
-        --out runs/ablations_object
+        --config.train.init=weights/wan21 --out runs/ablations_object
 """
 
 from configs import base, demo

@@ -5,7 +5,8 @@
     python train.py --config configs/libero.py:all --workdir runs/libero \\
         --config.train.init=weights/wan21
 
-Convert the weights first: docs/weights.md.
+Convert the weights first: docs/weights.md. The data are the release's LeRobot datasets, one of each
+suite, in data/libero/libero_spatial_no_noops_lerobot and so on; another place: --config.data.path.
 
 150,000 steps of 64 samples (the paper: 4 H100, 2.08 steps/s, 20 hours; LIBERO average 97.2 %).
 `--config.data.source=fake` replaces the data by random samples of the same shapes, to see whether

@@ -1,7 +1,12 @@
 """The released RoboTwin 2.0 recipe: three cameras, two arms, absolute joint targets.
 
-    python -m lightwam_jax.precompute --config configs/robotwin.py --what all
-    python train.py --config configs/robotwin.py --workdir runs/robotwin
+    python -m lightwam_jax.precompute --config configs/robotwin.py --what all \\
+        --config.data.codec_weights=weights/vae --config.data.text_weights=weights/umt5
+    python train.py --config configs/robotwin.py --workdir runs/robotwin \\
+        --config.train.init=weights/wan21
+
+Convert the weights first: docs/weights.md. The data are the release's LeRobot dataset of RoboTwin
+2.0, in data/robotwin2.0; another place: --config.data.path.
 
 500,000 steps with two accumulated micro-batches (the paper: 76.4 % on RoboTwin 2.0).
 """

@@ -49,12 +49,12 @@ def main(argv=None):
     config_flag = lambda flag: args.run is _import and flag.startswith("--config.")
     if unknown := [flag for flag in args.overrides if not config_flag(flag)]:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    from lightwam_jax import command_line
+    from lightwam_jax import command_line, interrupts
 
     try:
         if getattr(args, "out", None):
             command_line.check_new(args.out, "--out")
-        with command_line.interruptible("what was half written is removed: run the command again"):
+        with interrupts.interruptible("what was half written is removed: run the command again"):
             return args.run(args)
     except (ValueError, ModuleNotFoundError, OSError) as error:  # OSError: files, disk, network
         print(f"error: {error}", file=sys.stderr)
@@ -196,4 +196,7 @@ def _conversion(name, command):
 
 
 if __name__ == "__main__":
+    from lightwam_jax import interrupts
+
+    interrupts.listen()
     sys.exit(main())

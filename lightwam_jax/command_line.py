@@ -19,9 +19,8 @@ from ml_collections import config_flags
 
 from lightwam_jax import bucket as bucket_lib
 from lightwam_jax import config as config_lib
-from lightwam_jax import config_read
+from lightwam_jax import config_read, interrupts
 
-INTERRUPTED = 130  # exit code of Ctrl-C: 128 + SIGINT
 _AGAIN = "what is finished is kept: run the same command again to continue"
 # What a config file, being Python, may raise when it is loaded.
 _OF_A_FILE = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NameError)
@@ -41,6 +40,7 @@ def check(argv=None):
       The arguments that are no flags, as `main` gets them.
     """
     global _arguments
+    interrupts.listen()
     if _arguments is None:
         app.define_help_flags()
         with one_line():
@@ -56,9 +56,10 @@ def run(main, again=_AGAIN):
     """
 
     def guarded(arguments):
-        with one_line(), interruptible(again):
+        with one_line(), interrupts.interruptible(again):
             return main(arguments)
 
+    interrupts.listen()
     app.run(guarded, flags_parser=check)
 
 
@@ -69,16 +70,6 @@ def one_line():
         yield
     except (app.UsageError, flags.Error, config_read.ConfigError) as error:
         fail(error)
-
-
-@contextlib.contextmanager
-def interruptible(again=_AGAIN):
-    """Ends the program with one line and exit code 130 at Ctrl-C."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        print(f"\ninterrupted; {again}", file=sys.stderr)
-        sys.exit(INTERRUPTED)
 
 
 def fail(error):

@@ -185,16 +185,14 @@ def test_a_directory_that_cannot_be_written_is_refused_and_none_is_made(tmp_path
         command_line.check_directory(tmp_path / "new", "--out")
 
 
-def test_usage_errors_and_interrupts_are_one_line(capsys):
+def test_usage_errors_are_one_line(capsys):
     for raised, code, words in (
         (app.UsageError("unexpected"), 2, "error: unexpected\n"),
         (config_read.ConfigError("wrong"), 2, "error: wrong\n"),
-        (KeyboardInterrupt(), 130, "\ninterrupted; it continues\n"),
     ):
         with (
             pytest.raises(SystemExit) as ended,
             command_line.one_line(),
-            command_line.interruptible("it continues"),
         ):
             raise raised
         assert ended.value.code == code and capsys.readouterr().err == words

@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+from lightwam_jax import command_line
 from tests import documented
 
 # Commands that nothing here parses, by how they begin, and why.
@@ -64,6 +65,30 @@ def sources(page):
     """What configs/mine.py is a copy of: the config itself, on other pages any of a robot's."""
     own = [f"configs/{kind}_robot.py" for kind in ("hdf5", "lerobot", "rlds")]
     return [page] if page in own else own
+
+
+# What a command needs where the config starts from released weights.
+WEIGHTS = {
+    "python train.py": ("train.init",),
+    "python -m lightwam_jax.evaluation.ablations": ("train.init",),
+    "python -m lightwam_jax.precompute": ("data.codec_weights", "data.text_weights"),
+}
+
+
+def test_commands_on_released_weights_name_them():
+    """Without them precompute stops, and train.py leaves what is frozen at random values."""
+    needing = 0
+    for command in commands():
+        text = re.sub(r"configs/mine\.py", COPIES["configs/mine.py"], command.text)
+        program = next((p for p in WEIGHTS if p in text), None)
+        place = re.search(r"--config (configs/\S+)", text)
+        if not (program and place) or re.search(r"source=fake|--what stats", text):
+            continue
+        if command_line.load(place[1]).data.codec != "pca":
+            needing += 1
+            for key in WEIGHTS[program]:
+                assert f"--config.{key}=" in text, (command, key)
+    assert needing >= 10
 
 
 def test_no_command_is_overlooked():

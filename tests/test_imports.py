@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # The order of the map in CONTRIBUTING.md: a file may import from its own line and the lines above.
 LEVELS = [
-    ["atomic", "bucket", "flow", "folders", "html_report", "svg_chart"],
+    ["atomic", "bucket", "flow", "folders", "html_report", "interrupts", "svg_chart"],
     ["models"],
     ["config", "config_model", "config_read", "config_checks", "config_docs", "command_line"],
     ["next_command"],

@@ -33,6 +33,9 @@ def check_arguments(words):
             assert key in config[section], name
         else:
             assert name in flags.FLAGS, name
+    assert (
+        config.data.codec == "pca" or "config.train.init" in given
+    )  # else what is frozen is random
 
 
 @pytest.mark.parametrize("name", ["slurm.sh", "tpu_vm.sh"])

@@ -15,7 +15,7 @@
 set -u
 
 # The one line to change: what is trained, and a directory that all nodes share.
-TRAIN=(--config "configs/libero.py:spatial" --workdir "runs/spatial" --config.mesh.fsdp=8)
+TRAIN=(--config "configs/libero.py:spatial" --workdir "runs/spatial" --config.train.init=weights/wan21 --config.mesh.fsdp=8)
 
 srun --kill-on-bad-exit=1 .venv/bin/python train.py "${TRAIN[@]}"
 code=$?

@@ -5,7 +5,7 @@
 set -euo pipefail
 
 # The one line to change: the slice, its zone, the bucket, what is trained.
-TPU=lightwam-v5e-16 ZONE=us-west4-a BUCKET=my-bucket TRAIN="--config configs/libero.py:spatial --config.train.batch_size=1024 --config.mesh.fsdp=8 --config.optimizer.accum_steps=4 --config.model.remat=full"
+TPU=lightwam-v5e-16 ZONE=us-west4-a BUCKET=my-bucket TRAIN="--config configs/libero.py:spatial --config.train.init=data/weights/wan21 --config.train.batch_size=1024 --config.mesh.fsdp=8 --config.optimizer.accum_steps=4 --config.model.remat=full"
 
 # The bucket is mounted because the caches have to be in a directory that all hosts share. For the run, an
 # address does too (--workdir gs://..., docs/pods.md).

@@ -241,9 +241,13 @@ def _recorded(config):
     suite = config.evaluation.suite
     if not suite:
         return ""
+    if config.data.codec != "pca":  # what starts from released weights has data of others
+        return "; correct it (the config's file says what it trains on)"
+    places = directories(config.data.path)
+    place = next((p for p in places if not os.path.isdir(p)), places[0])
     return (
         ": correct it, or record some with: python -m lightwam_jax.envs.record --suite "
-        f"{suite} --out {config.data.path} (with which flags, the config's file says)"
+        f"{suite} --out {place} (with which flags, the config's file says)"
     )
 
 

@@ -18,14 +18,13 @@ import multiprocessing
 import os
 import pathlib
 import shutil
-import signal
 import threading
 import zlib
 from concurrent.futures import process
 
 from absl import app, flags
 
-from lightwam_jax import command_line, envs
+from lightwam_jax import command_line, envs, interrupts
 
 if __name__ == "__main__":  # workers import this file again, and define none
     flags.DEFINE_string("suite", None, f"One of {', '.join(envs.SUITES)}.")
@@ -268,9 +267,8 @@ def _demonstrations(pool, part, done, ahead, fps):
 @contextlib.contextmanager
 def _pool(workers, suite, env, noise, played):
     """Gives processes that play; RuntimeError where one of them ends."""
-    spawn = multiprocessing.get_context("spawn")  # a fork would share the simulator's state
-    pool = concurrent.futures.ProcessPoolExecutor(
-        workers, spawn, _begin, (suite, env, noise, played)
+    pool = concurrent.futures.ProcessPoolExecutor(  # a fork would share the simulator's state
+        workers, interrupts.SPAWN, _begin, (suite, env, noise, played)
     )
     try:
         yield pool
@@ -285,7 +283,6 @@ def _pool(workers, suite, env, noise, played):
 
 def _begin(suite, env, noise, played):
     global _suite, _noise, _make, _played  # of this worker process
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends its workers
     _suite, _noise, _played = envs.suite(suite), noise, played
     # Made by the first job, whose error reaches the main process; one in here would not.
     _make = functools.cache(envs.spec(suite, **env).make)

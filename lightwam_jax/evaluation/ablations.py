@@ -65,11 +65,11 @@ def run(config, directory):
     Returns:
       {"success": {"successes", "episodes"} or None, "curve": [that and "step" of a checkpoint],
       "action_l1": float or None (normalised units), "flops": of a training step, "latency_ms": of
-      a plan at batch 1, "steps", "seed", "evaluation", "manifest"}, also in `result.json`; None if
-      a signal stopped the training.
+      a plan at batch 1, "steps", "seed", "evaluation", "manifest"}, also in `result.json`.
 
     Raises:
       ValueError: the run there is of another config. RuntimeError: episodes could not be run.
+      SystemExit: a signal stopped the training; 128 + its number.
     """
     path = directory / "result.json"
     evaluation = json.loads(json.dumps(dataclasses.asdict(config.evaluation)))
@@ -78,8 +78,9 @@ def run(config, directory):
         result = json.loads(path.read_text(encoding="utf-8"))
         if (result["steps"], result["evaluation"]) == (config.train.steps, evaluation):
             return result
-    if loop.train(config, directory).signal:
-        return None
+    if stopped := loop.train(config, directory).signal:
+        print("stopped; the same command continues", file=sys.stderr)
+        sys.exit(128 + stopped)
     policy, curve = Policy.load(directory), []
     for step in _steps(directory) if config.evaluation.suite else ():
         success, manifest = _closed_loop(directory, step)
@@ -168,8 +169,6 @@ def main(argv):
             print(f"[{k + 1}/{len(jobs)}] {name}, seed {seed}", flush=True)
             began = time.monotonic()
             result = run(config_lib.from_config_dict(c), out / name / str(seed))
-            if result is None:
-                sys.exit("stopped; the same command continues")
             print(
                 f"{name}, seed {seed}: {result['success']}, action L1 {result['action_l1']} "
                 f"({time.monotonic() - began:.0f} s)",

@@ -25,13 +25,13 @@ import time
 import numpy as np
 import tqdm
 
+from lightwam_jax import interrupts
 from lightwam_jax.envs import base as envs_base
 from lightwam_jax.evaluation import episode_log
 from lightwam_jax.evaluation import worker as worker_lib
 
 ATTEMPTS = 2  # at an episode whose environment or process crashes
 START_TIMEOUT = 600.0  # seconds a process may take to start: imports, on an overloaded machine
-_CONTEXT = multiprocessing.get_context("spawn")  # forking once jax has threads can deadlock
 
 
 def run(
@@ -98,7 +98,7 @@ def run(
 
 def describe(env, episode):
     """Returns `worker.describe` of an environment, found out in a process of its own."""
-    with _CONTEXT.Pool(1, worker_lib.ignore_interrupts) as pool:
+    with interrupts.SPAWN.Pool(1) as pool:
         return pool.apply(worker_lib.describe, (env, episode))
 
 
@@ -107,7 +107,7 @@ def replay(env, results, every, size, replan_steps):
     if not results:
         return []
     processes = min(len(results), multiprocessing.cpu_count())
-    with _CONTEXT.Pool(processes, worker_lib.ignore_interrupts) as pool:
+    with interrupts.SPAWN.Pool(processes) as pool:
         jobs = [(env, result, every, size, replan_steps) for result in results]
         return pool.starmap(worker_lib.replay, jobs, chunksize=1)
 
@@ -136,9 +136,9 @@ class _Worker:
         self.start()
 
     def start(self):
-        self.pipe, child = _CONTEXT.Pipe()
-        self.process = _CONTEXT.Process(
-            target=worker_lib.serve_as_process, args=(child, *self._arguments), daemon=True
+        self.pipe, child = interrupts.SPAWN.Pipe()
+        self.process = interrupts.SPAWN.Process(  # forking once jax has threads can deadlock
+            target=worker_lib.serve, args=(child, *self._arguments), daemon=True
         )
         self.process.start()
         child.close()  # so that the death of the process ends the pipe

@@ -6,7 +6,6 @@ What an environment has to provide: `envs/base.py`.
 import base64
 import dataclasses
 import hashlib
-import signal
 import time
 import traceback
 import zlib
@@ -69,17 +68,6 @@ class EpisodeResult:
 def failed_to_run(episode, error):
     """Returns the `EpisodeResult` of an episode that says nothing about the policy."""
     return EpisodeResult(episode, None, 0, "", error, 0.0, 0, np.zeros((0, 0), np.float32))
-
-
-def ignore_interrupts():
-    """Leaves Ctrl-C, which reaches all processes of a terminal, to the main one: it ends these."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def serve_as_process(pipe, *arguments):
-    """`serve`, as all that a process does."""
-    ignore_interrupts()
-    serve(pipe, *arguments)
 
 
 def serve(pipe, spec, replan_steps, max_steps, expert, player=None):

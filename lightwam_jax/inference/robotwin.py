@@ -337,7 +337,12 @@ def main(argv):
         raise app.UsageError(f"unexpected argument {argv[1]!r}")
     given = flags.FLAGS
     names = ("workdir", "step", "replan_steps", "embodiment", "max_batch")
-    model = get_model({name: given[name].value for name in names})
+    from lightwam_jax import command_line
+
+    try:
+        model = get_model({name: given[name].value for name in names})
+    except (OSError, ValueError) as error:
+        command_line.fail(error)
     with Server(model, given.host, given.port) as server:
         print(f"serving {given.workdir} at {given.host}:{server.server_address[1]}", flush=True)
         server.serve_forever()

@@ -329,17 +329,20 @@ def calibrate(config, statistics, training, held_out):
 
 def main(argv):
     """Proposes limits for a run's policy, tries them, and writes them if they hold."""
-    from lightwam_jax import atomic
+    from lightwam_jax import atomic, command_line
     from lightwam_jax import config as config_lib
     from lightwam_jax.checkpoint import run
     from lightwam_jax.data import assets
     from lightwam_jax.data import episodes as episodes_lib
 
     given = flags.FLAGS
-    stored = run.load_params(given.workdir)
-    config = config_lib.of_embodiment(stored.config, given.embodiment)
-    statistics = assets.load_normalizers(stored.assets, config)[0]
-    split = episodes_lib.split(episodes_lib.load_episodes(config), config.data.val_fraction)
+    try:
+        stored = run.load_params(given.workdir)
+        config = config_lib.of_embodiment(stored.config, given.embodiment)
+        statistics = assets.load_normalizers(stored.assets, config)[0]
+        split = episodes_lib.split(episodes_lib.load_episodes(config), config.data.val_fraction)
+    except (OSError, ValueError) as error:
+        command_line.fail(error)
     limits, share, by_dimension = calibrate(config, statistics, *split)
     print(f"{'dimension':<12}{'low':>10}{'high':>10}{'rate':>10}{'touched':>10}")
     for dim, row in enumerate(zip(limits.low, limits.high, limits.rate)):

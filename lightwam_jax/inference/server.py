@@ -7,7 +7,6 @@ do about it. It listens at this machine only, unless --host says otherwise and a
 """
 
 import asyncio
-import atexit
 import contextlib
 import json
 import logging
@@ -366,18 +365,24 @@ def _from_flags(argv):
         where = {"text_weights": given.text_weights, "embodiment": given.embodiment}
         return Policy.load(given.workdir, given.step, deploy=True, dtype=given.dtype, **where)
 
+    closing = contextlib.ExitStack()
+
     def prepare(server):
         page_lib.prepare(server)
         shown = rerun_log.prepare(server)
         if shown is not None:
-            atexit.register(shown.close)
+            closing.callback(shown.close)
         if given.record:
             kept = recorder.Recorder(given.record, int(given.record_gib * 2**30))
             kept.metadata = lambda: server.service.metadata
             server.service.listeners.append(kept)
-            atexit.register(kept.close)
+            closing.callback(kept.close)
 
-    sys.exit(serve(load, options, given.host, given.port, key, tls, prepare))
+    with closing:
+        status = serve(load, options, given.host, given.port, key, tls, prepare)
+    if any(thread.name == "load" for thread in threading.enumerate()):
+        os._exit(status)  # the interpreter's end would abort it in the middle of a compilation
+    sys.exit(status)
 
 
 def _key(path):

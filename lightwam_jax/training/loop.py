@@ -296,8 +296,16 @@ def _start(config, mesh, model, optimizer, shardings):
     quick = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
     options = quick if jax.default_backend() == "cpu" else None
     state = jax.jit(start, out_shardings=shardings, compiler_options=options)(base)
-    _say(f"Parameters from {config.train.init or f'random values, seed {config.seed}'}")
+    _say(_origin(config, state.frozen))
     return state
+
+
+def _origin(config, frozen):
+    """What a new run says of its parameters."""
+    said = f"Parameters from {config.train.init or f'random values, seed {config.seed}'}"
+    if not frozen or config.train.init or config.data.source == "fake":
+        return said
+    return f"{said}\nWARNING: the frozen ones stay random; --config.train.init=DIR gives them"
 
 
 def _restore(checkpoints, config, mesh, shapes, shardings):

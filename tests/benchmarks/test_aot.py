@@ -339,3 +339,12 @@ def test_complaints_and_tables(tmp_path):
     aot_tables.write(page)
     text = page.read_text(encoding="utf-8")
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
+
+
+@pytest.mark.parametrize("topology, package", [("v5e:4x4", "libtpu"), ("h100:1", "jax_cuda12")])
+def test_a_compiler_that_is_not_installed_is_named(monkeypatch, topology, package):
+    monkeypatch.setattr(aot_devices.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=rf"{package}.*: pip install -r requirements-aot.txt"):
+        aot_devices.check_compiler(topology)
+    monkeypatch.setattr(aot_devices.importlib.util, "find_spec", lambda name: name)
+    aot_devices.check_compiler(topology)

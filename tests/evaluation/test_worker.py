@@ -230,12 +230,3 @@ def test_a_process_answers_every_message_and_renews_a_broken_environment():
     assert pipe.sent[3][2].steps == 2 and pipe.sent[3][2].success
     assert "NaN" in pipe.sent[5][2]
     assert len(made) == 3
-
-
-def test_ctrl_c_is_left_to_the_main_process(monkeypatch):
-    seen = []
-    monkeypatch.setattr(worker.signal, "signal", lambda *given: seen.append(given))
-    monkeypatch.setattr(worker, "serve", lambda *given: seen.append(given))
-    worker.serve_as_process("pipe", "spec", 4)
-    ignored = worker.signal.SIGINT, worker.signal.SIG_IGN
-    assert seen == [ignored, ("pipe", "spec", 4)]

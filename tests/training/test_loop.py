@@ -306,3 +306,17 @@ def test_mistakes_are_one_line(config_file, tmp_path, flags, words):
         assert done.returncode == 2
         assert done.stderr.strip().splitlines()[-1].startswith(words)
         assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "frozen, source, init, warned",
+    [
+        ({"blocks": 0}, "lerobot", "", True),
+        ({"blocks": 0}, "lerobot", "weights/wan21", False),
+        ({"blocks": 0}, "fake", "", False),
+        ({}, "lerobot", "", False),
+    ],
+)
+def test_frozen_parameters_that_stay_random_are_a_warning(frozen, source, init, warned):
+    config = synthetic.make_config(**{"data.source": source, "train.init": init})
+    assert ("WARNING: the frozen ones" in loop._origin(config, frozen)) == warned
