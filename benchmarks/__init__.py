@@ -1,6 +1,1 @@
-import sys
-
-if sys.argv[:1] == ["-m"]:  # until its module is found: what it imports takes seconds
-    from lightwam_jax import interrupts
-
-    interrupts.listen()
+import lightwam_jax  # noqa: F401  (under python -m it listens to Ctrl-C from here on)

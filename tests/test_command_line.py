@@ -190,10 +190,7 @@ def test_usage_errors_are_one_line(capsys):
         (app.UsageError("unexpected"), 2, "error: unexpected\n"),
         (config_read.ConfigError("wrong"), 2, "error: wrong\n"),
     ):
-        with (
-            pytest.raises(SystemExit) as ended,
-            command_line.one_line(),
-        ):
+        with pytest.raises(SystemExit) as ended, command_line.one_line():
             raise raised
         assert ended.value.code == code and capsys.readouterr().err == words
 

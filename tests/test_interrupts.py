@@ -49,13 +49,13 @@ with interrupts.interruptible("it continues"):
 }
 
 
-def run(script, directory):
+def run(script, directory, begin=_BEGIN):
     return subprocess.run(
-        [sys.executable, "-c", _BEGIN + script],
+        [sys.executable, "-c", begin + script],
         cwd=directory,
         env={"PYTHONPATH": str(ROOT)},
         capture_output=True,
-        text=True,
+        encoding="utf-8",
         timeout=50,
     )
 
@@ -99,10 +99,12 @@ print(signal.pthread_sigmask(signal.SIG_BLOCK, []))
 @pytest.mark.parametrize("package", ["lightwam_jax", "benchmarks"])
 def test_a_module_that_is_run_listens_before_its_imports(package, tmp_path):
     script = f"""
-import importlib, {package}
+import signal, sys
 sys.argv = ["-m"]  # as python -m has it while it imports the package
-before = signal.getsignal(signal.SIGINT)
-importlib.reload({package})
-print(before is interrupts._handle, signal.getsignal(signal.SIGINT) is interrupts._handle)
+import {package}
+from lightwam_jax import interrupts
+print(signal.getsignal(signal.SIGINT) is interrupts._handle)
 """
-    assert run(script, tmp_path).stdout == "False True\n"
+    assert run(script, tmp_path, begin="").stdout == "True\n"
+    unasked = script.replace('["-m"]', '["a_program_that_uses_the_package.py"]')
+    assert run(unasked, tmp_path, begin="").stdout == "False\n"

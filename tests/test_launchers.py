@@ -33,9 +33,8 @@ def check_arguments(words):
             assert key in config[section], name
         else:
             assert name in flags.FLAGS, name
-    assert (
-        config.data.codec == "pca" or "config.train.init" in given
-    )  # else what is frozen is random
+    # Else what is frozen is random.
+    assert config.data.codec == "pca" or "config.train.init" in given
 
 
 @pytest.mark.parametrize("name", ["slurm.sh", "tpu_vm.sh"])

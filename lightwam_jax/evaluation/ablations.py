@@ -55,17 +55,18 @@ def plan(base, names, cell):
 def run(config, directory):
     """Trains and evaluates one seed of one cell, or continues; returns its result.
 
-    Success is closed-loop where the config names a suite: of every checkpoint that is kept
-    (`config.train.keep_last`), and of the last. The error of the actions is open-loop where the
-    config holds episodes out.
+    Success is closed-loop where the config names a suite, of every checkpoint where all are kept
+    (`config.train.keep_last=0`), else of the last alone. The error of the actions is open-loop
+    where the config holds episodes out.
 
     Args:
       config: `Config`. directory: pathlib.Path of the run.
 
     Returns:
-      {"success": {"successes", "episodes"} or None, "curve": [that and "step" of a checkpoint],
-      "action_l1": float or None (normalised units), "flops": of a training step, "latency_ms": of
-      a plan at batch 1, "steps", "seed", "evaluation", "manifest"}, also in `result.json`.
+      {"success": {"successes", "episodes"} or None, "curve": [that and "step"] of what was
+      evaluated, "action_l1": float or None (normalised units), "flops": of a training step,
+      "latency_ms": of a plan at batch 1, "steps", "seed", "evaluation", "manifest"}, also in
+      `result.json`.
 
     Raises:
       ValueError: the run there is of another config. RuntimeError: episodes could not be run.
@@ -82,7 +83,7 @@ def run(config, directory):
         print("stopped; the same command continues", file=sys.stderr)
         sys.exit(128 + stopped)
     policy, curve = Policy.load(directory), []
-    for step in _steps(directory) if config.evaluation.suite else ():
+    for step in _steps(config) if config.evaluation.suite else ():
         success, manifest = _closed_loop(directory, step)
         curve.append(success | {"step": step})
     if not curve:
@@ -105,9 +106,11 @@ def run(config, directory):
     return result
 
 
-def _steps(directory):
-    """The checkpoints whose success is a point of the curve; the last one is the run's result."""
-    return sorted(int(each.name) for each in (directory / "checkpoints").glob("[0-9]*"))
+def _steps(config):
+    """The checkpoints to evaluate, also of a run that was interrupted and so saved at others."""
+    t = config.train
+    early = range(t.checkpoint_every, t.steps, t.checkpoint_every) if t.checkpoint_every else ()
+    return [*(early if t.keep_last == 0 else ()), t.steps]
 
 
 def _latency(policy):
@@ -162,6 +165,7 @@ def main(argv):
         seeds = [int(seed) for seed in given.seeds]
         study = _study(given.study)
         cells = plan(given.config, given.cells or study.MAIN, study.cell)
+        ablations_table.collect(out, study.CELLS)  # complains of what the table could not have
         jobs = [(name, seed) for seed in seeds for name in cells]
         for k, (name, seed) in enumerate(jobs):
             c = cells[name].copy_and_resolve_references()

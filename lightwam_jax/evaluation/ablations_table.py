@@ -16,6 +16,7 @@ from lightwam_jax.evaluation import report
 
 COLUMNS = ("success", "action_l1")  # of a result; the means of the table
 SOLVED = 0.9  # the share of episodes whose first checkpoint is told
+_RELATIVE = ("flops", "latency_ms")  # columns that are told as shares of the first cell's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,23 +56,27 @@ def collect(out, names):
     """Returns {cell: [result]} of all that is done in `out`, cells in the order of `names`.
 
     A result is that of `ablations.run` and the number of "parameters", from the run's report.
+
+    Raises:
+      ValueError: one of an older version, which lacks the curve.
     """
     found = {}
     for name in names:
         files = sorted(out.glob(f"{name}/*/result.json"), key=lambda path: int(path.parent.name))
         if files:
-            found[name] = [
-                {"curve": [], "latency_ms": np.nan}  # version 0.1.0 measured neither
-                | json.loads(path.read_text(encoding="utf-8"))
-                | {"parameters": _parameters(path.parent)}
-                for path in files
-            ]
+            found[name] = [_read(path) for path in files]
     return found
 
 
-def _parameters(directory):
-    rows = json.loads((directory / "params.json").read_text(encoding="utf-8"))
-    return next(row["total"] for row in rows if row["group"] == "total")
+def _read(path):
+    result = json.loads(path.read_text(encoding="utf-8"))
+    if "curve" not in result:
+        raise ValueError(
+            f"{path} is of an older version, which evaluated the last checkpoint only; delete it, "
+            "and run the same command again"
+        )
+    rows = json.loads((path.parent / "params.json").read_text(encoding="utf-8"))
+    return result | {"parameters": next(r["total"] for r in rows if r["group"] == "total")}
 
 
 def means(results):
@@ -99,15 +104,15 @@ def difference(cell, base):
     return Mean(tuple(new - old for new, old in pairs), -1.0, 1.0)
 
 
-def solved_at(result, share=SOLVED):
-    """Returns the step of the first checkpoint with `share` of its episodes solved; inf: none."""
-    steps = (p["step"] for p in result["curve"] if p["successes"] >= share * p["episodes"])
+def solved_at(result):
+    """Returns the step of the first checkpoint with `SOLVED` of its episodes solved; inf: none."""
+    steps = (p["step"] for p in result["curve"] if p["successes"] >= SOLVED * p["episodes"])
     return next(steps, np.inf)
 
 
 def _steps(results):
     """The median over seeds of `solved_at`, with the least and the most: "1500 (1000 to 2000)"."""
-    if not all(result["curve"] for result in results):
+    if any(len(result["curve"]) < 2 for result in results):
         return "not evaluated"
     found = np.sort([solved_at(result) for result in results])
     last = max(point["step"] for result in results for point in result["curve"])
@@ -149,9 +154,6 @@ def _row(results, name):
     return [success, each, change, _steps(cell), l1, *ratio, parameters]
 
 
-_RELATIVE = ("flops", "latency_ms")  # columns that are told as shares of the first cell's
-
-
 def _middle(results, column):
     return float(np.median([result[column] for result in results]))
 
@@ -186,13 +188,13 @@ def _chart(path, results, about):
 
 
 def _curves(path, results, about):
-    """A line per cell: the mean over seeds at each checkpoint; a band from least to most."""
+    """A line per cell: the mean over seeds at each checkpoint they share; a band of their range."""
     with html_report.chart(path, 9.4, 5.0) as axes:
         colours = itertools.cycle(html_report.COLOURS)
         for (name, cell), colour in zip(results.items(), colours):
-            steps = [point["step"] for point in cell[0]["curve"]]
             seeds = [_shares(result) for result in cell]
-            table = 100 * np.array([[seed.get(step, np.nan) for step in steps] for seed in seeds])
+            steps = sorted(set.intersection(*map(set, seeds)))
+            table = 100 * np.array([[seed[step] for step in steps] for seed in seeds])
             axes.plot(steps, table.mean(0), "o-", color=colour, ms=3, lw=1.5, label=about[name])
             axes.fill_between(steps, table.min(0), table.max(0), color=colour, alpha=0.1, lw=0)
         axes.set_ylim(-2, 102)

@@ -335,10 +335,10 @@ def main(argv):
     """Serves the policy of a run until it is interrupted."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}")
-    given = flags.FLAGS
-    names = ("workdir", "step", "replan_steps", "embodiment", "max_batch")
     from lightwam_jax import command_line
 
+    given = flags.FLAGS
+    names = ("workdir", "step", "replan_steps", "embodiment", "max_batch")
     try:
         model = get_model({name: given[name].value for name in names})
     except (OSError, ValueError) as error:

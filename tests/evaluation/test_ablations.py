@@ -10,6 +10,7 @@ from configs import ablations as ablations_lib
 from configs import libero
 from lightwam_jax.evaluation import ablations, ablations_table
 from lightwam_jax.models import action
+from tests import synthetic
 from tests.test_end_to_end import SMALL, run
 
 
@@ -91,7 +92,6 @@ def test_difference_is_taken_seed_by_seed():
 def test_solved_at_is_the_first_checkpoint_with_nine_of_ten():
     curve = [(500, 2), (1000, 9), (1500, 8), (2000, 10)]
     assert ablations_table.solved_at(result(10, curve=curve)) == 1000
-    assert ablations_table.solved_at(result(10, curve=curve), 0.95) == 2000
     assert ablations_table.solved_at(result(8, curve=curve[:1])) == float("inf")
 
 
@@ -118,6 +118,20 @@ def test_table_has_every_cell_with_a_result(tmp_path):
     )
     for chart in ("ablations.png", "ablations_curves.png"):
         assert (tmp_path / chart).read_bytes()[:4] == b"\x89PNG"
+
+    del found["curve"]
+    path.write_text(json.dumps(found), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"mean/0/result.json is of an older version"):
+        ablations_table.collect(tmp_path, ablations_lib.CELLS)
+
+
+def test_what_is_evaluated_does_not_depend_on_interruptions():
+    config = lambda **train: synthetic.make_config(**{f"train.{k}": v for k, v in train.items()})
+    all_kept = config(steps=1200, checkpoint_every=500, keep_last=0)
+    assert ablations._steps(all_kept) == [500, 1000, 1200]
+    assert ablations._steps(config(steps=1000, checkpoint_every=500, keep_last=0)) == [500, 1000]
+    assert ablations._steps(config(steps=1200, checkpoint_every=500, keep_last=2)) == [1200]
+    assert ablations._steps(config(steps=1200, checkpoint_every=0, keep_last=0)) == [1200]
 
 
 @pytest.mark.slow
