@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from lightwam_jax import envs
+from lightwam_jax import interrupts
 from lightwam_jax.data.formats import lerobot
 from lightwam_jax.envs import base as envs_base
 from lightwam_jax.envs import metaworld, record
@@ -89,7 +90,7 @@ def _play(seed_first):
 
 
 def test_an_episode_is_a_function_of_episode_and_actions():
-    with rollout._CONTEXT.Pool(2) as pool:
+    with interrupts.SPAWN.Pool(2) as pool:
         first, second = pool.map(_play, [None, 7], chunksize=1)
     np.testing.assert_array_equal(first[0], second[0])
     np.testing.assert_array_equal(first[1], second[1])
@@ -102,7 +103,7 @@ def test_an_episode_is_a_function_of_episode_and_actions():
 
 def test_the_goal_is_not_in_the_state():
     """Two seeds of reach-v3 differ in the goal, and the first states agree to a millimetre."""
-    with rollout._CONTEXT.Pool(1) as pool:
+    with interrupts.SPAWN.Pool(1) as pool:
         states = pool.map(_first_state, [1, 2])
     np.testing.assert_allclose(states[0], states[1], atol=1e-3)
 
