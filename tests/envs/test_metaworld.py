@@ -8,8 +8,7 @@ import signal
 import numpy as np
 import pytest
 
-from lightwam_jax import envs
-from lightwam_jax import interrupts
+from lightwam_jax import envs, interrupts
 from lightwam_jax.data.formats import lerobot
 from lightwam_jax.envs import base as envs_base
 from lightwam_jax.envs import metaworld, record
