@@ -42,6 +42,7 @@ class ModelConfig:
     pool_heads: int  # attention heads of the learned queries
     merge_dim: int = 0  # width of the merged query slots; 0: one softmax-weighted sum over queries
     merge_slots: int = 2  # merged query slots; only with merge_dim
+    query_anchor: float = 0.0  # logit by which a query starts on tokens of its own; 0: as released
     sources: tuple[Source, ...] = ("adapted",)  # which states the action expert reads
     layer_sources: tuple[tuple[Source, ...], ...] = ()  # per adapter layer; (): `sources` for all
     per_layer_dim: int  # width of the summary of one adapter layer

@@ -28,6 +28,7 @@ ADDED = {
     "model.flow_init": "random",
     "model.flow_reads": "first_frame",
     "model.flow_noise": "fresh",
+    "model.query_anchor": 0.0,
     "train.wandb": "",
 }
 

@@ -91,6 +91,8 @@ def _fold_pooler(old, expert):
         "out": old["out_proj"],
         "norm": old["output_norm"],
     }
+    if expert.query_anchor:
+        new["anchor"] = old["query_anchor_logits"]
     if expert.merge_dim:
         new["merged"] = folded.after(old["merge_norm"], old["merge_proj"])
     return new
@@ -153,7 +155,11 @@ def _pool(w, tokens, config):
     tokens = norms.normalize(tokens, action.EPS).astype(tokens.dtype)
     by_head = dict(n=config.pool_heads)
     scores = einops.rearrange(layers.dot(tokens, w["scores"]), "b s (n q) -> b s n q", **by_head)
-    attention = jax.nn.softmax(scores.astype(jnp.float32), axis=1)
+    scores = scores.astype(jnp.float32)
+    if "anchor" in w:
+        runs = action.own_runs(*w["anchor"].shape, tokens.shape[1])
+        scores += einops.rearrange(w["anchor"][..., None] * runs, "n q s -> s n q")
+    attention = jax.nn.softmax(scores, axis=1)
     merge = jax.nn.softmax(w["merge"].astype(jnp.float32), axis=-1)  # [M,Q]
     merged = jnp.einsum("bsnq,mq->bmns", attention, merge)
     read = jnp.einsum("bmns,bsd->bmnd", merged.astype(tokens.dtype), tokens)

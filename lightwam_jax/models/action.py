@@ -9,6 +9,7 @@ import einops
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lightwam_jax.models import layers
 from lightwam_jax.models.layers import Linear, gelu, layer_norm
@@ -22,6 +23,9 @@ class QueryPooler(nn.Module):
 
     Also returns the attention weights [B,Q,S], averaged over heads, and the importance of each
     query [Q] (they sum to 1): summary attention = sum_q importance_q * weights_q.
+
+    With `query_anchor` each query and head starts on a run of tokens of its own, and each merged
+    slot on queries of its own; not in the paper, for models that learn to see from scratch.
     """
 
     num_queries: int
@@ -29,6 +33,7 @@ class QueryPooler(nn.Module):
     query_init: float = 0.02
     merge_dim: int = 0
     merge_slots: int = 2
+    query_anchor: float = 0.0
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
@@ -43,14 +48,19 @@ class QueryPooler(nn.Module):
         k = self._heads(in_proj(kv, 1, dim))
         v = self._heads(in_proj(kv, 2, dim))
         logits = jnp.einsum("oqnk,bsnk->bnqs", q, k, preferred_element_type=jnp.float32)
-        weights = jax.nn.softmax(logits * (dim // self.num_heads) ** -0.5, axis=-1)
+        logits = logits * (dim // self.num_heads) ** -0.5
+        if self.query_anchor:
+            shape, init = (self.num_heads, self.num_queries), nn.initializers.constant
+            anchor = self.param("query_anchor_logits", init(self.query_anchor), shape)
+            logits += anchor[..., None] * own_runs(*shape, tokens.shape[1])
+        weights = jax.nn.softmax(logits, axis=-1)
         out = jnp.einsum("bnqs,bsnk->bqnk", weights.astype(self.dtype), v)
         out = einops.rearrange(out, "b q n k -> b q (n k)")
         pooled = Linear(dim, self.dtype, name="out_proj")(out)
 
         if self.merge_dim:
-            shape = (self.merge_slots, self.num_queries)
-            slots = self.param("query_slot_merge_logits", nn.initializers.zeros, shape)
+            shape, init = (self.merge_slots, self.num_queries), _share_out(self.query_anchor)
+            slots = self.param("query_slot_merge_logits", init, shape)
             merge = jax.nn.softmax(slots.astype(jnp.float32), axis=-1)
             # [M,Q] x [B,Q,D] -> [B, M*D]
             pooled = jnp.einsum("mq,bqd->bmd", merge.astype(self.dtype), pooled)
@@ -66,6 +76,25 @@ class QueryPooler(nn.Module):
 
     def _heads(self, x):
         return einops.rearrange(x, "b s (n k) -> b s n k", n=self.num_heads)
+
+
+def own_runs(heads, queries, tokens):
+    """Bool [N,Q,S]: which tokens are those of a query's head, in runs of S/(N*Q) neighbours."""
+    runs = np.arange(tokens) * (heads * queries) // tokens
+    owners = np.arange(heads * queries).reshape(queries, heads).T  # a query's heads lie together
+    return runs == owners[..., None]
+
+
+def _share_out(logit):
+    """Initial logits [M,Q]: `logit` where a slot and a query belong together, in turns, else 0."""
+
+    def init(key, shape):
+        del key
+        slot, query = np.ogrid[: shape[0], : shape[1]]
+        together = (query % shape[0] == slot) | (slot % shape[1] == query)
+        return jnp.asarray(logit * together, jnp.float32)
+
+    return init
 
 
 class FusedProjection(nn.Module):
@@ -109,6 +138,7 @@ class StateFusionActionExpert(nn.Module):
     query_init: float
     merge_dim: int
     merge_slots: int
+    query_anchor: float
     per_layer_dim: int
     trunk_dim: int
     trunk_blocks: int
@@ -157,7 +187,7 @@ class StateFusionActionExpert(nn.Module):
             pooled = concatenate_groups(tokens, self.num_queries)
         else:
             sizes = (self.num_queries, self.pool_heads, self.query_init, self.merge_dim)
-            sizes = (*sizes, self.merge_slots, self.dtype)
+            sizes = (*sizes, self.merge_slots, self.query_anchor, self.dtype)
             pooled, attention = QueryPooler(*sizes, name=f"poolers_{name}")(tokens)
             taps[f"attention_{name}"], taps[f"query_importance_{name}"] = attention
         taps[f"pooled_{name}"] = pooled

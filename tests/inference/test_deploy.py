@@ -20,6 +20,8 @@ VARIANTS = {
     "released": {},
     "LoRA in some blocks": dict(lora_layers=(1, 3)),
     "queries merged in slots": dict(merge_dim=24),
+    "queries that start apart": dict(merge_dim=24, query_anchor=3.0),
+    "anchored queries, one sum": dict(query_anchor=3.0),
     "every source": dict(layer_sources=(("backbone", "delta"), ("delta", "adapted"))),
     "mean": dict(pooling="mean"),
     "concat": dict(pooling="concat", adapter_scale=0.5),
