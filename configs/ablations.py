@@ -23,6 +23,7 @@ CELLS = {
     "pool_4": "video latents pooled 4x",
     "mean": "mean over tokens instead of learned queries",
     "concat": "tokens concatenated instead of learned queries",
+    "anchored": "learned queries that start on tokens of their own, not summed up",
     "queries_1": "1 learned query",
     "queries_4": "4 learned queries",
     "queries_8": "8 learned queries",
@@ -38,6 +39,7 @@ CELLS = {
 }
 # Without --cells.
 MAIN = ("base", "video_off", "pool_1", "pool_4", "mean", "concat", "queries_1", "flow_dit")
+MAIN += ("anchored",)
 LEARNS_BESIDE_BACKBONE = (r"^dit/adapters_", r"^dit/head/", r"^expert/", r"^proprio_encoder/")
 
 
@@ -82,6 +84,8 @@ def cell(c, name):
         c.model.adapter_layers = _taps(max(c.model.adapter_layers), int(number))
     elif name == "mean":
         c.model.pooling = "mean"
+    elif name == "anchored":
+        c.model.update(query_anchor=5.0, merge_dim=256, merge_slots=c.model.num_queries)
     elif name == "concat":
         c.model.pooling, c.model.num_queries = "concat", _groups(c.data)
     return c

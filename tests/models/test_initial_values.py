@@ -93,6 +93,20 @@ def test_merged_slots_start_as_plain_means():
     np.testing.assert_allclose(importance, np.full(3, 1 / 3), rtol=1e-6)
 
 
+def test_anchored_queries_start_on_tokens_of_their_own():
+    """Each head of a query on its run, each slot on its queries; a run may be several tokens."""
+    pooler = action.QueryPooler(2, num_heads=2, merge_dim=4, merge_slots=2, query_anchor=50.0)
+    tokens = jax.random.normal(jax.random.key(1), (1, 8, 4))
+    tree = jax.jit(pooler.init)(jax.random.key(0), tokens[:, :1])["params"]
+    _, (weights, _) = pooler.apply({"params": tree}, tokens)
+    own = np.repeat(np.eye(2), 4, axis=1)  # two heads of two tokens each
+    np.testing.assert_array_equal(weights[0] > 1e-3, own > 0)
+    np.testing.assert_allclose(weights.sum(-1), np.ones((1, 2)), rtol=1e-6)
+    np.testing.assert_array_equal(tree["query_slot_merge_logits"], 50 * np.eye(2))
+    heads = action.own_runs(2, 2, 8)  # [heads, queries, tokens]: each head half of its query's
+    np.testing.assert_array_equal(np.argmax(heads, -1), [[0, 4], [2, 6]])
+
+
 def test_blocks_of_the_text_encoder_start_apart():
     encoder = t5.UMT5Encoder(
         vocab=5, dim=4, attention_dim=4, ffn_dim=4, num_heads=2, num_layers=2, num_buckets=4
