@@ -26,6 +26,7 @@ import numpy as np
 from lightwam_jax.envs import base as envs_base
 from lightwam_jax.envs.libero import experts as libero_experts
 from lightwam_jax.envs.libero import files as libero_files
+from lightwam_jax.envs.libero import places as libero_places
 from lightwam_jax.envs.libero import pro as libero_pro
 from lightwam_jax.envs.libero import scenes as libero_scenes
 
@@ -73,7 +74,14 @@ PROTOCOLS = {
 }
 
 
-def make(protocol="lightwam", assets=None, image_size=256, rendering="full", wording="suite"):
+def make(
+    protocol="lightwam",
+    assets=None,
+    image_size=256,
+    rendering="full",
+    wording="suite",
+    places="suite",
+):
     """Returns a new `LiberoEnv`.
 
     Args:
@@ -83,12 +91,13 @@ def make(protocol="lightwam", assets=None, image_size=256, rendering="full", wor
       rendering: "full", as published; or "fast", without shadows and anti-aliasing, for machines
         that render on the CPU. It changes pixels.
       wording: of the instructions of LIBERO-PRO; see `libero_files.instruction`.
+      places: "suite"; or "shuffled", where drawn scenes of object are those of `libero_places`.
 
     Raises:
-      ValueError: an unknown protocol, rendering or wording.
+      ValueError: an unknown protocol, rendering, wording or choice of places.
       FileNotFoundError, ModuleNotFoundError: no assets, no package; say how to get them.
     """
-    return LiberoEnv(protocol, assets, image_size, rendering, wording)
+    return LiberoEnv(protocol, assets, image_size, rendering, wording, places)
 
 
 def episodes(tasks, count=STORED, first_seed=0):
@@ -162,7 +171,7 @@ class LiberoEnv:
     The same episode and actions give the same bits in any process, whatever ran before.
     """
 
-    def __init__(self, protocol, assets, image_size, rendering, wording="suite"):
+    def __init__(self, protocol, assets, image_size, rendering, wording="suite", places="suite"):
         """See `make`."""
         if protocol not in PROTOCOLS:
             raise ValueError(f"protocol is {protocol!r}; expected one of {', '.join(PROTOCOLS)}")
@@ -170,6 +179,7 @@ class LiberoEnv:
             raise ValueError(f"rendering is {rendering!r}; expected 'full' or 'fast'")
         if wording not in libero_files.WORDINGS:
             raise ValueError(f"wording is {wording!r}; expected 'suite' or 'libero'")
+        self._places = libero_places.checked(places)
         # LIBERO-Plus disturbs the images that its own environment takes at every step.
         self._eager = libero_files.is_plus()
         if self._eager and rendering == "fast":
@@ -205,6 +215,8 @@ class LiberoEnv:
         self._make_current()
         if episode.init != DRAWN:
             self._raw = self._env.set_init_state(self._states[episode.init])
+        elif self._places == "shuffled":
+            libero_places.shuffle(self._env.env, episode)
         for _ in range(self._protocol.settle):
             self._raw = self._env.step(_STILL)[0]
         self._steps, self._expert = 0, None
@@ -278,6 +290,7 @@ class LiberoEnv:
             "image_size": self._size,
             "turned": 180,
             "rendering": self._rendering,
+            **({} if self._places == "suite" else {"places": self._places}),
             "renderer": f"{os.environ['MUJOCO_GL']}, {self._camera.name()}",
         }
 
