@@ -17,7 +17,7 @@ recorded before they had fumbles (docs/libero.md). The others have not been meas
 Every value that is not the demo's:
   episodes     30 a task. Drawn scenes, so that no stored initial state is seen in training; noise
                of 0.3 shows how to come back from where the expert never goes.
-  camera_size  64 of the 256 recorded pixels, as the demo's. What more gives is not known yet.
+  camera_size  64 of the 256 recorded pixels, as the demo's; 96 were no better (docs/libero.md).
   num_layers   2, as the demo's: 1.8 M parameters.
   num_frames   17, every second one: 0.8 s of imagined video at 20 steps a second.
   horizon      16 steps, of which the protocol executes 10 and the loss weighs 10 fully.
