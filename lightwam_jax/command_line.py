@@ -19,7 +19,7 @@ from ml_collections import config_flags
 
 from lightwam_jax import bucket as bucket_lib
 from lightwam_jax import config as config_lib
-from lightwam_jax import config_read, interrupts
+from lightwam_jax import config_read, interrupts, next_command
 
 _AGAIN = "what is finished is kept: run the same command again to continue"
 # What a config file, being Python, may raise when it is loaded.
@@ -74,7 +74,7 @@ def one_line():
 
 def fail(error):
     """Prints the error and ends the program with exit code 2."""
-    print(f"error: {error}", file=sys.stderr)
+    print(f"error: {next_command.with_config_given(str(error))}", file=sys.stderr)
     sys.exit(2)
 
 

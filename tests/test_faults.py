@@ -45,7 +45,7 @@ def assert_equal_runs(workdir, other):
 
 
 def slowly(index):
-    """Leaves time between the steps of a run: a kill finds it alive, and twenty do not reach its end.
+    """Leaves time between the steps of a run: a kill finds it alive; twenty do not reach its end.
 
     A run saves where it is told to stop, so each gets on by what a fast machine does in the wait.
     """
