@@ -14,7 +14,7 @@ import sys
 import traceback
 import typing
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 from lightwam_jax import bucket as bucket_lib
@@ -56,6 +56,8 @@ def run(main, again=_AGAIN):
     """
 
     def guarded(arguments):
+        if not flags.FLAGS["verbosity"].present:
+            logging.set_verbosity(logging.WARNING)  # Orbax reports every file it reads or moves
         with one_line(), interrupts.interruptible(again):
             return main(arguments)
 
