@@ -127,8 +127,6 @@ def main(argv):
         command_line.fail(f"--instruction acts in the modes {', '.join(CLOSED_LOOP)} and realtime")
     if _SERVER.value and _MODE.value not in CLOSED_LOOP:
         command_line.fail(f"--server acts in the closed-loop modes: {', '.join(CLOSED_LOOP)}")
-    if not flags.FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.WARNING)  # Orbax reports every file it reads
     _check_flags()
     from lightwam_jax import sharding
     from lightwam_jax.checkpoint import places

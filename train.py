@@ -58,7 +58,6 @@ def main(argv):
     from lightwam_jax.training import loop, metrics
 
     if not flags.FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.WARNING)  # Orbax reports every file it moves
         _hush_failing_writes()
     try:
         distributed.initialize(

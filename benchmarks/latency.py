@@ -17,7 +17,7 @@ import sys
 import time
 
 import jax
-from absl import app, flags, logging
+from absl import app, flags
 from ml_collections import config_flags
 
 from benchmarks import action_pass, random_policy, results
@@ -83,7 +83,6 @@ def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}")
     f = flags.FLAGS
-    logging.set_verbosity(logging.WARNING)
     jax.config.update("jax_enable_compilation_cache", False)  # a cold start is measured too
     try:
         if f.workdir:

@@ -15,7 +15,7 @@ import tempfile
 import time
 
 import jax
-from absl import app, flags, logging
+from absl import app, flags
 from ml_collections import config_flags
 
 from benchmarks import results
@@ -93,7 +93,6 @@ def main(argv):
     """The command line; see the top of this file."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}")
-    logging.set_verbosity(logging.WARNING)
     try:
         config = config_lib.from_config_dict(flags.FLAGS.config)
         numbers = measure(config, flags.FLAGS.steps)

@@ -48,7 +48,10 @@ def locate(place, kind):
         place, revision = _download(str(place), kind)
     place = Path(place)
     if not place.exists():
-        raise FileNotFoundError(f"{place}: no such file or folder")
+        raise FileNotFoundError(
+            f"{place}: no such file or folder; give the path of one that is here, or "
+            "hf:OWNER/NAME, which is downloaded (docs/weights.md)"
+        )
     if place.is_file():
         return place, revision
     names = [path.relative_to(place).as_posix() for path in folders.files_below(place)]

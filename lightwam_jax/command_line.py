@@ -14,12 +14,12 @@ import sys
 import traceback
 import typing
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 from lightwam_jax import bucket as bucket_lib
 from lightwam_jax import config as config_lib
-from lightwam_jax import config_read, interrupts
+from lightwam_jax import config_read, interrupts, next_command
 
 _AGAIN = "what is finished is kept: run the same command again to continue"
 # What a config file, being Python, may raise when it is loaded.
@@ -56,6 +56,8 @@ def run(main, again=_AGAIN):
     """
 
     def guarded(arguments):
+        if not flags.FLAGS["verbosity"].present:
+            logging.set_verbosity(logging.WARNING)  # Orbax reports every file it reads or moves
         with one_line(), interrupts.interruptible(again):
             return main(arguments)
 
@@ -74,7 +76,7 @@ def one_line():
 
 def fail(error):
     """Prints the error and ends the program with exit code 2."""
-    print(f"error: {error}", file=sys.stderr)
+    print(f"error: {next_command.with_config_given(str(error))}", file=sys.stderr)
     sys.exit(2)
 
 

@@ -77,6 +77,12 @@ def _with_weights(program, more, lacks, argv):
     return before * bool(lacks) + command
 
 
+def with_config_given(text, argv=None):
+    """Returns a message whose advice says --config CONFIG with the config that argv names."""
+    given = _config_flags(argv) if "--config CONFIG" in text else []
+    return text.replace("--config CONFIG", shlex.join(given)) if given else text
+
+
 def _config_flags(argv):
     """Returns --config and --config.KEY of a command line, with their values, as they stand."""
     rest, kept = list(sys.argv if argv is None else argv)[1:], []

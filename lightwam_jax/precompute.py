@@ -92,6 +92,7 @@ def precompute(config, what=("all",), process_index=0, process_count=1):
     steps = [step for step in STEPS if step in what or "all" in what]
     work = {"stats": _statistics, "text": _text, "latents": _latents}
     data = Data(config, process_index, process_count)
+    encoders.check_weights(config.data, steps, os.path.join(cache, "assets"))
     os.makedirs(cache, exist_ok=True)
     with contextlib.nullcontext() if process_index else resumable.alone_in(cache):
         for step in steps:
@@ -270,9 +271,8 @@ def data_prompts(data):
 def _latents(data):
     codec, how = make_codec(data)
     if data.config.data.encode_online:
-        return (
-            f"codec {codec.id} {how}; config.data.encode_online encodes during training: no latents"
-        )
+        online = "config.data.encode_online encodes during training: no latents"
+        return f"codec {codec.id} {how}; {online}"
     return "; ".join(_windows(source, data, codec, how) for source in data.sets)
 
 

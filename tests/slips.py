@@ -16,6 +16,7 @@ were caught.
 import argparse
 import collections
 import concurrent.futures
+import contextlib
 import os
 import pathlib
 import queue
@@ -27,11 +28,14 @@ import time
 import tomllib
 import typing
 
+from lightwam_jax import interrupts
+
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 ENOUGH = 0.9
 CAUGHT, SURVIVED = "caught", "SURVIVED"
 STALE, BROKEN = "text not found (table is stale)", "nearest tests fail without the slip"
 _NONE_FOUND = 5  # exit status of pytest where every test is deselected
+_at_work = set()  # processes that run tests
 
 
 class Slip(typing.NamedTuple):
@@ -99,14 +103,34 @@ def passes(tree, tests, timeout):
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
+    _at_work.add(process)
     try:
         return process.wait(timeout) in (0, _NONE_FOUND)
     except subprocess.TimeoutExpired:
         return False
     finally:
-        if process.poll() is None:
+        _end(process)
+        _at_work.discard(process)
+
+
+def _end(process):
+    """Ends tests and what they started, if they still run."""
+    if process.poll() is None:
+        with contextlib.suppress(ProcessLookupError):  # another thread was first
             os.killpg(process.pid, 9)
-            process.wait()
+        process.wait()
+
+
+@contextlib.contextmanager
+def _interruptible(pool):
+    """Ends the tests at Ctrl-C: the pool would wait for those that run, and those that follow."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in list(_at_work):
+            _end(process)
+        raise
 
 
 def try_slip(tree, slip, timeout):
@@ -142,7 +166,7 @@ def run(slips, jobs, timeout, baseline):
             finally:
                 trees.put(tree)
 
-        with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+        with concurrent.futures.ThreadPoolExecutor(jobs) as pool, _interruptible(pool):
             sound = dict.fromkeys((slip.tests for _, slip in slips), True)
             if baseline:
                 each = pool.map(lambda tests: in_a_tree(passes, files_of(tests), timeout), sound)
@@ -203,4 +227,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    interrupts.guard(main, "what is left: run again with --only, group by group")

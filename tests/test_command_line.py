@@ -255,3 +255,19 @@ def test_every_command_says_it_in_one_line_before_the_slow_imports(tmp_path):
     for said, ended, words in zip(lines[::2], lines[1::2], _MISTAKES.values()):
         assert said.startswith("error: ") and filled(words) in said and ended == "[2 ]"
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("given, count", [([], 0), (["--verbosity=0"], 1)])
+def test_what_libraries_report_of_every_file_is_not_shown(given, count):
+    script = (
+        "from absl import logging\n"
+        "from lightwam_jax import command_line\n"
+        "def main(argv):\n"
+        "    logging.info('Finished load')\n"
+        "    logging.warning('Damaged')\n"
+        "command_line.run(main)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, *given], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stderr.count("Finished load") == count and done.stderr.count("Damaged") == 1

@@ -13,8 +13,8 @@ ROOT = Path(__file__).parent.parent
 LEVELS = [
     ["atomic", "bucket", "flow", "folders", "html_report", "interrupts", "svg_chart"],
     ["models"],
-    ["config", "config_model", "config_read", "config_checks", "config_docs", "command_line"],
-    ["next_command"],
+    ["config", "config_model", "config_read", "config_checks", "config_docs", "next_command"],
+    ["command_line"],
     ["params", "build"],
     ["sharding", "distributed"],
     ["checkpoint"],

@@ -95,6 +95,14 @@ def test_changed_keys_are_repeated_as_they_were_given(given, monkeypatch):
     assert next_command._config_flags(argv) == given
 
 
+def test_advice_names_the_config_that_was_given():
+    argv = ["train.py", "--config=configs/mine.py:tiny", "--workdir", "runs/x"]
+    said = next_command.with_config_given("run precompute --config CONFIG --what all", argv)
+    assert said == "run precompute --config=configs/mine.py:tiny --what all"
+    evaluating = ["evaluate.py", "--workdir", "runs/x"]
+    assert "--config CONFIG" in next_command.with_config_given("--config CONFIG", evaluating)
+
+
 def test_the_printed_commands_parse(tmp_path):
     """Each goes to the command's own flags, `--only_check_args`: they end before any work."""
     argv = ["x", "--config", "configs/hdf5_robot.py", "--config.data.canvas", "(224, 448)"]

@@ -327,7 +327,7 @@ def test_command_line():
     )
     assert done.returncode == 2
     last = done.stderr.splitlines()[-1]
-    assert last == "error: config.data.path='' is not a directory of episodes"
+    assert last.startswith("error: config.data.path='' is not a directory of episodes; correct it")
 
 
 def test_missing_cache_says_how_to_make_it(tmp_path):

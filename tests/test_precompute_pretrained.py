@@ -1,6 +1,8 @@
 """From pretrained weights through precompute and a checkpoint to a policy: tiny random weights."""
 
+import contextlib
 import dataclasses
+import pathlib
 import shutil
 import types
 
@@ -160,6 +162,31 @@ def of_process_0(config, directory):
     """What `make_codec` needs of a `precompute.Data`."""
     assets = lambda name: str(directory / name)
     return types.SimpleNamespace(config=config, index=0, assets=assets)
+
+
+@pytest.mark.parametrize(
+    "steps, there, named",
+    [
+        (["all"], "", "data.codec_weights='nowhere/vae' .*converters vae --in"),
+        (["text"], "", "data.text_weights='nowhere/t5' .*converters t5 --in"),
+        (["text"], "text", None),
+        (["stats"], "", None),
+    ],
+)
+def test_weights_that_are_not_there_are_named_before_any_work(steps, there, named, tmp_path):
+    weights = {"data.codec_weights": "nowhere/vae", "data.text_weights": "nowhere/t5"}
+    config = synthetic.make_config(
+        tmp_path, **weights, **{"data.codec": "wan21", "data.text_encoder": "umt5"}
+    )
+    assets, begun = pathlib.Path(config.data.cache, "assets"), []
+    (assets / there).mkdir(parents=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(episodes_lib, "read", lambda config: (synthetic.make_episodes(3), []))
+        for step in ("_statistics", "_text", "_latents"):
+            patch.setattr(precompute, step, lambda data: begun.append(data))
+        with pytest.raises(FileNotFoundError, match=named) if named else contextlib.nullcontext():
+            precompute.precompute(config, steps)
+    assert bool(begun) == (named is None)
 
 
 def test_another_codec_takes_the_place_of_a_fitted_one(weights, tmp_path):

@@ -237,12 +237,11 @@ def read(config):
 
 
 def _recorded(config):
-    """Returns the end of a message: how the episodes of a simulated suite are made."""
+    """Returns the end of a message: where the episodes come from."""
     suite = config.evaluation.suite
-    if not suite:
-        return ""
-    if config.data.codec != "pca":  # what starts from released weights has data of others
-        return "; correct it (the config's file says what it trains on)"
+    # What starts from released weights has data of others.
+    if not suite or config.data.codec != "pca":
+        return "; correct it, or put them there (the config's file says what it trains on)"
     places = directories(config.data.path)
     place = next((p for p in places if not os.path.isdir(p)), places[0])
     return (

@@ -46,6 +46,29 @@ def load_codec(directory):
     return codec
 
 
+def check_weights(config, steps, assets):
+    """Raises where weights are not there that a step of precompute will read, hours later perhaps.
+
+    Args:
+      steps: of "stats", "text", "latents". assets: directory; what it holds needs no weights.
+
+    Raises:
+      ValueError, FileNotFoundError: says which converter makes them.
+    """
+    have = lambda name: os.path.exists(os.path.join(assets, name))
+    read = []
+    copied = "latents" in steps and config.codec in base.STRIDES and config.codec != "pca"
+    if copied and (config.codec_weights or not have("codec")):
+        read.append((config.codec_weights, "vae", "data.codec_weights", "vae"))
+    if "text" in steps and config.text_encoder == "umt5" and not have("text"):
+        read.append((config.text_weights, "text_encoder", "data.text_weights", "t5"))
+    if read:
+        from lightwam_jax.encoders import converted
+
+        for weights in read:
+            converted.open_converted(*weights)
+
+
 def make_text_encoder(kind, dim, weights="", cache=None):
     """Returns the `TextEncoder` of config.data.text_encoder with rows of config.model.text_dim.
 

@@ -46,7 +46,7 @@ def open_converted(directory, section, key, kind):
 
 def command(kind):
     """Returns the command that converts weights: kind "vae" or "t5"."""
-    return f"python -m converters {kind} --in FILE --out DIR"
+    return f"python -m converters {kind} --in FILE --out DIR (docs/weights.md)"
 
 
 def make_module(kind, fields, path, **given):

@@ -18,7 +18,7 @@ import time
 
 import jax
 import numpy as np
-from absl import app, flags, logging
+from absl import app, flags
 from ml_collections import config_flags
 
 from lightwam_jax import command_line
@@ -160,7 +160,6 @@ def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}")
     given, out = flags.FLAGS, pathlib.Path(flags.FLAGS.out)
-    logging.set_verbosity(logging.WARNING)
     try:
         seeds = [int(seed) for seed in given.seeds]
         study = _study(given.study)

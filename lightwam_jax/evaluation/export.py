@@ -18,7 +18,7 @@ import shlex
 import shutil
 import tempfile
 
-from absl import app, flags, logging
+from absl import app, flags
 
 from lightwam_jax import command_line
 from lightwam_jax import params as params_lib
@@ -152,7 +152,6 @@ def command(config, manifest, name):
 
 def main(argv):
     """Exports, or writes README.md."""
-    logging.set_verbosity(logging.WARNING)  # Orbax reports every file it writes
     given = flags.FLAGS
     if len(argv) > 1 or not given.out or bool(given.workdir) == bool(given.results):
         raise app.UsageError("--out and either --workdir or --results are needed")

@@ -15,7 +15,7 @@ import os
 import pathlib
 import sys
 
-from absl import app, flags, logging
+from absl import app, flags
 
 from lightwam_jax import bucket, command_line
 
@@ -58,7 +58,6 @@ def main(argv):
         raise app.UsageError("--record compares what was sent before; give it without --url")
     from lightwam_jax import sharding
 
-    logging.set_verbosity(logging.WARNING)  # Orbax reports every file it reads
     sharding.enable_compilation_cache()
     if bucket.is_address(given.workdir) and not given.out:
         command_line.fail(f"--workdir={given.workdir} is an address: give --out DIR for the report")

@@ -11,8 +11,8 @@ import typing
 import jax
 import jax.numpy as jnp
 
+from lightwam_jax import bucket, distributed, sharding
 from lightwam_jax import config as config_lib
-from lightwam_jax import distributed, sharding
 from lightwam_jax import params as params_lib
 from lightwam_jax.checkpoint import places
 from lightwam_jax.checkpoint import run as checkpoint
@@ -103,6 +103,7 @@ def _prepared(config, place, profile):
 
     # ---- run directory and data ----------------------------------------------------------------
     workdir_lib.check_same_run(config, workdir, place.started())
+    _check_init(config, place)
     validation = loader.val_batches(config, jax.process_index(), jax.process_count())
     encoder = encode_video_lib.make_encoder(config, mesh)
 
@@ -286,6 +287,20 @@ def _save(r, state, step, log):
     extra = {"window": log.window.rows, "next_batch": step}
     r.checkpoints.save(step, step_lib.state_items(state), frozen, extra)
     return step
+
+
+def _check_init(config, place):
+    """Raises FileNotFoundError, before anything is made, where config.train.init is not there."""
+    init = config.train.init
+    if not init or bucket.is_address(init) or place.started():
+        return
+    try:
+        checkpoint.find_checkpoint(init)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"config.train.init={init!r}: {error}; python -m converters dit --in FILE --out DIR "
+            "makes one of Wan's transformer (docs/weights.md)"
+        ) from error
 
 
 def _start(config, mesh, model, optimizer, shardings):

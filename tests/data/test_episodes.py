@@ -66,13 +66,13 @@ def test_load_episodes_says_what_to_do(tmp_path):
     simulated = {"evaluation.suite": "demo"}
     with pytest.raises(FileNotFoundError, match=r"record some with: .*record --suite demo --out "):
         episodes.load_episodes(synthetic.make_config(tmp_path, **simulated))
-    with pytest.raises(FileNotFoundError, match=r"is not a directory of episodes$"):
+    with pytest.raises(FileNotFoundError, match=r"; correct it, or put them there"):
         episodes.load_episodes(synthetic.make_config(tmp_path))
     several = simulated | {"data.path": f"{tmp_path},{tmp_path}/b,{tmp_path}/c"}
     with pytest.raises(FileNotFoundError, match=r"--suite demo --out \S+/b \(with"):
         episodes.load_episodes(synthetic.make_config(tmp_path, **several))
     released = simulated | {"data.codec": "wan21"}
-    with pytest.raises(FileNotFoundError, match=r"correct it \(the config's file says what"):
+    with pytest.raises(FileNotFoundError, match=r"; correct it, or put them there"):
         episodes.load_episodes(synthetic.make_config(tmp_path, **released))
     with pytest.raises(ValueError, match="source is empty; expected lerobot, "):
         episodes.load_episodes(synthetic.make_config(tmp_path, **{"data.source": ""}))
