@@ -2,7 +2,8 @@
 
 Python's own handler raises KeyboardInterrupt wherever the program is. That is not enough: in an
 import of compiled code it may crash the process, in a callback of the garbage collector (jax has
-one) it is printed and lost, and in a process that is just being started it is a traceback.
+one) it is printed and lost, in a library's bare `except:` (jax has some) it is only lost, and in a
+process that is just being started it is a traceback.
 """
 
 import _thread
@@ -14,12 +15,18 @@ import signal
 import sys
 import threading
 import time
+import weakref
 from multiprocessing import resource_tracker
 
 EXIT_CODE = 130  # 128 + SIGINT
 _RETRY_S = 0.05
 _running = False  # whether `interruptible` would catch a KeyboardInterrupt
 _rest = "; run the same command again"  # of the line
+_raised = None  # weak reference to the interrupt on its way to `interruptible`
+
+
+class _Interrupt(KeyboardInterrupt):
+    """One that can be seen to be lost: it is freed before it has arrived."""
 
 
 def listen():
@@ -32,7 +39,7 @@ def listen():
     if mine and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _handle)
         before = sys.unraisablehook
-        sys.unraisablehook = lambda lost: _again(lost) or before(lost)
+        sys.unraisablehook = lambda lost: issubclass(lost.exc_type, _Interrupt) or before(lost)
 
 
 @contextlib.contextmanager
@@ -67,8 +74,15 @@ def _handle(number, frame):
     for child in multiprocessing.active_children():
         child.kill()  # a pool would wait for what they do: minutes, in a simulator
     if _running and not _is_importing(frame):
-        raise KeyboardInterrupt
+        raise _interrupt()  # no local variable here: its traceback would keep itself alive
     _leave()
+
+
+def _interrupt():
+    global _raised
+    new = _Interrupt()
+    _raised = weakref.ref(new, _again)
+    return new
 
 
 def _leave():
@@ -89,12 +103,11 @@ def _is_importing(frame):
 
 
 def _again(lost):
-    """Repeats an interrupt that was raised where nothing can catch it; returns whether it was."""
-    if not issubclass(lost.exc_type, KeyboardInterrupt):
-        return False
-    # A bare thread: the locks of `threading` may be held by what was interrupted.
-    _thread.start_new_thread(_interrupt_soon, ())
-    return True
+    """Repeats an interrupt that was lost on its way."""
+    del lost
+    if _running:
+        # A bare thread: the locks of `threading` may be held by what was interrupted.
+        _thread.start_new_thread(_interrupt_soon, ())
 
 
 def _interrupt_soon():

@@ -34,6 +34,19 @@ with interrupts.interruptible("it continues"):
 """,
         "interrupted; it continues",
     ),
+    "where a library catches everything": (
+        """
+interrupts.listen()
+gc.disable()
+with interrupts.interruptible("it continues"):
+    try:
+        strike()
+    except:
+        pass
+    time.sleep(60)
+""",
+        "interrupted; it continues",
+    ),
     # As numpy does: what goes wrong in its compiled code becomes an ImportError.
     "importing": (
         """
