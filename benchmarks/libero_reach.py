@@ -69,8 +69,9 @@ def describe(rows):
 
 def read(path):
     """The `EpisodeResult`s of a JSON lines file of a report, in their order."""
-    lines = path.read_text(encoding="utf-8").splitlines()[1:]  # the first is the manifest
-    return [worker.EpisodeResult.from_json(json.loads(line)) for line in lines]
+    with path.open(encoding="utf-8") as file:
+        next(file)  # the manifest
+        return [worker.EpisodeResult.from_json(json.loads(line)) for line in file]
 
 
 def main():
