@@ -132,7 +132,7 @@ def main():
     args = parser.parse_args()
     found = {}
     for kind in args.kinds.split(","):
-        folder = Path(tempfile.mkdtemp(dir=args.directory))
+        folder = Path(tempfile.mkdtemp(dir=results.made(args.directory)))
         try:
             sizes = shapes(kind)
             if kind == "dit":

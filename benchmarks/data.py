@@ -187,7 +187,7 @@ def main():
     parser.add_argument("--directory", help="where the data go for a while; default: temporary")
     parser.add_argument("--out", help="result file, such as benchmarks/results/data.json")
     args = parser.parse_args()
-    folder = tempfile.mkdtemp(dir=args.directory)
+    folder = tempfile.mkdtemp(dir=results.made(args.directory))
     try:
         config = make_config(folder)
         make_data(config)

@@ -36,6 +36,13 @@ def write(path, name, numbers):
         path.write_text(text + "\n", encoding="utf-8")
 
 
+def made(directory):
+    """Returns the directory of a flag --directory, which need not exist yet; None as it is."""
+    if directory is not None:
+        os.makedirs(directory, exist_ok=True)
+    return directory
+
+
 def insert(path, name, text):
     """Writes `text` between the marks that benchmark `name` has in a Markdown file.
 

@@ -34,7 +34,7 @@ def main(argv):
     f = flags.FLAGS
     stored = json.loads(_RESULT.read_text(encoding="utf-8")) if _RESULT.exists() else {}
     if f.try_index:
-        with tempfile.TemporaryDirectory(dir=f.directory) as folder:
+        with tempfile.TemporaryDirectory(dir=results.made(f.directory)) as folder:
             tried = scale_index.try_index(folder, f.windows, f.instructions, long_shard=LONG_SHARD)
         results.write(f.out, "scale", {"index": tried})
         return

@@ -197,6 +197,8 @@ class Client:
                 raise ValueError(f"{self._url!r} is no address such as ws://gpu:8000") from error
             except (OSError, WebSocketException) as error:  # TimeoutError is an OSError
                 why = str(error) or type(error).__name__
+                if self._socket is not None and isinstance(error, TimeoutError):
+                    why = "it is there, but not ready: it says 'serving' when it has warmed up"
             self._drop()
             time.sleep(max(0.0, min(wait, end - time.monotonic())))
             wait = min(2 * wait, _LONGEST_WAIT_S)

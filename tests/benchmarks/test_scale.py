@@ -1,10 +1,13 @@
 """The index of a large cache, small here: opens, shuffles, resumes. The table names its sources."""
 
+import pathlib
+import re
+
 import grain
 import numpy as np
 import pytest
 
-from benchmarks import scale_index, scale_paper
+from benchmarks import results, scale_index, scale_paper
 from configs import libero
 from lightwam_jax import config as config_lib
 from lightwam_jax.data.caches import text as text_cache
@@ -90,3 +93,12 @@ def test_tables_go_between_the_marks(config, tmp_path):
     page.write_text("no marks", encoding="utf-8")
     with pytest.raises(ValueError, match="lacks the lines"):
         scale_paper.write(page, wanted, rows, INDEX)
+
+
+def test_directory_may_be_new(tmp_path):
+    assert results.made(None) is None
+    place = tmp_path / "not" / "yet"
+    assert results.made(str(place)) == str(place) and place.is_dir()
+    sources = pathlib.Path(results.__file__).parent.glob("*.py")
+    texts = {path.name: path.read_text(encoding="utf-8") for path in sources}
+    assert [name for name, text in texts.items() if re.search(r"dir=\w+\.directory", text)] == []

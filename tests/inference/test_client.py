@@ -201,6 +201,16 @@ def test_silence_ends_in_time():
         assert time.monotonic() - began < 3
 
 
+def test_a_server_that_warms_up_is_told_from_none():
+    warming = threading.Event()
+    server = websockets_server.serve(lambda _: warming.wait(5), "127.0.0.1", 0, compression=None)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    with pytest.raises(ServerGone, match=r"within 0\.5 s: it is there, but not ready"):
+        Client(f"ws://127.0.0.1:{server.socket.getsockname()[1]}", connect_s=0.5)
+    warming.set()
+    server.shutdown()
+
+
 def test_a_wrong_key_is_said_at_once():
     with serving(key="secret") as running:
         with pytest.raises(PermissionError, match=r"HTTP 401.*: this server needs a key"):
